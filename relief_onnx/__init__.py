@@ -1,0 +1,1 @@
+"""relief-onnx: make trained ONNX models smaller."""

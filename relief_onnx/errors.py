@@ -1,0 +1,62 @@
+"""The errors that relief-onnx raises on purpose. Each message is one sentence that names the file or node and the fix.
+
+    ReliefError                    exit code 1
+    ├── ModelError                 the model file: missing, truncated, not ONNX, external data, unknown domain
+    ├── DataError                  the calibration data: missing, empty, wrong name, type or shape, NaN, unreadable
+    ├── RecipeError                a recipe or option value
+    ├── OutputError                the place to write to: exists, not writable, disk full
+    ├── VerificationError          exit code 3: the result did not verify, nothing was written
+    └── NothingPrunedError         exit code 4: nothing could be pruned; carries the reasons
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "DataError",
+    "ModelError",
+    "NothingPrunedError",
+    "OutputError",
+    "RecipeError",
+    "ReliefError",
+    "VerificationError",
+]
+
+
+class ReliefError(Exception):
+    """Base of every error that relief-onnx raises on purpose."""
+
+    exit_code = 1
+
+
+class ModelError(ReliefError):
+    """The model cannot be read or run."""
+
+
+class DataError(ReliefError):
+    """The calibration data cannot be read or does not fit the model."""
+
+
+class RecipeError(ReliefError):
+    """A recipe, a preset or an option has a value that means nothing here."""
+
+
+class OutputError(ReliefError):
+    """The result cannot be written where the user wants it."""
+
+
+class VerificationError(ReliefError):
+    """The result does not compute what the masked model computes; nothing was written."""
+
+    exit_code = 3
+
+
+class NothingPrunedError(ReliefError):
+    """Nothing could be pruned. `reasons` maps a weight's name to why it was left alone."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, reasons: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
