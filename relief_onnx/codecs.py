@@ -10,8 +10,8 @@ the dense tensor. With p = kept / blocks, a position costs at least H(p) / p bit
     gaps8    gaps in base 256, one byte each. Fewer nodes, so it wins for small or very sparse weights.
 
 onnxruntime folds these operators when their inputs are constant. From 1.27 on it folds neither NonZero nor Compress,
-whose output shape depends on values, so nothing here selects. Before opset 11 there is no CumSum: sums run through products with a
-triangular matrix of width 64, in float32, which counts exactly up to 2^24 blocks.
+whose output shape depends on values, so nothing here selects. Before opset 11 there is no CumSum: sums run through
+products with a triangular matrix of width 64, in float32, which counts exactly up to 2^24 blocks.
 """
 
 from __future__ import annotations
