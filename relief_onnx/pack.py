@@ -191,8 +191,9 @@ def _refusal(tensor: TensorProto, opset: int, outputs: set[str]) -> str:
 def _largest_output(tensor: TensorProto) -> int:
     """Bytes of the largest tensor that a decode node writes: the dense weight, or one int32 for each element."""
     kind = _DATA_TYPES.get(tensor.data_type)
-    item = int(np.dtype(kind.bits).itemsize) if kind else 0
-    return math.prod(tensor.dims) * max(4, item)
+    item = np.dtype(kind.bits).itemsize if kind else 0
+    elements: int = math.prod(tensor.dims)
+    return elements * max(4, item)
 
 
 def _candidates(
