@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, Source, readers, trace_constant
-from relief_onnx.ops import Barrier, OperatorRow, Picture, row_of
+from relief_onnx.ops import Barrier, OperatorRow, row_of
+from relief_onnx.views import View
 
 __all__ = ["Coupling", "Tie", "trace"]
 
@@ -42,6 +43,7 @@ class Coupling:
     inputs: dict[int, Units] = field(default_factory=dict)
     outputs: dict[int, Units] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
+    barriers: set[int] = field(default_factory=set)
 
 
 def trace(graph: Graph, plan: Plan) -> Coupling:
@@ -113,6 +115,9 @@ class _Walk:
         row = row_of(node)
         if row is None:
             raise Barrier("it is not in the operator table")
+        for slot, name in enumerate(node.input):
+            if row.data is not None and slot not in row.data and name in self.found.pictures:
+                self._pin(self.found.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
         if row.kind == "mix":
             self._mix(node, row)
         elif row.kind == "affine":
@@ -136,6 +141,12 @@ class _Walk:
 
     def _barrier(self, index: int, node: onnx.NodeProto, why: str) -> None:
         reason = f"{node.op_type} node {self.graph.names[index]}: {why}"
+        self.found.barriers.add(index)
+        if index in self.layers:
+            layer = self.layers[index]
+            self.found.inputs[index] = np.full(layer.groups * layer.in_per_group, UNTRACKED, np.int64)
+            self.found.outputs[index] = self._fresh(layer.out_channels)
+            self._pin(self.found.outputs[index], reason)
         for name in node.input:
             if name:
                 self._pin(self._picture(name), reason)
@@ -193,10 +204,7 @@ class _Walk:
         for places in (inputs.reshape(layer.groups, -1), units.reshape(layer.groups, -1)):
             self._unite(places, places[:1], why)
 
-    def _tie_view(self, name: str, view: object, axis: int, units: Units, why: str) -> None:
-        from relief_onnx.views import View
-
-        assert isinstance(view, View)
+    def _tie_view(self, name: str, view: View, axis: int, units: Units, why: str) -> None:
         if view.shape[axis] == 1:
             self._pin(units, why)
             return
@@ -317,4 +325,5 @@ class _Walk:
             {node: roots[units] for node, units in found.inputs.items()},
             {node: roots[units] for node, units in found.outputs.items()},
             found.pinned,
+            found.barriers,
         )

@@ -37,13 +37,18 @@ class Barrier(Exception):
 
 @dataclass(frozen=True)
 class OperatorRow:
-    """One operator's effect on channels. `data` are the inputs that carry pictures (None: all); `edits` names a field to rewrite after a cut."""
+    """One operator's effect on channels. `data` are the inputs that carry pictures (None: all).
+
+    `absorbs_zero`: one input that is 0 makes the result 0, whatever the others are (finite, as activations are).
+    `nonnegative`: its output is never below 0.
+    """
 
     kind: str
     carry: Carry | None = None
     data: tuple[int, ...] | None = (0,)
     constant: str = "lost"
     nonnegative: bool = False
+    absorbs_zero: bool = False
 
 
 def _same(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture]:
@@ -73,6 +78,8 @@ def _reshape(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) ->
     """Axes before the tracked one may be anything; from there on sizes must be known."""
     (picture,) = pictures
     before, after = _static(graph, node.input[0]), _static(graph, node.output[0])
+    if len(node.input) > 1 and picture.size > 1 and graph.constant(node.input[1]) is None:
+        raise Barrier("its target shape is computed at run time")
     tracked = [axis for axis, size in enumerate(picture.shape) if size > 1]
     if not tracked:
         return [np.full((1,) * len(after), picture.reshape(-1)[0], picture.dtype)]
@@ -216,6 +223,41 @@ def _flatten(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) ->
     return _reshape(graph, node, pictures)
 
 
+def _shape(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture]:
+    """Harmless where only sizes of untracked axes are taken out of the result."""
+    (picture,) = pictures
+    axes = range(picture.ndim)[attributes(node).get("start", 0) : attributes(node).get("end", picture.ndim)]
+    tracked = {place for place, axis in enumerate(axes) if picture.shape[axis] > 1}
+    for use in graph.uses.get(node.output[0], []) if tracked else []:
+        reader = graph.nodes[use.node]
+        taken = _TAKEN.get(reader.op_type, lambda *_: None)(graph, reader, len(axes)) if use.slot == 0 else None
+        if taken is None or taken & tracked:
+            raise Barrier(f"{reader.op_type} node {graph.names[use.node]} reads the number of channels")
+    return [np.full(1, -1, np.int64).astype(picture.dtype)]
+
+
+def _gathered(graph: Graph, node: onnx.NodeProto, rank: int) -> set[int] | None:
+    indices = graph.constant(node.input[1])
+    return None if indices is None else {int(index) % rank for index in indices.reshape(-1)}
+
+
+def _sliced(graph: Graph, node: onnx.NodeProto, rank: int) -> set[int] | None:
+    values = attributes(node)
+    parts = [values.get(key) for key in ("starts", "ends", "axes", "steps")]
+    for slot, name in enumerate(node.input[1:5]):
+        constant = graph.constant(name) if name else None
+        if name and constant is None:
+            return None
+        parts[slot] = None if constant is None else constant.reshape(-1).tolist()
+    starts, ends, _, steps = parts
+    if starts is None or ends is None:
+        return None
+    return set(range(rank)[slice(int(starts[0]), int(ends[0]), int(steps[0]) if steps else 1)])
+
+
+_TAKEN: Mapping[str, Callable[[Graph, onnx.NodeProto, int], set[int] | None]] = {"Gather": _gathered, "Slice": _sliced}
+
+
 def _rows(names: str, row: OperatorRow) -> dict[str, OperatorRow]:
     return dict.fromkeys(names.split(), row)
 
@@ -230,7 +272,8 @@ OPERATORS: Mapping[str, OperatorRow] = {
         "Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt", OperatorRow("mix", constant="computed", nonnegative=True)
     ),
     **_rows("Clip Cast", OperatorRow("mix", constant="computed")),
-    **_rows("Add Sub Mul Div Pow Max Min Sum Mean", OperatorRow("mix", data=None, constant="computed")),
+    **_rows("Add Sub Div Pow Max Min Sum Mean", OperatorRow("mix", data=None, constant="computed")),
+    **_rows("Mul", OperatorRow("mix", data=None, constant="computed", absorbs_zero=True)),
     **_rows("PRelu", OperatorRow("mix", data=None, constant="computed")),
     **_rows("BatchNormalization", OperatorRow("affine", constant="computed")),
     **_rows("InstanceNormalization", OperatorRow("affine")),
@@ -250,6 +293,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("LayerNormalization", OperatorRow("carry", _along_axis(-1, whole_tail=True))),
     **_rows("Resize Upsample", OperatorRow("carry", _resize, constant="zero")),
     **_rows("Pad", OperatorRow("carry", _pad)),
+    **_rows("Shape", OperatorRow("carry", _shape)),
 }
 
 
