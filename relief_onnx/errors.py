@@ -1,12 +1,12 @@
 """The errors that relief-onnx raises on purpose. Each message is one sentence that names the file or node and the fix.
 
-    ReliefError                    exit code 1
-    ├── ModelError                 the model file: missing, truncated, not ONNX, external data, unknown domain
-    ├── DataError                  the calibration data: missing, empty, wrong name, type or shape, NaN, unreadable
-    ├── RecipeError                a recipe or option value
-    ├── OutputError                the place to write to: exists, not writable, disk full
-    ├── VerificationError          exit code 3: the result did not verify, nothing was written
-    └── NothingPrunedError         exit code 4: nothing could be pruned; carries the reasons
+ReliefError                    exit code 1
+├── ModelError                 the model file: missing, truncated, not ONNX, external data, unknown domain
+├── DataError                  the calibration data: missing, empty, wrong name, type or shape, NaN, unreadable
+├── RecipeError                a recipe or option value
+├── OutputError                the place to write to: exists, not writable, disk full
+├── VerificationError          exit code 3: the result did not verify, nothing was written
+└── NothingPrunedError         exit code 4: nothing could be pruned; carries the reasons
 """
 
 from __future__ import annotations
