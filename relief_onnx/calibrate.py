@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from relief_onnx.dataset import Batch, Dataset
-from relief_onnx.errors import DataError
 from relief_onnx.probes import Probe
 from relief_onnx.session import Session
 from relief_onnx.streaming import Statistic
@@ -63,21 +62,17 @@ def run(
     session = Session(probe.model, threads, "the probe model")
     size = batch_size_for(session, probe, dataset, seed)
     names = sorted({probe.taps[item.tensor] for item in measurements})
-    samples = 0
+    samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
         for batch in dataset.batches(size, limit=limit, seed=seed):
             values = _values(session, names, batch)
-            jobs = (
-                item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements
-            )
+            jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
             for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
                 pass
-            samples += round(batch.size * batch.weight) if batch.weight == 1.0 else 0
-            progress("calibrate", samples, total)
-    if samples == 0 and not any(True for _ in dataset.batches(size, limit=limit, seed=seed)):
-        raise DataError(f"{dataset.source} holds no samples; add some")
-    return samples, time.perf_counter() - start
+            samples += batch.size * batch.weight
+            progress("calibrate", round(samples), total)
+    return round(samples), time.perf_counter() - start
 
 
 def _values(session: Session, names: Sequence[str], batch: Batch) -> Mapping[str, NDArray[Any]]:

@@ -48,9 +48,7 @@ def padding(geometry: Geometry, space: tuple[int, ...]) -> tuple[tuple[int, int]
     rank = len(space)
     if geometry.auto_pad in ("SAME_UPPER", "SAME_LOWER") and not geometry.transposed:
         pads = []
-        for size, kernel, stride, dilation in zip(
-            space, geometry.kernel, geometry.strides, geometry.dilations, strict=True
-        ):
+        for size, kernel, stride, dilation in zip(space, geometry.kernel, geometry.strides, geometry.dilations, strict=True):
             total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
             small, large = total // 2, total - total // 2
             pads.append((small, large) if geometry.auto_pad == "SAME_UPPER" else (large, small))
@@ -70,14 +68,10 @@ def _transposed_padding(geometry: Geometry, space: tuple[int, ...]) -> tuple[tup
         full = geometry.strides[axis] * (space[axis] - 1) + extra[axis] + reach + 1
         begin, end = geometry.pads[axis], geometry.pads[rank + axis]
         if geometry.output_shape or geometry.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            wanted = (
-                geometry.output_shape[-rank:][axis] if geometry.output_shape else space[axis] * geometry.strides[axis]
-            )
+            wanted = geometry.output_shape[-rank:][axis] if geometry.output_shape else space[axis] * geometry.strides[axis]
             total = full - wanted
             begin = total // 2 if geometry.auto_pad != "SAME_LOWER" else total - total // 2
-            begin = (
-                begin if geometry.auto_pad == "SAME_UPPER" or geometry.auto_pad == "SAME_LOWER" else total - total // 2
-            )
+            begin = begin if geometry.auto_pad == "SAME_UPPER" or geometry.auto_pad == "SAME_LOWER" else total - total // 2
             end = total - begin
         elif geometry.auto_pad == "VALID":
             begin = end = 0
@@ -105,9 +99,7 @@ class _Windows:
         self.size = tuple((size - 1) * gap + 1 for size, gap in zip(space, self.stuff, strict=True))
         padded = [size + begin + end for size, (begin, end) in zip(self.size, self.pads, strict=True)]
         reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilations, self.kernel, strict=True)]
-        self.out = tuple(
-            max((size - need) // stride + 1, 0) for size, need, stride in zip(padded, reach, self.strides, strict=True)
-        )
+        self.out = tuple(max((size - need) // stride + 1, 0) for size, need, stride in zip(padded, reach, self.strides, strict=True))
 
     def padded(self, a: Floats) -> Floats:
         """The zero-stuffed, padded (or cropped) image [n, c, *padded]."""
@@ -236,9 +228,7 @@ def _dot(view: Floats, pitch: int, top: int, end: int, dy: int, dx: int) -> Floa
 def statistics(geometry: Geometry, space: tuple[int, ...]) -> PatchStatistics:
     """The cheaper way to G for that geometry on an image of that size."""
     ones, twos = (1, 1), (3, 3)
-    plain = (
-        geometry.kernel == twos and geometry.strides == ones and geometry.dilations == ones and not geometry.transposed
-    )
+    plain = geometry.kernel == twos and geometry.strides == ones and geometry.dilations == ones and not geometry.transposed
     if plain and min(space) >= 2 and padding(geometry, space) == (ones, ones):
         return Shifts(space)
     return Patches(geometry, space)

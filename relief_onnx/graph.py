@@ -20,9 +20,7 @@ from onnx import helper, numpy_helper
 __all__ = ["Graph", "Use", "attributes", "subgraphs"]
 
 Shape = tuple[int | str | None, ...]
-FLOATS = frozenset(
-    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-)
+FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ class Graph:
         """A unique readable name for each node: its own, or operator and number where it has none."""
         counts = Counter(node.name for node in self.nodes)
         return [
-            node.name if node.name and counts[node.name] == 1 else f"{node.name or node.op_type}#{i}"
-            for i, node in enumerate(self.nodes)
+            node.name if node.name and counts[node.name] == 1 else f"{node.name or node.op_type}#{i}" for i, node in enumerate(self.nodes)
         ]
 
     def array(self, name: str) -> NDArray[Any]:
@@ -154,6 +151,4 @@ class Graph:
 
 
 def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:
-    return tuple(
-        item.dim_value if item.HasField("dim_value") else (item.dim_param or None) for item in tensor.shape.dim
-    )
+    return tuple(item.dim_value if item.HasField("dim_value") else (item.dim_param or None) for item in tensor.shape.dim)

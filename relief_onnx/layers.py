@@ -173,9 +173,7 @@ def _transposed_convolution(graph: Graph, index: int, slot: int, view: View) -> 
     total, out, *kernel = view.shape
     spatial = range(3, 3 + len(kernel))
     canonical = (
-        view.reshape(groups, total // groups, out, *kernel)
-        .transpose(0, 2, 1, *spatial)
-        .reshape(groups * out, total // groups, *kernel)
+        view.reshape(groups, total // groups, out, *kernel).transpose(0, 2, 1, *spatial).reshape(groups * out, total // groups, *kernel)
         if groups > 1
         else view.transpose(1, 0, *(axis - 1 for axis in spatial))
     )
@@ -278,9 +276,7 @@ def trace_constant(graph: Graph, tensor: str) -> Source | Refusal | None:
             return None
         node = graph.nodes[graph.producer[tensor]]
         if node.op_type not in _VIEW_OPERATORS or node.domain not in ("", "ai.onnx"):
-            return (
-                None if not _all_constant(graph, node.input) else Refusal(f"it passes {node.op_type} before the node")
-            )
+            return None if not _all_constant(graph, node.input) else Refusal(f"it passes {node.op_type} before the node")
         tensor = node.input[0]
     view = View.of(tuple(graph.initializers[tensor].dims))
     for name in reversed(path):
@@ -325,9 +321,7 @@ def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> 
     )
     if not per_unit:
         return None
-    shared = any(len(graph.uses.get(name, ())) != 1 for name in (source.name, *source.path)) or graph.is_output(
-        source.name
-    )
+    shared = any(len(graph.uses.get(name, ())) != 1 for name in (source.name, *source.path)) or graph.is_output(source.name)
     return Bias(source.name, source.view.reshape(layer.out_channels), factor, node, shared)
 
 
@@ -403,9 +397,7 @@ def find(graph: Graph) -> Plan:
         if not (_candidate(graph, name) or is_layer_weight) or not found_readers:
             continue
         found = [_from_reader(graph, use, tensor) for use, tensor in found_readers]
-        refusals = [
-            (use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)
-        ]
+        refusals = [(use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)]
         if graph.is_output(name) or any(graph.is_output(tensor) for _, tensor in found_readers):
             refusals.append((found_readers[0][0], Refusal("the weight itself is an output of the model")))
         if refusals:

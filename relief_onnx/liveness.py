@@ -126,12 +126,7 @@ class _Liveness:
         names = self._data(node, row)
         if all(self.coupling.pictures[name].size == 1 for name in names):
             return
-        flat = np.concatenate(
-            [
-                self.constants.get(name, np.full(self.coupling.pictures[name].shape, np.nan)).reshape(-1)
-                for name in names
-            ]
-        )
+        flat = np.concatenate([self.constants.get(name, np.full(self.coupling.pictures[name].shape, np.nan)).reshape(-1) for name in names])
         if row.constant == "zero":
             flat = np.where(flat == 0, 0.0, np.nan)
         padded = np.append(flat, np.nan)
@@ -156,11 +151,9 @@ class _Liveness:
                 absorbed = absorbed | ((aligned == 0) & row.absorbs_zero)
             elif item:
                 value = self._constant(item)
-                if value is None or item in self.coupling.pictures and item not in self.graph.initializers:
+                if value is None or (item in self.coupling.pictures and item not in self.graph.initializers):
                     return
-                feeds[item] = (
-                    value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
-                )
+                feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
         if bool(np.all(unknown & ~absorbed)):
             return
         result = _evaluate(self.graph, node, feeds, row)
@@ -338,9 +331,7 @@ class _Liveness:
 def _exact(layer: Layer) -> bool:
     """Whether a constant input gives the same value everywhere: not across zero padding, nor in a transposed convolution."""
     geometry = layer.geometry
-    return geometry is None or (
-        not geometry.transposed and geometry.auto_pad in ("NOTSET", "VALID") and not any(geometry.pads)
-    )
+    return geometry is None or (not geometry.transposed and geometry.auto_pad in ("NOTSET", "VALID") and not any(geometry.pads))
 
 
 def _can_fold(graph: Graph, layer: Layer) -> bool:

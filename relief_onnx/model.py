@@ -54,18 +54,14 @@ def load(source: ModelSource) -> onnx.ModelProto:
 
 def _check_plausible(model: onnx.ModelProto, what: str) -> None:
     if not model.HasField("graph") or not model.graph.output or not model.opset_import:
-        raise ModelError(
-            f"{what} is truncated or not an ONNX model (no graph, outputs or opset); export or copy it again"
-        )
+        raise ModelError(f"{what} is truncated or not an ONNX model (no graph, outputs or opset); export or copy it again")
     for item in model.graph.initializer:
         if item.data_location == onnx.TensorProto.EXTERNAL:
             continue
         try:
             size = onnx.numpy_helper.to_array(item).size
         except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"{what} is damaged: initializer {item.name} does not hold what its shape says; export it again"
-            ) from error
+            raise ModelError(f"{what} is damaged: initializer {item.name} does not hold what its shape says; export it again") from error
         del size
 
 
@@ -94,19 +90,13 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
                 "save the model again with its data beside it"
             )
         if not target.is_file():
-            raise ModelError(
-                f"{path}: external data file {info.location} of initializer {tensor.name} is missing; put it beside the model"
-            )
+            raise ModelError(f"{path}: external data file {info.location} of initializer {tensor.name} is missing; put it beside the model")
         if target.stat().st_size < (info.offset or 0) + (info.length or 0):
-            raise ModelError(
-                f"{path}: external data file {info.location} is too short for initializer {tensor.name}; copy it again"
-            )
+            raise ModelError(f"{path}: external data file {info.location} is too short for initializer {tensor.name}; copy it again")
         try:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except (onnx.checker.ValidationError, OSError, ValueError) as error:
-            raise ModelError(
-                f"{path}: external data of initializer {tensor.name} cannot be read ({error}); copy it again"
-            ) from error
+            raise ModelError(f"{path}: external data of initializer {tensor.name} cannot be read ({error}); copy it again") from error
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
 
@@ -158,8 +148,7 @@ def input_specs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
             raise ModelError(f"input {info.name} of the model is a {kind}, not a tensor; only tensor inputs can be fed")
         tensor = info.type.tensor_type
         shape = tuple(
-            item.dim_value if item.HasField("dim_value") and item.dim_value > 0 else (item.dim_param or None)
-            for item in tensor.shape.dim
+            item.dim_value if item.HasField("dim_value") and item.dim_value > 0 else (item.dim_param or None) for item in tensor.shape.dim
         )
         specs.append(InputSpec(info.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
     return tuple(specs)
@@ -173,9 +162,7 @@ def serialize(model: onnx.ModelProto) -> bytes:
     try:
         return model.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:
-        raise OutputError(
-            "the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model"
-        ) from error
+        raise OutputError("the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model") from error
 
 
 def sha256(content: bytes) -> str:
@@ -191,9 +178,7 @@ def check_target(path: Path, force: bool) -> None:
         raise OutputError(f"{path} exists already; choose another name with -o or overwrite it with --force")
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(
-            f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another -o"
-        )
+        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another -o")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -217,9 +202,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if name:
             Path(name).unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); free some space or choose another place"
-        ) from error
+        raise OutputError(f"{path} cannot be written ({error.strerror}); free some space or choose another place") from error
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

@@ -268,9 +268,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
         "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish",
         OperatorRow("mix", constant="computed"),
     ),
-    **_rows(
-        "Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt", OperatorRow("mix", constant="computed", nonnegative=True)
-    ),
+    **_rows("Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt", OperatorRow("mix", constant="computed", nonnegative=True)),
     **_rows("Clip Cast", OperatorRow("mix", constant="computed")),
     **_rows("Add Sub Div Pow Max Min Sum Mean", OperatorRow("mix", data=None, constant="computed")),
     **_rows("Mul", OperatorRow("mix", data=None, constant="computed", absorbs_zero=True)),

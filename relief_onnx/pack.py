@@ -81,9 +81,7 @@ def entropy_bound(kept: int, blocks: int, block_bits: int) -> float:
     return (kept * block_bits + blocks * entropy) / 8
 
 
-def pack(
-    model: onnx.ModelProto, weights: Mapping[str, int] | Sequence[str]
-) -> tuple[onnx.ModelProto, tuple[PackedTensor, ...]]:
+def pack(model: onnx.ModelProto, weights: Mapping[str, int] | Sequence[str]) -> tuple[onnx.ModelProto, tuple[PackedTensor, ...]]:
     """Store sparse weights compactly; returns a new model and one row per name in `weights`, in their order.
 
     `weights` are initializers of the main graph. As a mapping it gives each one's unit length: how many consecutive
@@ -130,22 +128,17 @@ def packed_names(model: onnx.ModelProto) -> tuple[str, ...]:
 
 def _unit(index: Mapping[str, TensorProto], name: str, weights: Mapping[str, int] | Sequence[str]) -> int:
     if name not in index:
-        raise ModelError(
-            f"Weight '{name}' is not an initializer of the model's main graph; pass names from graph.initializer."
-        )
+        raise ModelError(f"Weight '{name}' is not an initializer of the model's main graph; pass names from graph.initializer.")
     dims = index[name].dims
     unit = weights[name] if isinstance(weights, Mapping) else math.prod(dims[2:])
     if isinstance(weights, Mapping) and (unit < 1 or math.prod(dims) % unit):
         raise ModelError(
-            f"Unit length {unit} does not divide weight '{name}' of shape {list(dims)}; "
-            "pass 1, or the number of elements of one kernel."
+            f"Unit length {unit} does not divide weight '{name}' of shape {list(dims)}; pass 1, or the number of elements of one kernel."
         )
     return max(unit, 1)
 
 
-def _choose(
-    tensor: TensorProto, unit: int, opset: int, outputs: set[str], names: Iterable[str]
-) -> tuple[PackedTensor, Emitter | None]:
+def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], names: Iterable[str]) -> tuple[PackedTensor, Emitter | None]:
     dense = _wire(tensor)
 
     def keep(reason: str, entropy: float = float(dense)) -> tuple[PackedTensor, None]:
@@ -196,9 +189,7 @@ def _largest_output(tensor: TensorProto) -> int:
     return elements * max(4, item)
 
 
-def _candidates(
-    tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]
-) -> Iterator[_Candidate]:
+def _candidates(tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]) -> Iterator[_Candidate]:
     for codec in CODECS:
         if codec.usable(opset, len(grid)):
             emitter = _encode(codec, tensor, prefix, opset, grid, kept)
@@ -208,9 +199,7 @@ def _candidates(
                 yield _Candidate(storage, emitter, size)
 
 
-def _encode(
-    codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]
-) -> Emitter | None:
+def _encode(codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]) -> Emitter | None:
     """The decode graph of `tensor`, whose elements are `grid` [blocks, unit]; None where the codec cannot hold it."""
     blocks, unit = grid.shape
     block_bytes = unit * grid.itemsize
@@ -247,9 +236,7 @@ def _bits(tensor: TensorProto) -> NDArray[Any]:
     else:
         bits = np.array(getattr(tensor, kind.field), kind.typed).view(kind.bits)
     if bits.size != math.prod(tensor.dims):
-        raise ModelError(
-            f"Weight '{tensor.name}' holds {bits.size} elements but its shape is {list(tensor.dims)}; export it again."
-        )
+        raise ModelError(f"Weight '{tensor.name}' holds {bits.size} elements but its shape is {list(tensor.dims)}; export it again.")
     return bits
 
 
@@ -371,9 +358,7 @@ def _inner_names(last: onnx.NodeProto, prefix: str, makers: Mapping[str, onnx.No
     return found
 
 
-def _decode(
-    node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, TensorProto], prefix: str
-) -> TensorProto:
+def _decode(node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, TensorProto], prefix: str) -> TensorProto:
     try:
         codec = next(c for c in CODECS if c.name == notes["codec"])
         values = index[f"{prefix}values"]

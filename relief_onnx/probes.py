@@ -36,9 +36,7 @@ def instrument(graph: Graph, tensors: Iterable[str]) -> Probe:
         name = tensor
         if element != TensorProto.FLOAT:
             name = f"{tensor}/probe"
-            model.graph.node.append(
-                helper.make_node("Cast", [tensor], [name], name=f"{name}/cast", to=TensorProto.FLOAT)
-            )
+            model.graph.node.append(helper.make_node("Cast", [tensor], [name], name=f"{name}/cast", to=TensorProto.FLOAT))
         for info in [item for item in model.graph.value_info if item.name == name]:
             model.graph.value_info.remove(info)
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))

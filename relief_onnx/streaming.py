@@ -145,9 +145,7 @@ class KernelNorm:
         assert layer.geometry is not None
         self._geometry = layer.geometry
         self._positions = _Positions(layer.geometry)
-        self._magnitude = magnitude.astype(np.float32).reshape(
-            layer.groups, layer.out_channels // layer.groups, *magnitude.shape[1:]
-        )
+        self._magnitude = magnitude.astype(np.float32).reshape(layer.groups, layer.out_channels // layer.groups, *magnitude.shape[1:])
         # Coefficients are needed as [in channel, S, filter of its group].
         self._plans: dict[tuple[int, ...], tuple[PatchStatistics, Floats]] = {}
         channels = layer.groups * layer.in_per_group
@@ -202,9 +200,7 @@ class MeanImage:
 
     def _average(self, measure: Callable[[Doubles], Any]) -> Any:
         samples = sum(self._counts.values())
-        return sum(
-            self._counts[space] / samples * measure(total / self._counts[space]) for space, total in self._sums.items()
-        )
+        return sum(self._counts[space] / samples * measure(total / self._counts[space]) for space, total in self._sums.items())
 
     def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
         assert self._geometry is not None

@@ -46,9 +46,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     plan = find(graph)
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
-    counts = {
-        layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers
-    }
+    counts = {layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers}
     surviving = {layer.weight: _surviving(layer, coupling, removal) for layer in plan.layers}
     _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
@@ -59,9 +57,7 @@ def operate(model: onnx.ModelProto) -> Operation:
         before, after = counts[layer.name]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             _set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
-    return Operation(
-        result, len(removal.units), counts, surviving, tuple(fold.layer.name for fold in removal.folds)
-    )
+    return Operation(result, len(removal.units), counts, surviving, tuple(fold.layer.name for fold in removal.folds))
 
 
 def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
@@ -163,9 +159,7 @@ def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Remo
             current = next(item for item in model.graph.initializer if item.name == tie.initializer)
             set_initializer(model, tie.initializer, numpy_helper.to_array(current).take(keep, tie.axis))
     sizes = {
-        name: {
-            axis: int((~_gone(_line(picture, axis), removal)).sum()) for axis, size in enumerate(picture.shape) if size > 1
-        }
+        name: {axis: int((~_gone(_line(picture, axis), removal)).sum()) for axis, size in enumerate(picture.shape) if size > 1}
         for name, picture in coupling.pictures.items()
     }
     for index, node in enumerate(model.graph.node):

@@ -68,9 +68,7 @@ class View:
         shapes = [self.source]
         for kind, argument in self.steps:
             shapes.append(tuple(shapes[-1][i] for i in argument) if kind == "transpose" else argument)
-        for (kind, argument), before, after in zip(
-            reversed(self.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True
-        ):
+        for (kind, argument), before, after in zip(reversed(self.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True):
             if kind == "transpose":
                 axis = argument[axis]
                 continue

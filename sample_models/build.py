@@ -151,9 +151,7 @@ class Network:
         self.parameters |= names
         return list(names)
 
-    def conv(
-        self, x: str, name: str, filters: int, kernel: int, stride: int = 1, pad: int = 0, bias: bool = True
-    ) -> str:
+    def conv(self, x: str, name: str, filters: int, kernel: int, stride: int = 1, pad: int = 0, bias: bool = True) -> str:
         """Square convolution."""
         channels, height, width = self.shapes[x]
         shapes: dict[str, tuple[int, ...]] = {"weight": (filters, channels, kernel, kernel)}

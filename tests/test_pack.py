@@ -30,14 +30,10 @@ BITS: dict[int, str] = {
     TensorProto.BFLOAT16: "u2",
 }
 FLOATS: dict[int, str] = {TensorProto.FLOAT: "f4", TensorProto.DOUBLE: "f8", TensorProto.FLOAT16: "f2"}
-OFF, BASIC, ALL = (
-    getattr(ort.GraphOptimizationLevel, f"ORT_{k}") for k in ("DISABLE_ALL", "ENABLE_BASIC", "ENABLE_ALL")
-)
+OFF, BASIC, ALL = (getattr(ort.GraphOptimizationLevel, f"ORT_{k}") for k in ("DISABLE_ALL", "ENABLE_BASIC", "ENABLE_ALL"))
 
 
-def sparse(
-    shape: tuple[int, ...], share: float, unit: int = 1, data_type: int = TensorProto.FLOAT, seed: int = 0
-) -> Any:
+def sparse(shape: tuple[int, ...], share: float, unit: int = 1, data_type: int = TensorProto.FLOAT, seed: int = 0) -> Any:
     """Random bit patterns, of which `share` of the blocks is kept; not one element of a kept block is zero."""
     rng = np.random.default_rng(seed)
     size = math.prod(shape)

@@ -1,0 +1,3 @@
+from relief_onnx_cli.main import main
+
+main()
