@@ -186,6 +186,7 @@ class Shifts:
         # Rows end in two zeros, and the image in a row of them, so that a shift never meets a neighbour's pixels.
         self._pitch = self._width + 2
         self._cases, self._table = _shift_cases()
+        self._moves = sorted({case[:2] for case in self._cases})
 
     def features(self, x: Floats) -> Floats:
         n, c, height, width = x.shape
@@ -194,24 +195,22 @@ class Shifts:
         image = flat[..., :-2].reshape(n, c, height, self._pitch)
         image[..., width:] = 0
         np.abs(x, out=image[..., :width])
-        core = flat.copy()
-        core_image = core[..., :-2].reshape(n, c, height, self._pitch)
-        core_image[..., 0] = core_image[..., width - 1] = 0
-        columns = (np.ascontiguousarray(image[..., 0]), core, np.ascontiguousarray(image[..., width - 1]))
+        left, right = (np.ascontiguousarray(image[..., column]) for column in (0, width - 1))
+        parts = {(dy, dx): self._parts([(flat, self._pitch)], dy, dx) for dy, dx in self._moves if dx}
+        # Shifts within a column need the border columns apart; nothing else reads them any more.
+        image[..., 0] = image[..., width - 1] = 0
+        columns = [(left, 1), (flat, self._pitch), (right, 1)]
+        parts |= {(dy, dx): self._parts(columns, dy, dx) for dy, dx in self._moves if not dx}
         result = np.empty((n, c, len(self._cases)), np.float32)
-        parts: dict[tuple[int, int], Floats] = {}
         for (dy, dx, by, bx), number in self._cases.items():
-            if (dy, dx) not in parts:
-                parts[dy, dx] = self._parts(flat, columns, dy, dx)
-            result[..., number] = parts[dy, dx][_ALL_BANDS[by], _ALL_BANDS[bx]].sum((0, 1))
+            result[..., number] = sum(part for band in parts[dy, dx][_ALL_BANDS[by]] for part in band[_ALL_BANDS[bx]])
         return result
 
-    def _parts(self, flat: Floats, columns: tuple[Floats, Floats, Floats], dy: int, dx: int) -> Floats:
-        """Sums of products at one shift [row bands, column bands, n, c]; three bands where a border may be left out, else one."""
+    def _parts(self, views: list[tuple[Floats, int]], dy: int, dx: int) -> list[list[Floats]]:
+        """Sums of products at one shift, [row bands][column bands] of [n, c]; three bands where a border may be left out, else one."""
         last = self._height - 1
         bands = ((0, 1), (1, last), (last, last + 1)) if dy == 0 else ((0, max(self._height - dy, 0)),)
-        views = ((flat, self._pitch),) if dx else tuple(zip(columns, (1, self._pitch, 1), strict=True))
-        return np.stack([np.stack([_dot(view, pitch, *band, dy, dx) for view, pitch in views]) for band in bands])
+        return [[_dot(view, pitch, *band, dy, dx) for view, pitch in views] for band in bands]
 
     def coefficients(self, k: Floats) -> Floats:
         weights = np.ascontiguousarray(np.moveaxis(k.reshape(*k.shape[:-2], 9), -1, 0))
