@@ -36,7 +36,10 @@ class Tie:
 
 @dataclass
 class Coupling:
-    """The result of the walk. Unit numbers in `pictures` and `ties` are canonical: equal numbers are coupled."""
+    """The result of the walk. Unit numbers in `pictures` and `ties` are canonical: equal numbers are coupled.
+
+    `constants` are the nodes that read constants only.
+    """
 
     pictures: dict[str, Units] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Coupling:
     outputs: dict[int, Units] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     barriers: set[int] = field(default_factory=set)
+    constants: set[int] = field(default_factory=set)
 
 
 def trace(graph: Graph, plan: Plan) -> Coupling:
@@ -111,6 +115,7 @@ class _Walk:
         if all(name in self.graph.initializers or self._is_constant(name) for name in node.input if name):
             for name in node.output:
                 self._untracked(name)
+            self.found.constants.add(index)
             return
         row = row_of(node)
         if row is None:
@@ -326,4 +331,5 @@ class _Walk:
             {node: roots[units] for node, units in found.outputs.items()},
             found.pinned,
             found.barriers,
+            found.constants,
         )

@@ -83,7 +83,7 @@ class _Liveness:
                 if name in self.coupling.pictures:
                     self.constants[name] = self._unknown(name)
             row = row_of(node)
-            if index in self.coupling.barriers:
+            if index in self.coupling.barriers or index in self.coupling.constants:
                 continue
             if index in self.layers:
                 self._layer_constants(self.layers[index])
@@ -188,6 +188,8 @@ class _Liveness:
                 self._read_all(name)
         for index in range(len(self.graph.nodes) - 1, -1, -1):
             node, row = self.graph.nodes[index], row_of(self.graph.nodes[index])
+            if index in self.coupling.constants:
+                continue
             if index in self.coupling.barriers or (row is None and index not in self.layers):
                 for name in node.input:
                     self._read_all(name)
