@@ -308,8 +308,9 @@ class _Liveness:
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
             blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
         units = {unit for found in self.coupling.outputs.values() for unit in found.tolist()} - blocked - {-1}
-        for layer in self.plan.layers:
-            own = self.coupling.outputs[layer.node].tolist()
+        for picture in self.coupling.pictures.values():
+            # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
+            own = picture.reshape(-1).tolist()
             if units.issuperset(own):
                 units.discard(own[0])
         silenced = {layer.node: ~self._live(layer) for layer in self._free}
