@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 
 from relief_onnx.coupling import Coupling, trace
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
+from relief_onnx.layers import LAYER_OPERATORS, VIEW_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
+from relief_onnx.views import View
 
 __all__ = ["Operation", "apply_weights", "operate", "set_initializer"]
 
@@ -149,6 +150,7 @@ def _unused(model: onnx.ModelProto, name: str) -> str:
 
 
 def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Removal) -> None:
+    before = _shapes(model)
     done = set()
     for tie in coupling.ties:
         if (tie.initializer, tie.axis) in done:
@@ -165,11 +167,41 @@ def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Remo
     for index, node in enumerate(model.graph.node):
         if node.op_type in _EDITS and node.domain in ("", "ai.onnx") and index not in coupling.barriers:
             _EDITS[node.op_type](model, graph, node, sizes)
+    sizes |= _follow_views(model, graph, coupling, before)
     for info in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         dims = info.type.tensor_type.shape.dim
         for axis, size in sizes.get(info.name, {}).items():
             if axis < len(dims) and dims[axis].HasField("dim_value"):
                 dims[axis].dim_value = size
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(model: onnx.ModelProto) -> Shapes:
+    return {item.name: tuple(item.dims) for item in model.graph.initializer}
+
+
+def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, before: Shapes) -> dict[str, dict[int, int]]:
+    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor; a Reshape that names an old size is rewritten."""
+    after = _shapes(model)
+    for index in sorted(coupling.constants):
+        node = model.graph.node[index]
+        if node.op_type not in VIEW_OPERATORS or node.input[0] not in before:
+            continue
+        source, name = node.input[0], node.output[0]
+        constant = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        target = None if constant is None else tuple(int(size) for size in constant.reshape(-1))
+        old = VIEW_OPERATORS[node.op_type](View.of(before[source]), attributes(node), target)
+        if node.op_type == "Reshape" and after[source] != before[source]:
+            axes = [old.source_axis(axis) for axis in range(len(old.shape))]
+            new = tuple(size if axis is None else after[source][axis] for size, axis in zip(old.shape, axes, strict=True))
+            node.input[1] = _unused(model, f"{name}/shape")
+            set_initializer(model, node.input[1], np.asarray(new, np.int64))
+            target = new
+        before[name] = old.shape
+        after[name] = VIEW_OPERATORS[node.op_type](View.of(after[source]), attributes(node), target).shape
+    return {name: dict(enumerate(shape)) for name, shape in after.items() if name in before and name not in graph.initializers}
 
 
 def _line(picture: NDArray[np.int64], axis: int) -> NDArray[np.int64]:
