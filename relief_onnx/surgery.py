@@ -41,6 +41,32 @@ def operate(model: onnx.ModelProto) -> Operation:
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to the connections
     [out, in per group] of the input model that are left; `folded` names layers whose bias took over a constant.
     """
+    operation, kept = _operate_once(model)
+    found = operation
+    while found.units_removed:
+        # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone.
+        found, now = _operate_once(operation.model)
+        operation, kept = _followed(operation, kept, found, now)
+    return operation
+
+
+Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]  # by weight: the rows and columns of it that are left
+
+
+def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:
+    """Two operations, one after the other, in terms of the first one's model."""
+    surviving, both = dict(first.surviving), dict(kept)
+    for weight, (rows, columns) in kept.items():
+        if weight in now:
+            surviving[weight] = np.zeros_like(first.surviving[weight])
+            surviving[weight][np.ix_(rows, columns)] = second.surviving[weight]
+            both[weight] = (rows[now[weight][0]], columns[now[weight][1]])
+    channels = {name: (before, second.channels.get(name, (after, after))[1]) for name, (before, after) in first.channels.items()}
+    folded = tuple(dict.fromkeys((*first.folded, *second.folded)))
+    return Operation(second.model, first.units_removed + second.units_removed, channels, surviving, folded), both
+
+
+def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = Graph(result)
@@ -49,6 +75,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     removal = find_dead(graph, plan, coupling)
     counts = {layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers}
     surviving = {layer.weight: _surviving(layer, coupling, removal) for layer in plan.layers}
+    kept = {layer.weight: _kept(layer, coupling, removal) for layer in plan.layers}
     _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
@@ -58,7 +85,15 @@ def operate(model: onnx.ModelProto) -> Operation:
         before, after = counts[layer.name]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             _set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
-    return Operation(result, len(removal.units), counts, surviving, tuple(fold.layer.name for fold in removal.folds))
+    folded = tuple(fold.layer.name for fold in removal.folds)
+    return Operation(result, len(removal.units), counts, surviving, folded), kept
+
+
+def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    rows = np.flatnonzero(~_gone(coupling.outputs[layer.node], removal))
+    if layer.groups > 1 and layer.in_per_group == 1:
+        return rows, np.arange(1)
+    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.node][: layer.in_per_group], removal))
 
 
 def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
