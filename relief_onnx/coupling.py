@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from relief_onnx.graph import Graph
+from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, Source, readers, trace_constant
 from relief_onnx.ops import Barrier, OperatorRow, row_of
 from relief_onnx.views import View
@@ -282,6 +282,8 @@ class _Walk:
 
     def _affine(self, node: onnx.NodeProto) -> None:
         self._rank_known([node.input[0]])
+        if attributes(node).get("training_mode", 0):
+            raise Barrier("it is in training mode, so it sees the whole batch")
         picture = self._picture(node.input[0])
         if picture.size > 1 and (picture.ndim < 2 or picture.shape[1] != picture.size):
             raise Barrier("its channel axis is not the tracked one")

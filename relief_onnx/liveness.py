@@ -364,11 +364,17 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
     copy = onnx.NodeProto.FromString(node.SerializeToString())
+    opset = graph.opset
     if row.kind == "affine":
+        # The reference evaluator mixes statistics of the batch into BatchNormalization of opset 9 to 13; inference is the same from 14 on.
+        opset = max(opset, 15)
+        kept = [item for item in copy.attribute if item.name != "spatial"]
+        del copy.attribute[:]
+        copy.attribute.extend(kept)
         feeds = {**feeds, node.input[0]: np.broadcast_to(feeds[node.input[0]], _affine_shape(feeds, node))}
     inputs = [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype), None) for name in dict.fromkeys(node.input) if name]  # fmt: skip
     body = onnx.helper.make_graph([copy], "one", inputs, [onnx.ValueInfoProto(name=node.output[0])])
-    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)])
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
     with np.errstate(all="ignore"):
         result = np.asarray(ReferenceEvaluator(model).run([node.output[0]], feeds)[0], np.float64)
     return result if bool(np.isfinite(result).all()) else None

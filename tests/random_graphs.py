@@ -171,7 +171,7 @@ def concat(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape)
     total = shape[axis] + dims[axis]
     if total <= 32:
         order = [x, other] if rng.random() < 0.5 else [other, x]
-        pool.add(net.op("Concat", *order, axis=axis - (len(shape) if rng.random() < 0.3 else 0)), *shape[:axis], total, *shape[axis + 1 :])
+        pool.add(net.op("Concat", *order, axis=axis - (len(shape) if net.opset >= 11 and rng.random() < 0.3 else 0)), *shape[:axis], total, *shape[axis + 1 :])
 
 
 @step(None)
