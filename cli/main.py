@@ -158,10 +158,10 @@ def prune(
       relief-onnx prune model.onnx --data calib/
       relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
     """
-    from relief_onnx_cli import render
-
     from relief_onnx import pipeline
     from relief_onnx.options import read_recipe
+
+    from . import render
 
     target = output or model.with_suffix(".pruned.onnx")
     _writable(json_file)
@@ -196,11 +196,11 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     Example:
       relief-onnx score model.onnx --data calib/ -o scores.npz
     """
-    from relief_onnx_cli import render
-
     from relief_onnx import pipeline
     from relief_onnx.model import check_target
     from relief_onnx.score import write_scores
+
+    from . import render
 
     check_target(output, force)
     with render.progress(quiet) as progress:
@@ -223,9 +223,9 @@ def inspect(model: Path, json_file: Path | None) -> None:
     Example:
       relief-onnx inspect model.onnx
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import overview
+
+    from . import render
 
     _writable(json_file)
     document = overview(model)
@@ -246,9 +246,9 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
     Example:
       relief-onnx compare model.onnx model.pruned.onnx --data test/
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import comparison
+
+    from . import render
 
     _writable(json_file)
     with render.progress(quiet) as progress:
@@ -270,9 +270,9 @@ def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -
     Example:
       relief-onnx check-data model.onnx calib/
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import data_overview
+
+    from . import render
 
     _writable(json_file)
     document = data_overview(model, path, _images(values))

@@ -43,8 +43,9 @@ def load(source: ModelSource) -> onnx.ModelProto:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if not content:
         raise ModelError(f"{path} is empty; export or copy the model again")
+    model = onnx.ModelProto()
     try:
-        model = onnx.ModelProto.FromString(content)
+        model.ParseFromString(content)
     except DecodeError as error:
         raise ModelError(f"{path} is truncated or not an ONNX model; export or copy it again") from error
     _check_plausible(model, str(path))
@@ -131,7 +132,8 @@ def _held_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     for item in node.attribute:
         if item.name == "value" and item.t.data_type in FLOATS and len(item.t.dims) >= 1:
-            return item.t
+            tensor: onnx.TensorProto = item.t
+            return tensor
     return None
 
 
@@ -160,9 +162,10 @@ def serialize(model: onnx.ModelProto) -> bytes:
     Raises OutputError over protobuf's limit of 2 GB.
     """
     try:
-        return model.SerializeToString(deterministic=True)
+        content: bytes = model.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:
         raise OutputError("the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model") from error
+    return content
 
 
 def sha256(content: bytes) -> str:

@@ -15,10 +15,8 @@ from relief_onnx.errors import DataError, ModelError
 
 __all__ = ["Session"]
 
-_ERRORS = tuple(
-    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-) + (ValueError, RuntimeError)  # fmt: skip
+_NAMES = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
 
 onnxruntime.set_default_logger_severity(4)
 
