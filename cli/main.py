@@ -40,7 +40,7 @@ def _edge(command: Command) -> Command:
 
 
 def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _bundle(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -98,13 +98,16 @@ def _write_json(target: Path | None, document: Any) -> None:
     write_atomically(target, text.encode())
 
 
-def _writable(*targets: Path | None) -> None:
-    """Find out before the work that a result has nowhere to go."""
+def _writable(target: Path | None, *taken: Path | None) -> None:
+    """Find out before the work that a result has nowhere to go, or would replace one of the other files of this command."""
+    from relief_onnx.errors import OutputError
     from relief_onnx.model import check_target
 
-    for target in targets:
-        if target is not None and str(target) != "-":
-            check_target(target, force=True)
+    if target is None or str(target) == "-":
+        return
+    if any(other is not None and target.resolve() == other.resolve() for other in taken):
+        raise OutputError(f"{target} is given for two things at once; choose another name for one of them")
+    check_target(target, force=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -164,7 +167,9 @@ def prune(
     from . import render
 
     target = output or model.with_suffix(".pruned.onnx")
-    _writable(json_file)
+    masks = values["save_masks"]
+    _writable(json_file, model, target, masks)
+    _writable(masks, model, target)
     with render.progress(quiet) as progress:
         result = pipeline.prune(
             model,
@@ -227,7 +232,7 @@ def inspect(model: Path, json_file: Path | None) -> None:
 
     from . import render
 
-    _writable(json_file)
+    _writable(json_file, model)
     document = overview(model)
     _write_json(json_file, document)
     if str(json_file) != "-":
@@ -250,7 +255,7 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
 
     from . import render
 
-    _writable(json_file)
+    _writable(json_file, first, second)
     with render.progress(quiet) as progress:
         document = comparison(first, second, data, images=_images(values), progress=progress, **values)
     _write_json(json_file, document)
@@ -274,7 +279,7 @@ def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -
 
     from . import render
 
-    _writable(json_file)
+    _writable(json_file, model, path)
     document = data_overview(model, path, _images(values))
     _write_json(json_file, document)
     if str(json_file) != "-":

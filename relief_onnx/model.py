@@ -176,17 +176,17 @@ def sha256(content: bytes) -> str:
 def check_target(path: Path, force: bool) -> None:
     """Refuse early to write over an existing file without `force`, or where nothing can be written. Raises OutputError."""
     if path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name with -o")
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another name with -o or overwrite it with --force")
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another -o")
+        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another place")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another place with -o") from error
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import NothingPrunedError, OutputError
+from relief_onnx.errors import ModelError, NothingPrunedError, OutputError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, make_masks
@@ -82,7 +82,8 @@ def score(
     if not ready.plan.layers:
         raise _nothing(ready.plan, {})
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
-    return _measure(ready, dataset, options, None, progress, None)[0]
+    with _named(ready.path):
+        return _measure(ready, dataset, options, None, progress, None)[0]
 
 
 def prune(
@@ -123,7 +124,7 @@ def prune(
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
         folder = _work_folder(work_dir)
     rules = PaperRules(ready.graph, ready.plan, options)
-    with clock("calibrate"):
+    with clock("calibrate"), _named(ready.path):
         if scores is not None:
             found: Scores = read_scores(Path(scores), ready.plan)
             rules.measure_alone(dataset, options, progress)
@@ -163,6 +164,17 @@ def prune(
         if target is not None:
             files.save(shipped, target)
     return Result(shipped, masked, masks, found, report)
+
+
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Name the user's file where onnxruntime refuses a model that was made from it."""
+    try:
+        yield
+    except ModelError as error:
+        if path is None:
+            raise
+        raise ModelError(f"{path}: {error}") from error
 
 
 class _Clock:
