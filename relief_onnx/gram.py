@@ -1,4 +1,4 @@
-"""The closed form of the convolution score (arXiv 2109.10795, section 3; DESIGN section 2).
+"""The closed form of the convolution score (arXiv 2109.10795, section 3).
 
 For sample n, input channel i and filter j, with a = |x_ni| and k = |K_ij|:
 

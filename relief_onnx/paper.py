@@ -1,4 +1,4 @@
-"""Two more rules of the paper, each an option: skip connections and silent units (DESIGN section 2, arXiv 2109.10795 sections 3.3 and 3.4).
+"""Two more rules of the paper, each an option: skip connections and silent units (arXiv 2109.10795 sections 3.3 and 3.4).
 
 Skip connections. At y = f(x) + shortcut(x), with a = || mean_n |f| ||_F and r = || mean_n |shortcut| ||_F per channel: where
 a / (a + r) < 1 - alpha the branch's filter goes; where r / (a + r) < 1 - alpha the shortcut's channel goes. An identity shortcut has

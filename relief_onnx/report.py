@@ -115,7 +115,7 @@ def build_report(
     evidence: Evidence, verification: Verification, quality: Comparison, seconds: Mapping[str, float], dataset: Dataset,
     target: Path | None, options: Options,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report of one pruning run; every key of DESIGN section 4."""
+    """The report of one pruning run; every key that README.md lists."""
     ready, rows = evidence.ready, evidence.rows()
     shapes = sample_shapes(dataset)
     content = files.serialize(evidence.shipped)

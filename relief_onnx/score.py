@@ -1,4 +1,4 @@
-"""Importance scores: how much each connection contributes to its neuron or filter (DESIGN section 2).
+"""Importance scores: how much each connection contributes to its neuron or filter.
 
 All scores of one output unit, its bias among them, sum to 1; a unit without any contribution has zeros.
 """
