@@ -1,3 +1,3 @@
-from relief_onnx_cli.main import main
+from .main import main
 
 main()

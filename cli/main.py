@@ -40,7 +40,7 @@ def _edge(command: Command) -> Command:
 
 
 def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _bundle(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -98,13 +98,16 @@ def _write_json(target: Path | None, document: Any) -> None:
     write_atomically(target, text.encode())
 
 
-def _writable(*targets: Path | None) -> None:
-    """Find out before the work that a result has nowhere to go."""
+def _writable(target: Path | None, *taken: Path | None) -> None:
+    """Find out before the work that a result has nowhere to go, or would replace one of the other files of this command."""
+    from relief_onnx.errors import OutputError
     from relief_onnx.model import check_target
 
-    for target in targets:
-        if target is not None and str(target) != "-":
-            check_target(target, force=True)
+    if target is None or str(target) == "-":
+        return
+    if any(other is not None and target.resolve() == other.resolve() for other in taken):
+        raise OutputError(f"{target} is given for two things at once; choose another name for one of them")
+    check_target(target, force=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -158,13 +161,15 @@ def prune(
       relief-onnx prune model.onnx --data calib/
       relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
     """
-    from relief_onnx_cli import render
-
     from relief_onnx import pipeline
     from relief_onnx.options import read_recipe
 
+    from . import render
+
     target = output or model.with_suffix(".pruned.onnx")
-    _writable(json_file)
+    masks = values["save_masks"]
+    _writable(json_file, model, target, masks)
+    _writable(masks, model, target)
     with render.progress(quiet) as progress:
         result = pipeline.prune(
             model,
@@ -196,11 +201,11 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     Example:
       relief-onnx score model.onnx --data calib/ -o scores.npz
     """
-    from relief_onnx_cli import render
-
     from relief_onnx import pipeline
     from relief_onnx.model import check_target
     from relief_onnx.score import write_scores
+
+    from . import render
 
     check_target(output, force)
     with render.progress(quiet) as progress:
@@ -223,11 +228,11 @@ def inspect(model: Path, json_file: Path | None) -> None:
     Example:
       relief-onnx inspect model.onnx
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import overview
 
-    _writable(json_file)
+    from . import render
+
+    _writable(json_file, model)
     document = overview(model)
     _write_json(json_file, document)
     if str(json_file) != "-":
@@ -246,11 +251,11 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
     Example:
       relief-onnx compare model.onnx model.pruned.onnx --data test/
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import comparison
 
-    _writable(json_file)
+    from . import render
+
+    _writable(json_file, first, second)
     with render.progress(quiet) as progress:
         document = comparison(first, second, data, images=_images(values), progress=progress, **values)
     _write_json(json_file, document)
@@ -270,11 +275,11 @@ def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -
     Example:
       relief-onnx check-data model.onnx calib/
     """
-    from relief_onnx_cli import render
-
     from relief_onnx.overview import data_overview
 
-    _writable(json_file)
+    from . import render
+
+    _writable(json_file, model, path)
     document = data_overview(model, path, _images(values))
     _write_json(json_file, document)
     if str(json_file) != "-":

@@ -31,7 +31,8 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int | None], None]]:
         yield lambda stage, done, total: None
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn(),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
@@ -139,7 +140,8 @@ def overview(document: Mapping[str, Any]) -> None:
     )
     for row in document["layers"]:
         table.add_row(
-            escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), f"{row['weights']:,}", _count(row["macs"]),
+            escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), f"{row['weights']:,}",
+            _count(row["macs"]),
             f"{row['removable_channels']}/{row['out_channels']}", escape(row["channel_reason"] or ""),
         )  # fmt: skip
     console.print(table)

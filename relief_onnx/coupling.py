@@ -223,7 +223,8 @@ class _Walk:
         """A constant that is broadcast against `picture`: its long axes follow the units."""
         source = trace_constant(self.graph, tensor)
         if not isinstance(source, Source):
-            if self.graph.constant(tensor) is None or np.ndim(self.graph.constant(tensor)) > 0:
+            value = self.graph.constant(tensor)
+            if value is None or value.ndim > 0:
                 self._pin(picture, f"{where}: {tensor} is computed or stored where it cannot be cut")
             return
         view = source.view

@@ -1,4 +1,4 @@
-"""The closed form of the convolution score (arXiv 2109.10795, section 3; DESIGN section 2).
+"""The closed form of the convolution score (arXiv 2109.10795, section 3).
 
 For sample n, input channel i and filter j, with a = |x_ni| and k = |K_ij|:
 
@@ -103,10 +103,9 @@ class _Windows:
 
     def padded(self, a: Floats) -> Floats:
         """The zero-stuffed, padded (or cropped) image [n, c, *padded]."""
-        n, c, *space = a.shape
         if any(gap > 1 for gap in self.stuff):
-            stuffed = np.zeros((n, c, *self.size), a.dtype)
-            stuffed[(..., *(slice(None, None, gap) for gap in self.stuff))] = a
+            stuffed = np.zeros((*a.shape[:2], *self.size), a.dtype)
+            stuffed[(slice(None), slice(None), *(slice(None, None, gap) for gap in self.stuff))] = a
             a = stuffed
         crop = tuple(slice(max(-begin, 0), a.shape[2 + i] - max(-end, 0)) for i, (begin, end) in enumerate(self.pads))
         a = a[(slice(None), slice(None), *crop)]

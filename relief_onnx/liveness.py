@@ -207,7 +207,9 @@ class _Liveness:
     def _live(self, layer: Layer) -> Flags:
         """Which units of a layer anybody reads [out]."""
         read = self.reads[self.graph.nodes[layer.node].output[0]]
-        return np.broadcast_to(read.reshape(-1), layer.out_channels) if read.size in (1, layer.out_channels) else np.ones(layer.out_channels, bool)  # fmt: skip
+        if read.size not in (1, layer.out_channels):
+            return np.ones(layer.out_channels, bool)
+        return np.broadcast_to(read.reshape(-1), layer.out_channels)
 
     def _channels_read(self, layer: Layer) -> Flags:
         """Which input channels [C] have a weight that a live unit applies."""
@@ -372,11 +374,13 @@ def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]]
         del copy.attribute[:]
         copy.attribute.extend(kept)
         feeds = {**feeds, node.input[0]: np.broadcast_to(feeds[node.input[0]], _affine_shape(feeds, node))}
-    inputs = [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype), None) for name in dict.fromkeys(node.input) if name]  # fmt: skip
+    types = {name: onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype) for name in node.input if name}
+    inputs = [onnx.helper.make_tensor_value_info(name, element, None) for name, element in types.items()]
     body = onnx.helper.make_graph([copy], "one", inputs, [onnx.ValueInfoProto(name=node.output[0])])
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
     with np.errstate(all="ignore"):
-        result = np.asarray(ReferenceEvaluator(model).run([node.output[0]], feeds)[0], np.float64)
+        values: Any = ReferenceEvaluator(model).run([node.output[0]], feeds)
+        result = np.asarray(values[0], np.float64)
     return result if bool(np.isfinite(result).all()) else None
 
 

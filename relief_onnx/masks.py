@@ -91,11 +91,17 @@ def _united(layers: tuple[Layer, ...], keeps: list[Flags]) -> Flags:
     while True:
         grown = total
         for layer in layers:
-            whole = layer.view.apply(grown).reshape(layer.out_channels, layer.in_per_group, -1).any(-1)
+            whole = _whole(layer, grown)
             grown = grown | layer.view.invert(_expanded(whole, layer.view))
         if np.array_equal(grown, total):
-            return first.view.apply(total).reshape(first.out_channels, first.in_per_group, -1).any(-1)
+            return _whole(first, total)
         total = grown
+
+
+def _whole(layer: Layer, flags: Flags) -> Flags:
+    """Connections of a layer of which any weight is flagged, [out, in per group]."""
+    found: Flags = np.any(layer.view.apply(flags).reshape(layer.out_channels, layer.in_per_group, -1), axis=-1)
+    return found
 
 
 def _expanded(keep: Flags, view: View) -> Flags:

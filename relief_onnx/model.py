@@ -43,8 +43,9 @@ def load(source: ModelSource) -> onnx.ModelProto:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if not content:
         raise ModelError(f"{path} is empty; export or copy the model again")
+    model = onnx.ModelProto()
     try:
-        model = onnx.ModelProto.FromString(content)
+        model.ParseFromString(content)
     except DecodeError as error:
         raise ModelError(f"{path} is truncated or not an ONNX model; export or copy it again") from error
     _check_plausible(model, str(path))
@@ -131,7 +132,8 @@ def _held_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     for item in node.attribute:
         if item.name == "value" and item.t.data_type in FLOATS and len(item.t.dims) >= 1:
-            return item.t
+            tensor: onnx.TensorProto = item.t
+            return tensor
     return None
 
 
@@ -160,9 +162,10 @@ def serialize(model: onnx.ModelProto) -> bytes:
     Raises OutputError over protobuf's limit of 2 GB.
     """
     try:
-        return model.SerializeToString(deterministic=True)
+        content: bytes = model.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:
         raise OutputError("the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model") from error
+    return content
 
 
 def sha256(content: bytes) -> str:
@@ -173,17 +176,17 @@ def sha256(content: bytes) -> str:
 def check_target(path: Path, force: bool) -> None:
     """Refuse early to write over an existing file without `force`, or where nothing can be written. Raises OutputError."""
     if path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name with -o")
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another name with -o or overwrite it with --force")
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another -o")
+        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there; create it or choose another place")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another place with -o") from error
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another place") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -31,7 +31,7 @@ Picture = NDArray[Any]
 Carry = Callable[[Graph, onnx.NodeProto, Sequence[Picture]], list[Picture]]
 
 
-class Barrier(Exception):
+class Barrier(Exception):  # noqa: N818  (not an error: a refusal with its reason)
     """A node that cannot carry pictures; the message says why. Always caught by the walk, which pins the channels it touches."""
 
 
@@ -92,7 +92,7 @@ def _reshape(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) ->
                 break
             if int(np.prod([size for size in after[j:] if size is not None])) == total:
                 full = np.broadcast_to(picture.reshape(picture.shape[i:]), before[i:])  # type: ignore[arg-type]
-                return [_squeezed(full.reshape((1,) * j + after[j:]))]  # type: ignore[operator]
+                return [_squeezed(full.reshape((1,) * j + after[j:]))]  # type: ignore[arg-type, operator]
     raise Barrier("it mixes a tracked axis with one of unknown size")
 
 
@@ -159,7 +159,7 @@ def _split(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> l
     sizes = [_static(graph, name)[axis] for name in node.output]
     if None in sizes:
         raise Barrier("the sizes of its parts are not known")
-    return list(np.split(picture, np.cumsum(sizes)[:-1], axis))  # type: ignore[arg-type]
+    return list(np.split(picture, np.cumsum(sizes)[:-1], axis))
 
 
 def _reduce(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture]:
@@ -230,7 +230,8 @@ def _shape(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> l
     tracked = {place for place, axis in enumerate(axes) if picture.shape[axis] > 1}
     for use in graph.uses.get(node.output[0], []) if tracked else []:
         reader = graph.nodes[use.node]
-        taken = _TAKEN.get(reader.op_type, lambda *_: None)(graph, reader, len(axes)) if use.slot == 0 else None
+        take = _TAKEN.get(reader.op_type) if use.slot == 0 else None
+        taken = take(graph, reader, len(axes)) if take is not None else None
         if taken is None or taken & tracked:
             raise Barrier(f"{reader.op_type} node {graph.names[use.node]} reads the number of channels")
     return [np.full(1, -1, np.int64).astype(picture.dtype)]

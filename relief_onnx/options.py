@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relief_onnx.errors import RecipeError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["CHOICES", "PRESETS", "Options", "read_recipe", "resolve"]
 
@@ -48,6 +43,13 @@ class Options:
                 return alpha
         specific = self.alpha_conv if convolution else self.alpha_fc
         return next(value for value in (specific, self.alpha, DEFAULT_ALPHA[convolution]) if value is not None)
+
+
+_FIELDS = tuple(item.name for item in fields(Options))
+
+
+def _nearest(name: str, valid: tuple[str, ...]) -> str:
+    return difflib.get_close_matches(name, valid, 1, 0.0)[0]
 
 
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
@@ -86,6 +88,9 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
         # --alpha on the command line means both kinds, whatever a preset or recipe says about one of them.
         values = {key: value for key, value in values.items() if key not in alphas}
     values.update({key: value for key, value in given.items() if value is not None})
+    for key in values:
+        if key not in _FIELDS:
+            raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
     options = replace(Options(), **values)
     for key in alphas:
         _check_alpha(key, getattr(options, key))
@@ -125,13 +130,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read as text; write the recipe as a TOML file") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML ({error}); correct that line") from error
-    valid = [*(item.name for item in fields(Options)), "preset"]
+    valid = (*_FIELDS, "preset")
     recipe: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, 1, 0.0)
-            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {near[0].replace('_', '-')!r}?")
+            near = _nearest(name, valid).replace("_", "-")
+            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {near!r}?")
         recipe[name] = _layers(path, value) if name == "layers" else _typed(path, name, value)
     return recipe
 

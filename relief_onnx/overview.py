@@ -84,7 +84,7 @@ def _groups(layers: tuple[Layer, ...], coupling: Coupling) -> list[dict[str, Any
                 "readers": readers,
                 "removable": len(units) - len(pinned),
                 "reason": Counter(pinned).most_common(1)[0][0] if pinned else None,
-            }  # fmt: skip
+            }
         )
     return rows
 

@@ -1,8 +1,8 @@
-"""Two more rules of the paper, each an option: skip connections and silent units (DESIGN section 2, arXiv 2109.10795 sections 3.3 and 3.4).
+"""Two more rules of the paper, each an option: skip connections and silent units (arXiv 2109.10795 sections 3.3 and 3.4).
 
-Skip connections. At y = f(x) + shortcut(x), with a = || mean_n |f| ||_F and r = || mean_n |shortcut| ||_F per channel: where a / (a + r) < 1 - alpha
-the branch's filter goes; where r / (a + r) < 1 - alpha the shortcut's channel goes. An identity shortcut has no filter, so its channel is
-multiplied by 0.
+Skip connections. At y = f(x) + shortcut(x), with a = || mean_n |f| ||_F and r = || mean_n |shortcut| ||_F per channel: where
+a / (a + r) < 1 - alpha the branch's filter goes; where r / (a + r) < 1 - alpha the shortcut's channel goes. An identity shortcut has
+no filter, so its channel is multiplied by 0.
 
 Silent units. A unit whose activation is 0 on every calibration sample loses all its connections. Unlike a provably dead unit it
 might wake up on other data, so this is never done unless asked for.
@@ -157,7 +157,8 @@ def _axis(layer: Layer) -> int:
 
 def _chain(graph: Graph, layer: Layer) -> Chain:
     """Follow a layer through operators that work on each channel alone and have no other reader."""
-    tensor, affine, whole = layer.output, [], layer.bias is None or not layer.bias.shared
+    affine: list[str] = []
+    tensor, whole = layer.output, layer.bias is None or not layer.bias.shared
     while True:
         uses = graph.uses.get(tensor, [])
         if len(uses) != 1 or uses[0].slot != 0 or graph.is_output(tensor):

@@ -17,7 +17,7 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import NothingPrunedError, RecipeError
+from relief_onnx.errors import ModelError, NothingPrunedError, OutputError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, make_masks
@@ -82,7 +82,8 @@ def score(
     if not ready.plan.layers:
         raise _nothing(ready.plan, {})
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
-    return _measure(ready, dataset, options, None, progress, None)[0]
+    with _named(ready.path):
+        return _measure(ready, dataset, options, None, progress, None)[0]
 
 
 def prune(
@@ -105,7 +106,8 @@ def prune(
     source: path of an .onnx file, or a ModelProto. data: a path, an iterable of feeds (dict of arrays, batch first), or an onnxruntime
     CalibrationDataReader. Further keywords are the fields of `Options` (alpha, criterion, skip ...).
 
-    Raises ReliefError subclasses: bad input (exit code 1), VerificationError (3), NothingPrunedError (4). Nothing is written at `output` then.
+    Raises ReliefError subclasses: bad input (exit code 1), VerificationError (3), NothingPrunedError (4). Then nothing is written at
+    `output`.
     """
     options = resolve(preset, recipe or {}, given)
     clock = _Clock()
@@ -114,15 +116,15 @@ def prune(
         target = None if output is None else Path(output)
         if target is not None:
             files.check_target(target, force)
-        for path in (save_masks, scores):
-            _check_parent(path if path is not scores else None)
+        if save_masks is not None:
+            files.check_target(Path(save_masks), force=True)
         weights, reasons = select(ready.plan, options.only, options.skip)
         if not weights:
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
         folder = _work_folder(work_dir)
     rules = PaperRules(ready.graph, ready.plan, options)
-    with clock("calibrate"):
+    with clock("calibrate"), _named(ready.path):
         if scores is not None:
             found: Scores = read_scores(Path(scores), ready.plan)
             rules.measure_alone(dataset, options, progress)
@@ -162,6 +164,17 @@ def prune(
         if target is not None:
             files.save(shipped, target)
     return Result(shipped, masked, masks, found, report)
+
+
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Name the user's file where onnxruntime refuses a model that was made from it."""
+    try:
+        yield
+    except ModelError as error:
+        if path is None:
+            raise
+        raise ModelError(f"{path}: {error}") from error
 
 
 class _Clock:
@@ -248,13 +261,8 @@ def _work_folder(work_dir: str | os.PathLike[str] | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.OutputError(f"{folder} cannot be made ({error.strerror}); choose another --work-dir") from error
+        raise OutputError(f"{folder} cannot be made ({error.strerror}); choose another --work-dir") from error
     return folder
-
-
-def _check_parent(path: str | os.PathLike[str] | None) -> None:
-    if path is not None and not Path(path).parent.is_dir():
-        raise files.OutputError(f"{Path(path).parent} is not a folder, so {Path(path).name} cannot be written there; create it")
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
@@ -265,10 +273,3 @@ def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
         f"nothing could be pruned: {rows[0][0]}: {rows[0][1]}" + (f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""),
         rows,
     )
-
-
-def check_recipe_keys(given: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a keyword of `prune` that is not an option."""
-    unknown = set(given) - set(Options.__dataclass_fields__)
-    if unknown:
-        raise RecipeError(f"there is no option {sorted(unknown)[0]}")

@@ -115,7 +115,7 @@ def build_report(
     evidence: Evidence, verification: Verification, quality: Comparison, seconds: Mapping[str, float], dataset: Dataset,
     target: Path | None, options: Options,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report of one pruning run; every key of DESIGN section 4."""
+    """The report of one pruning run; every key that README.md lists."""
     ready, rows = evidence.ready, evidence.rows()
     shapes = sample_shapes(dataset)
     content = files.serialize(evidence.shipped)
@@ -125,7 +125,9 @@ def build_report(
     return {
         "schema": SCHEMA,
         "input": {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(before)},
-        "output": {"path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content), **asdict(after)},
+        "output": {
+            "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content), **asdict(after),
+        },
         "options": {key: value for key, value in asdict(options).items() if key != "layers"} | {"layers": dict(options.layers)},
         "data": {"source": dataset.source, "kind": dataset.kind, "samples": quality.samples, "labelled": dataset.labelled},
         "layers": rows,

@@ -1,4 +1,4 @@
-"""Importance scores: how much each connection contributes to its neuron or filter (DESIGN section 2).
+"""Importance scores: how much each connection contributes to its neuron or filter.
 
 All scores of one output unit, its bias among them, sum to 1; a unit without any contribution has zeros.
 """
@@ -65,7 +65,7 @@ CRITERIA: Mapping[str, Callable[[Layer, NDArray[Any]], Contribution] | None] = {
 
 def magnitudes(graph: Graph, layer: Layer) -> NDArray[Any]:
     """|W| in canonical layout [out, in per group, *kernel], float32 or float64."""
-    weight = np.abs(layer.view.apply(graph.array(layer.weight)))
+    weight: NDArray[Any] = np.abs(layer.view.apply(graph.array(layer.weight)))
     return weight if weight.dtype in (np.float32, np.float64) else weight.astype(np.float32)
 
 

@@ -15,10 +15,8 @@ from relief_onnx.errors import DataError, ModelError
 
 __all__ = ["Session"]
 
-_ERRORS = tuple(
-    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-) + (ValueError, RuntimeError)  # fmt: skip
+_NAMES = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -38,7 +36,10 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except _ERRORS as error:
-            raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {what}: {_first_line(error)}") from error
+            raise ModelError(
+                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({_first_line(error)}); "
+                "export it again with standard ONNX operators only, so that it loads there without relief-onnx too"
+            ) from error
         self.outputs = tuple(item.name for item in self._session.get_outputs())
 
     def run(self, feed: Mapping[str, NDArray[Any]], names: Sequence[str] | None = None, source: str = "") -> list[Any]:

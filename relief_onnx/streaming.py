@@ -132,7 +132,7 @@ class ImageNorm:
 
     def _add(self, x: Floats, weight: float) -> None:
         if any(stride > 1 for stride in self._strides):
-            x = np.ascontiguousarray(x[(..., *(slice(None, None, stride) for stride in self._strides))])
+            x = np.ascontiguousarray(x[(slice(None), slice(None), *(slice(None, None, stride) for stride in self._strides))])
         flat = x.reshape(*x.shape[:2], -1)
         self._sum = self._sum + weight * np.sqrt(np.vecdot(flat, flat)).sum(0, dtype=np.float64)
 
@@ -222,7 +222,8 @@ class MeanImage:
 
     def norms(self) -> Doubles:
         """|| mean_n |x_ni| ||_F per channel."""
-        return self._average(lambda image: np.sqrt(np.square(image).reshape(len(image), -1).sum(-1)))
+        norms: Doubles = self._average(lambda image: np.sqrt(np.square(image).reshape(len(image), -1).sum(-1)))
+        return norms
 
     def _average(self, measure: Callable[[Doubles], Any]) -> Any:
         samples = sum(self._counts.values())

@@ -17,6 +17,7 @@ __all__ = ["TOLERANCES", "Verification", "verify"]
 # Largest difference that rounding explains, relative to the largest output. Half precision has 11 bits.
 TOLERANCES = {"float": 1e-4, "half": 1e-2}
 SAMPLES = 16
+_CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ def verify(
 ) -> Verification:
     """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `masked` computes."""
     checker = _check(original, result)
+    before = Session(original, threads).signature()
     try:
-        before, after = Session(original, threads).signature(), Session(result, threads, "the pruned model").signature()
+        after = Session(result, threads, "the pruned model").signature()
     except ModelError as error:
-        raise VerificationError(f"{error}; nothing was written, please report this model") from error
+        raise VerificationError(
+            f"the pruned model does not load: {error.__cause__}; nothing was written, please report this model"
+        ) from error
     if before != after:
         raise VerificationError(f"inputs and outputs changed from {before} to {after}; nothing was written, please report this model")
     found = compare_models(masked, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads)
@@ -60,10 +64,10 @@ def verify(
 def _check(original: onnx.ModelProto, result: onnx.ModelProto) -> str:
     try:
         onnx.checker.check_model(result, full_check=True)
-    except Exception as error:  # the checker raises several unrelated types
+    except _CHECKER_ERRORS as error:
         try:
             onnx.checker.check_model(original, full_check=True)
-        except Exception:  # the file that the user gave fails in the same way: not our doing
+        except _CHECKER_ERRORS:  # the file that the user gave fails in the same way: not our doing
             return "the original fails ONNX's full check too"
         raise VerificationError(
             f"the pruned model fails ONNX's checker ({str(error).strip().splitlines()[0]}); nothing was written, please report this model"
