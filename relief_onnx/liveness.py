@@ -96,7 +96,7 @@ class _Liveness:
     def _input_constants(self, layer: Layer) -> Values:
         channels = layer.groups * layer.in_per_group
         found = self.constants.get(layer.input)
-        if found is None or found.size not in (1, channels):
+        if found is None or not _along(found, layer.input_axis, channels):
             return np.full(channels, np.nan)
         return np.broadcast_to(found.reshape(-1), channels)
 
@@ -221,7 +221,7 @@ class _Liveness:
         if read is None:
             return
         channels = self._channels_read(layer)
-        if read.size == channels.size:
+        if read.size == channels.size and _along(read, layer.input_axis, channels.size):
             read |= channels.reshape(read.shape)
         else:
             read[...] = True
@@ -345,6 +345,11 @@ def _can_fold(graph: Graph, layer: Layer) -> bool:
     if layer.bias is not None:
         return not layer.bias.shared and layer.bias.factor != 0
     return slot is not None and (len(node.input) <= slot or not node.input[slot])
+
+
+def _along(picture: NDArray[Any], axis: int, channels: int) -> bool:
+    """Whether a picture tracks nothing but that axis, with so many channels, or nothing at all."""
+    return picture.size == 1 or (picture.size == channels and picture.shape[axis] == channels)
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
