@@ -326,6 +326,8 @@ class _Liveness:
                 sums = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=np.float64)
                 values = np.where(gone, np.nan_to_num(constants), 0.0).reshape(layer.groups, -1)
                 amount = (sums * np.repeat(values, layer.out_channels // layer.groups, 0)).sum(1) * layer.scale
+                # Only units that somebody reads count: the bias of others may be shared with a layer that is read.
+                amount = np.where(self._live(layer), amount, 0.0)
                 if amount.any():
                     folds.append(Fold(layer, amount))
         return folds
