@@ -200,7 +200,7 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
 
     from relief_onnx import pipeline
     from relief_onnx.model import check_target
-    from relief_onnx.score import write_scores
+    from relief_onnx.scoring import write_scores
 
     check_target(output, force)
     with render.progress(quiet) as progress:

@@ -77,8 +77,9 @@ def test_scores(name: str) -> None:
         wanted = wanted / wanted.sum(1, keepdims=True)
         found = scores[f"{layer}.weight"]
         rows = len(wanted)
-        np.testing.assert_allclose(found.score[:rows], wanted[:, :-1], rtol=1e-5, atol=1e-12, err_msg=layer)
-        np.testing.assert_allclose(found.bias_score[:rows], wanted[:, -1], rtol=1e-5, atol=1e-12, err_msg=layer)
+        # The absolute part is for activations that are all but 0, where float32 inference itself rounds.
+        np.testing.assert_allclose(found.score[:rows], wanted[:, :-1], rtol=1e-5, atol=1e-9, err_msg=layer)
+        np.testing.assert_allclose(found.bias_score[:rows], wanted[:, -1], rtol=1e-5, atol=1e-9, err_msg=layer)
 
 
 @pytest.mark.parametrize("name", MODELS)
