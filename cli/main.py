@@ -203,7 +203,7 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     """
     from relief_onnx import pipeline
     from relief_onnx.model import check_target
-    from relief_onnx.score import write_scores
+    from relief_onnx.scoring import write_scores
 
     from . import render
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.views import View
@@ -381,10 +382,13 @@ def readers(graph: Graph, name: str) -> list[tuple[Use, str]]:
     return found
 
 
-def _candidate(graph: Graph, name: str) -> bool:
-    """A float tensor with two axes or more that are longer than 1: some tool could prune it."""
-    item = graph.initializers[name]
-    return item.data_type in FLOATS and sum(size > 1 for size in item.dims) >= 2
+# Element types of weights; eight bit integers are those of quantised models.
+_WEIGHT_TYPES = FLOATS | {TensorProto.INT8, TensorProto.UINT8}
+
+
+def _candidate(item: TensorProto) -> bool:
+    """A float or quantised tensor with two axes or more that are longer than 1: some tool could prune it."""
+    return item.data_type in _WEIGHT_TYPES and sum(size > 1 for size in item.dims) >= 2
 
 
 def find(graph: Graph) -> Plan:
@@ -395,7 +399,7 @@ def find(graph: Graph) -> Plan:
         found_readers = readers(graph, name)
         rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
-        if not (_candidate(graph, name) or is_layer_weight) or not found_readers:
+        if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
             continue
         found = [_from_reader(graph, use, tensor) for use, tensor in found_readers]
         refusals = [(use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)]
@@ -419,23 +423,16 @@ def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
 
 
 def _inner(graph: Graph) -> list[Skipped]:
-    """Weights that live inside the bodies of control flow."""
+    """Weights that live inside the bodies of control flow, as initializers or in Constant nodes."""
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
         pending = list(subgraphs(node))
         while pending:
             body = pending.pop()
-            found += [
-                Skipped(
-                    graph.names[i],
-                    node.op_type,
-                    item.name,
-                    tuple(item.dims),
-                    f"it lives inside a body of {node.op_type}",
-                )
-                for item in body.initializer
-                if item.data_type in FLOATS and sum(size > 1 for size in item.dims) >= 2
-            ]
+            held = [(item.name, item) for item in body.initializer]
+            held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
+            reason = f"it lives inside a body of {node.op_type}"
+            found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
             pending += [inner for child in body.node for inner in subgraphs(child)]
     return found
 

@@ -96,7 +96,7 @@ class _Liveness:
     def _input_constants(self, layer: Layer) -> Values:
         channels = layer.groups * layer.in_per_group
         found = self.constants.get(layer.input)
-        if found is None or found.size not in (1, channels):
+        if found is None or not _along(found, layer.input_axis, channels):
             return np.full(channels, np.nan)
         return np.broadcast_to(found.reshape(-1), channels)
 
@@ -223,7 +223,7 @@ class _Liveness:
         if read is None:
             return
         channels = self._channels_read(layer)
-        if read.size == channels.size:
+        if read.size == channels.size and _along(read, layer.input_axis, channels.size):
             read |= channels.reshape(read.shape)
         else:
             read[...] = True
@@ -328,6 +328,8 @@ class _Liveness:
                 sums = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=np.float64)
                 values = np.where(gone, np.nan_to_num(constants), 0.0).reshape(layer.groups, -1)
                 amount = (sums * np.repeat(values, layer.out_channels // layer.groups, 0)).sum(1) * layer.scale
+                # Only units that somebody reads count: the bias of others may be shared with a layer that is read.
+                amount = np.where(self._live(layer), amount, 0.0)
                 if amount.any():
                     folds.append(Fold(layer, amount))
         return folds
@@ -347,6 +349,11 @@ def _can_fold(graph: Graph, layer: Layer) -> bool:
     if layer.bias is not None:
         return not layer.bias.shared and layer.bias.factor != 0
     return slot is not None and (len(node.input) <= slot or not node.input[slot])
+
+
+def _along(picture: NDArray[Any], axis: int, channels: int) -> bool:
+    """Whether a picture tracks nothing but that axis, with so many channels, or nothing at all."""
+    return picture.size == 1 or (picture.size == channels and picture.shape[axis] == channels)
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
-from relief_onnx.score import LayerScore, Scores
+from relief_onnx.scoring import LayerScore, Scores
 from relief_onnx.views import View
 
 __all__ = ["Masks", "insert", "keep_prefix", "make_masks"]

@@ -1,4 +1,4 @@
-"""Size and work of a model: parameters, bytes, multiply-accumulates."""
+"""Size and work of a model: parameters, and multiply-accumulates from the shapes of a real run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.dataset import Batch
+from relief_onnx.graph import FLOATS, Graph, Shape
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.probes import instrument
+from relief_onnx.session import Session
 
 __all__ = ["Size", "layer_macs", "measure"]
 
@@ -18,7 +21,7 @@ __all__ = ["Size", "layer_macs", "measure"]
 class Size:
     """`params` and `nonzero_params` count the elements of floating point initializers; `macs` are those of one sample.
 
-    `macs` is None where the work depends on input sizes that are not known.
+    `macs` is None where nothing was run and the model leaves sizes open other than the batch.
     """
 
     params: int
@@ -26,62 +29,44 @@ class Size:
     macs: int | None
 
 
-def measure(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Size:
-    """Measure a (not packed) model; `shapes` are the inputs' shapes for one sample where the model leaves them open."""
-    graph = Graph(_fixed(model, shapes or {}))
+def measure(model: onnx.ModelProto, sample: Batch | None = None) -> Size:
+    """Measure a (not packed) model; with `sample`, sizes that the model leaves open are those of its run."""
+    graph = Graph(model)
+    plan = find(graph)
     params = nonzero = 0
     for name, item in graph.initializers.items():
         if item.data_type in FLOATS:
             array = graph.array(name)
             params += array.size
             nonzero += int(np.count_nonzero(array))
-    works = [layer_macs(graph, layer) for layer in find(graph).layers]
+    shapes = {name: shape for name, (_, shape) in graph.types.items()} if sample is None else _run_shapes(graph, plan, sample)
+    works = [layer_macs(graph, layer, shapes) for layer in plan.layers]
     known = [work for work in works if work is not None]
-    return Size(params, nonzero, sum(known) if len(known) == len(works) else None)
+    samples = 1 if sample is None else sample.size
+    return Size(params, nonzero, round(sum(known) / samples) if len(known) == len(works) else None)
 
 
-def macs_by_layer(model: onnx.ModelProto, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:
-    """Multiply-accumulates of each layer for one sample."""
-    graph = Graph(_fixed(model, shapes))
-    return {layer.name: layer_macs(graph, layer) for layer in plan.layers}
+def _run_shapes(graph: Graph, plan: Plan, sample: Batch) -> dict[str, Shape | None]:
+    """The shapes of what layers read and write, from running one sample."""
+    tensors = {name for layer in plan.layers for name in (layer.input, graph.nodes[layer.node].output[0])}
+    probe = instrument(graph, sorted(tensors - {info.name for info in graph.inputs}))
+    values = Session(probe.model, 1, "the probe model").run(sample.feed, list(probe.taps.values()), sample.source) if probe.taps else []
+    shapes: dict[str, Shape | None] = {name: tuple(np.shape(value)) for name, value in zip(probe.taps, values, strict=True)}
+    return shapes | {name: tuple(np.shape(value)) for name, value in sample.feed.items()}
 
 
-def layer_macs(graph: Graph, layer: Layer) -> int | None:
-    """Outputs of the layer times the weights that each of them reads."""
-    shape = graph.shape(graph.nodes[layer.node].output[0])
-    if shape is None or not all(isinstance(size, int) for size in shape):
+def layer_macs(graph: Graph, layer: Layer, shapes: Mapping[str, Shape | None]) -> int | None:
+    """A layer's multiply-accumulates: outputs times the weights that each reads; of a transposed convolution, inputs times weights.
+
+    An open first axis counts as a batch of 1; None where another size is not known.
+    """
+    transposed = layer.geometry is not None and layer.geometry.transposed
+    shape = shapes.get(layer.input if transposed else graph.nodes[layer.node].output[0])
+    if not shape:
         return None
-    return int(np.prod([size for size in shape if isinstance(size, int)])) * int(np.prod(layer.view.shape[1:])) if not (
-        layer.geometry is not None and layer.geometry.transposed
-    ) else _transposed_macs(graph, layer)  # fmt: skip
-
-
-def _transposed_macs(graph: Graph, layer: Layer) -> int | None:
-    """A transposed convolution spends its work per input position."""
-    shape = graph.shape(layer.input)
-    if shape is None or not all(isinstance(size, int) for size in shape):
-        return None
-    inputs = int(np.prod([size for size in shape if isinstance(size, int)]))
-    return inputs * layer.out_channels // layer.groups * int(np.prod(layer.view.shape[2:]))
-
-
-def _fixed(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """A copy whose open input sizes are fixed, and whose stored intermediate shapes are forgotten so that they are inferred anew."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    initializers = {item.name for item in fixed.graph.initializer}
-    for info in fixed.graph.input:
-        if info.name in initializers or not info.type.HasField("tensor_type"):
-            continue
-        wanted = shapes.get(info.name)
-        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if not (dim.HasField("dim_value") and dim.dim_value > 0):
-                if wanted is not None and axis < len(wanted):
-                    dim.dim_value = wanted[axis]
-                elif axis == 0:
-                    dim.dim_value = 1
-    if any(shapes.values()):
-        del fixed.graph.value_info[:]
-        for info in fixed.graph.output:
-            info.type.tensor_type.ClearField("shape")
-    return fixed
+    sizes = [size if isinstance(size, int) else (1 if axis == 0 else None) for axis, size in enumerate(shape)]
+    known = [size for size in sizes if size is not None]
+    weights = int(np.prod(layer.view.shape[1:]))
+    if transposed:
+        weights = layer.out_channels // layer.groups * int(np.prod(layer.view.shape[2:]))
+    return int(np.prod(known)) * weights if len(known) == len(sizes) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling, trace
-from relief_onnx.data import ImageOptions, batch_axis, describe, open_dataset
+from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
 from relief_onnx.layers import Layer
-from relief_onnx.measure import macs_by_layer, measure
+from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
 from relief_onnx.pipeline import Prepared, prepare
-from relief_onnx.report import quality_report, sample_shapes
+from relief_onnx.report import quality_report
 
 __all__ = ["comparison", "data_overview", "overview"]
 
@@ -29,8 +28,8 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
     """What can be pruned, what is coupled, and what cannot be pruned and why; no data is needed."""
     ready = prepare(source)
     coupling = trace(ready.graph, ready.plan)
-    works = macs_by_layer(ready.graph.model, ready.plan, {})
-    layers = [_layer_row(layer, coupling, works[layer.name]) for layer in ready.plan.layers]
+    shapes = {name: shape for name, (_, shape) in ready.graph.types.items()}
+    layers = [_layer_row(layer, coupling, layer_macs(ready.graph, layer, shapes)) for layer in ready.plan.layers]
     skipped = [asdict(row) | {"shape": list(row.shape)} for row in ready.plan.skipped]
     return {
         "schema": "relief-onnx/inspect/1",
@@ -48,8 +47,8 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
     }
 
 
-def _file(ready: Prepared, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
-    size = measure(ready.graph.model, shapes or {})
+def _file(ready: Prepared, sample: Batch | None = None) -> dict[str, Any]:
+    size = measure(ready.graph.model, sample)
     return {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(size)}
 
 
@@ -104,8 +103,8 @@ def comparison(
     ready = prepare(first), prepare(second)
     dataset = open_dataset(data, files.input_specs(models[0]), images=images)
     found = compare_models(*models, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress)
-    shapes = sample_shapes(dataset)
-    a, b = (_file(item, shapes) for item in ready)
+    sample = next(iter(dataset.batches(1, limit=1)))
+    a, b = (_file(item, sample) for item in ready)
     per_sample = [1000 * seconds / max(found.samples, 1) for seconds in found.seconds]
     return {
         "schema": "relief-onnx/compare/1",

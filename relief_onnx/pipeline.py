@@ -26,7 +26,7 @@ from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
 from relief_onnx.report import Evidence, build_report
-from relief_onnx.score import Scores, measurements, normalise, read_scores, write_arrays, write_scores
+from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
 

@@ -26,7 +26,7 @@ from relief_onnx.verify import Verification
 if TYPE_CHECKING:
     from relief_onnx.pipeline import Prepared
 
-__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "sample_shapes"]
+__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report"]
 
 SCHEMA = "relief-onnx/report/1"
 
@@ -117,10 +117,10 @@ def build_report(
 ) -> dict[str, Any]:  # fmt: skip
     """The report of one pruning run; every key that README.md lists."""
     ready, rows = evidence.ready, evidence.rows()
-    shapes = sample_shapes(dataset)
+    sample = next(iter(dataset.batches(1, limit=1)))
     content = files.serialize(evidence.shipped)
-    before = measure(ready.graph.model, shapes)
-    after = measure(evidence.operation.model, shapes)
+    before = measure(ready.graph.model, sample)
+    after = measure(evidence.operation.model, sample)
     weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)
     return {
         "schema": SCHEMA,
@@ -173,9 +173,3 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: i
     if worst < 0.9:
         found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")
     return found
-
-
-def sample_shapes(dataset: Dataset) -> dict[str, tuple[int, ...]]:
-    """The inputs' shapes of one sample, batch axis included."""
-    first = next(iter(dataset.batches(1, limit=1)))
-    return {name: tuple(array.shape) for name, array in first.feed.items()}

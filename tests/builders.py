@@ -21,6 +21,7 @@ class Net:
         self.initializers: dict[str, NDArray[Any]] = {}
         self.inputs: list[tuple[str, Sequence[int | str], int]] = []
         self.outputs: list[str] = []
+        self.ranks: dict[str, int] = {}
         self._count = 0
 
     def name(self, prefix: str) -> str:
@@ -72,7 +73,7 @@ class Net:
         model.domain, model.model_version, model.doc_string = "org.example", 7, "a model with a doc string"
         helper.set_model_props(model, {"author": "somebody", "labels": "a,b"})
         model = onnx.shape_inference.infer_shapes(model)
-        for info in model.graph.output:  # what inference cannot know: at least the type
-            if not info.type.tensor_type.elem_type:
-                info.type.tensor_type.elem_type = TensorProto.FLOAT
+        for info in model.graph.output:  # what inference does not find out: at least type and rank
+            if not info.type.tensor_type.HasField("shape"):
+                info.CopyFrom(helper.make_tensor_value_info(info.name, TensorProto.FLOAT, [None] * self.ranks.get(info.name, 2)))
         return model

@@ -90,7 +90,7 @@ def assert_inferred_dims(model: onnx.ModelProto) -> None:
     del bare.graph.value_info[:]
     inferred = {item.name: item for item in onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph.value_info}
     for item in model.graph.value_info:
-        if item.name in inferred:
+        if item.name in inferred and inferred[item.name].type.tensor_type.HasField("shape") and item.type.tensor_type.HasField("shape"):
             stored, right = item.type.tensor_type.shape.dim, inferred[item.name].type.tensor_type.shape.dim
             for a, b in zip(stored, right, strict=True):
                 if a.HasField("dim_value") and b.HasField("dim_value"):

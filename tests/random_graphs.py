@@ -22,6 +22,7 @@ class Pool:
 
     def add(self, name: str, *shape: int) -> None:
         self.tensors[name] = shape
+        self.net.ranks[name] = len(shape)
 
     def pick(self, rng: np.random.Generator, rank: int | None = None, like: Shape | None = None, but: str = "") -> tuple[str, Shape] | None:
         fitting = [
@@ -367,6 +368,109 @@ def depth_to_space(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape
     n, c, h, w = shape
     if c % 4 == 0 and h <= 4:
         pool.add(net.op("DepthToSpace", x, blocksize=2), n, c // 4, 2 * h, 2 * w)
+
+
+@step(4)
+def odd_conv(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Dilation, auto_pad, or a kernel that is not square."""
+    n, c, h, w = shape
+    out = channels(rng)
+    forms: list[tuple[tuple[int, int], dict[str, Any], tuple[int, int]]] = [
+        ((3, 3), {"dilations": [2, 2], "pads": [2] * 4}, (h, w)),
+        ((3, 3), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}, (-(-h // 2), -(-w // 2))),
+        ((1, 3), {"pads": [0, 0, 0, 2]}, (h, w)),
+        ((1, 1), {"auto_pad": "VALID"}, (h, w)),
+        ((1, 1), {"pads": [1, 0, 0, 0]}, (h + 1, w)),
+    ]
+    kernel, values, space = forms[rng.integers(len(forms))]
+    pool.add(net.op("Conv", x, net.weight(out, c, *kernel), *maybe_bias(net, rng, out), **values), n, out, *space)
+
+
+@step(3)
+def conv1d(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, t = shape
+    out = channels(rng)
+    pool.add(net.op("Conv", x, net.weight(out, c, 3), *maybe_bias(net, rng, out), pads=[1, 1]), n, out, t)
+
+
+@step(3)
+def untoken(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """[N, T, C] -> [N, C, T, 1], or its rows as a batch [N T, C]."""
+    n, t, c = shape
+    if rng.random() < 0.6:
+        y = net.op("Transpose", x, perm=[0, 2, 1])
+        pool.add(net.op("Reshape", y, net.ints(0, 0, -1, 1)), n, c, t, 1)
+    else:
+        out = channels(rng)
+        rows = net.op("Gemm", net.op("Reshape", x, net.ints(-1, c)), net.weight(c, out), net.bias(out))
+        pool.add(net.op("Reshape", rows, net.ints(-1, t, out)), n, t, out)
+
+
+@step(3)
+def heads(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Channels split into heads and put together again in another order of axes."""
+    n, t, c = shape
+    if c % 2 == 0:
+        y = net.op("Transpose", net.op("Reshape", x, net.ints(0, t, 2, c // 2)), perm=[0, 2, 1, 3])
+        y = net.op("Relu", y)
+        pool.add(net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.ints(0, t, c)), *shape)
+
+
+@step(4)
+def odd_transpose(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    order = [0, *(1 + rng.permutation(3)).tolist()]
+    pool.add(net.op("Transpose", x, perm=order), *(shape[i] for i in order))
+
+
+@step(4)
+def odd_reshape(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Merges or splits axes without regard to channels."""
+    n, c, h, w = shape
+    forms = [((0, c * h, w), (n, c * h, w)), ((0, w, -1), (n, w, c * h)), ((0, h, c, w), (n, h, c, w)), ((0, 1, c, -1), (n, 1, c, h * w))]
+    target, result = forms[rng.integers(len(forms))]
+    pool.add(net.op("Reshape", x, net.ints(*target)), *result)
+
+
+@step(4)
+def dynamic_reshape(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """As exporters write view(x.size(0), -1)."""
+    batch = net.op("Gather", net.op("Shape", x), net.ints(0), axis=0)
+    target = net.op("Concat", batch, net.ints(int(np.prod(shape[1:]))) if rng.random() < 0.5 else net.ints(-1), axis=0)
+    if np.prod(shape[1:]) <= 300:
+        pool.add(net.op("Reshape", x, target), shape[0], int(np.prod(shape[1:])))
+
+
+@step(None)
+def channel_sum(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A reduction over channels, as a gate."""
+    y = net.op("ReduceMax", x, axes=[1], keepdims=1) if net.opset < 18 else net.op("ReduceMax", x, net.ints(1), keepdims=1)
+    pool.add(net.op("Mul", x, net.op("Sigmoid", y)), *shape)
+
+
+@step(2)
+def left_gemm(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """The constant on the left, a batch that is known: Y = W X' + C."""
+    out = channels(rng)
+    y = net.op("Gemm", net.weight(out, shape[1]), x, net.bias(out, 1), transB=1)
+    pool.add(net.op("Transpose", y, perm=[1, 0]), shape[0], out)
+
+
+@step(2)
+def tied_gemm(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """There and back with one weight, as autoencoders do."""
+    out = channels(rng)
+    weight = net.weight(out, shape[1])
+    y = net.op("Gemm", x, weight, net.bias(out), transB=1)
+    pool.add(net.op("Gemm", net.op("Relu", y), weight, net.bias(shape[1])), *shape)
+
+
+@step(None)
+def branches(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A tensor that meets another of its own channels through a broadcast of another rank."""
+    if len(shape) == 4:
+        y = net.op("GlobalAveragePool", x)
+        y = net.op("Squeeze", y, axes=[0]) if net.opset < 13 and shape[0] == 1 else y
+        pool.add(net.op(str(rng.choice(["Add", "Mul", "Sub", "Div"])), x, net.op("Exp", net.op("Tanh", y))), *shape)
 
 
 @step(None)

@@ -153,13 +153,7 @@ CASES: dict[str, Case] = {
     "Resize": image(lambda net, x: net.op("Resize", x, "", net.constant(np.asarray([1, 1, 2, 2], np.float32)), mode="nearest")),
     "Upsample": image(lambda net, x: net.op("Upsample", x, net.constant(np.asarray([1, 1, 2, 2], np.float32))), opset=9),
     "Pad": image(lambda net, x: net.op("Pad", x, net.ints(0, 0, 1, 1, 0, 0, 0, 1), net.constant(np.float32(0.5)))),
-    "Shape": image(
-        lambda net, x: net.op(
-            "Reshape",
-            x,
-            net.op("Concat", net.op("Gather", net.op("Shape", x), net.ints(0)), net.ints(C), net.ints(36), net.ints(1), axis=0),
-        )
-    ),
+    "Shape": image(lambda net, x: net.op("Mul", x, net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(2), axis=0), to=1))),
 }  # fmt: skip
 
 
