@@ -127,7 +127,7 @@ def main() -> None:
 @click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .pruned.onnx.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option("--alpha", type=float, help="Share of each neuron's contribution to keep, above 0 and up to 1.")
-@click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.99).")
+@click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.98).")
 @click.option("--alpha-fc", type=float, help="The same, for fully connected layers only (default 0.95).")
 @click.option(
     "--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What ranks connections (default relief)."

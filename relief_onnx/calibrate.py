@@ -22,7 +22,7 @@ __all__ = ["Measurement", "Progress", "batch_size_for", "run"]
 
 # Activations of one batch that the probe may hand over at a time: bounds memory whatever the model.
 TAP_BYTES = 32 << 20
-LARGEST_BATCH = 32
+LARGEST_BATCH = 256
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -61,18 +61,35 @@ def run(
     start = time.perf_counter()
     session = Session(probe.model, threads, "the probe model")
     size = batch_size_for(session, probe, dataset, seed)
+    samples = feed(session, probe, measurements, dataset, size, limit=limit, seed=seed, threads=threads, progress=progress)
+    return samples, time.perf_counter() - start
+
+
+def feed(
+    session: Session,
+    probe: Probe,
+    measurements: Sequence[Measurement],
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    limit: int | None,
+    seed: int,
+    threads: int,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """The pass itself, in batches of `batch_size`; returns the number of samples."""
     names = sorted({probe.taps[item.tensor] for item in measurements})
     samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
-        for batch in dataset.batches(size, limit=limit, seed=seed):
+        for batch in dataset.batches(batch_size, limit=limit, seed=seed):
             values = _values(session, names, batch)
             jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
             for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
                 pass
             samples += batch.size * batch.weight
             progress("calibrate", round(samples), total)
-    return round(samples), time.perf_counter() - start
+    return round(samples)
 
 
 def _values(session: Session, names: Sequence[str], batch: Batch) -> Mapping[str, NDArray[Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from relief_onnx.graph import Graph
+from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, Source, readers, trace_constant
 from relief_onnx.ops import Barrier, OperatorRow, row_of
 from relief_onnx.views import View
@@ -36,7 +36,10 @@ class Tie:
 
 @dataclass
 class Coupling:
-    """The result of the walk. Unit numbers in `pictures` and `ties` are canonical: equal numbers are coupled."""
+    """The result of the walk. Unit numbers in `pictures` and `ties` are canonical: equal numbers are coupled.
+
+    `constants` are the nodes that read constants only.
+    """
 
     pictures: dict[str, Units] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Coupling:
     outputs: dict[int, Units] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     barriers: set[int] = field(default_factory=set)
+    constants: set[int] = field(default_factory=set)
 
 
 def trace(graph: Graph, plan: Plan) -> Coupling:
@@ -111,6 +115,7 @@ class _Walk:
         if all(name in self.graph.initializers or self._is_constant(name) for name in node.input if name):
             for name in node.output:
                 self._untracked(name)
+            self.found.constants.add(index)
             return
         row = row_of(node)
         if row is None:
@@ -278,6 +283,8 @@ class _Walk:
 
     def _affine(self, node: onnx.NodeProto) -> None:
         self._rank_known([node.input[0]])
+        if attributes(node).get("training_mode", 0):
+            raise Barrier("it is in training mode, so it sees the whole batch")
         picture = self._picture(node.input[0])
         if picture.size > 1 and (picture.ndim < 2 or picture.shape[1] != picture.size):
             raise Barrier("its channel axis is not the tracked one")
@@ -327,4 +334,5 @@ class _Walk:
             {node: roots[units] for node, units in found.outputs.items()},
             found.pinned,
             found.barriers,
+            found.constants,
         )

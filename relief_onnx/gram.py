@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.layers import Geometry
 
-__all__ = ["PatchStatistics", "output_positions", "padding", "statistics"]
+__all__ = ["PatchStatistics", "Shifts", "output_positions", "padding", "statistics"]
 
 Floats = NDArray[np.float32]
 
@@ -34,8 +34,8 @@ Floats = NDArray[np.float32]
 class PatchStatistics(Protocol):
     """What a kernel of one geometry needs to know of an image of one size."""
 
-    def features(self, a: Floats) -> Floats:
-        """From a = |x| [n, c, *space] to the distinct sums [n, c, S]."""
+    def features(self, x: Floats) -> Floats:
+        """From x [n, c, *space] to the distinct sums of a = |x| [n, c, S]."""
         ...
 
     def coefficients(self, k: Floats) -> Floats:
@@ -120,11 +120,12 @@ class Patches:
     def __init__(self, geometry: Geometry, space: tuple[int, ...]) -> None:
         self._windows = _Windows(geometry, space)
         self._upper = np.triu_indices(geometry.positions)
+        self._places = self._upper[0] * geometry.positions + self._upper[1]
         self._twice = np.where(self._upper[0] == self._upper[1], 1, 2).astype(np.float32)
 
-    def features(self, a: Floats) -> Floats:
+    def features(self, x: Floats) -> Floats:
         w = self._windows
-        image = w.padded(a)
+        image = w.padded(np.abs(x))
         n, c = image.shape[:2]
         steps = image.strides[2:]
         view = np.lib.stride_tricks.as_strided(
@@ -139,7 +140,7 @@ class Patches:
         )
         patches = view.reshape(n, c, int(np.prod(w.kernel)), int(np.prod(w.out)))
         gram = patches @ patches.swapaxes(-1, -2)
-        result: Floats = gram[..., self._upper[0], self._upper[1]]
+        result: Floats = gram.reshape(n, c, -1).take(self._places, -1)
         return result
 
     def coefficients(self, k: Floats) -> Floats:
@@ -184,37 +185,40 @@ class Shifts:
         # Rows end in two zeros, and the image in a row of them, so that a shift never meets a neighbour's pixels.
         self._pitch = self._width + 2
         self._cases, self._table = _shift_cases()
+        self._moves = sorted({case[:2] for case in self._cases})
 
-    def features(self, a: Floats) -> Floats:
-        n, c, height, width = a.shape
-        flat = np.zeros((n, c, height * self._pitch + 2), np.float32)
+    def features(self, x: Floats) -> Floats:
+        n, c, height, width = x.shape
+        flat = np.empty((n, c, height * self._pitch + 2), np.float32)
+        flat[..., -2:] = 0
         image = flat[..., :-2].reshape(n, c, height, self._pitch)
-        image[..., :width] = a
-        core = flat.copy()
-        core_image = core[..., :-2].reshape(n, c, height, self._pitch)
-        core_image[..., 0] = core_image[..., width - 1] = 0
-        columns = (np.ascontiguousarray(a[..., 0]), core, np.ascontiguousarray(a[..., -1]))
+        image[..., width:] = 0
+        np.abs(x, out=image[..., :width])
+        left, right = (np.ascontiguousarray(image[..., column]) for column in (0, width - 1))
+        parts = {(dy, dx): self._parts([(flat, self._pitch)], dy, dx) for dy, dx in self._moves if dx}
+        # Shifts within a column need the border columns apart; nothing else reads them any more.
+        image[..., 0] = image[..., width - 1] = 0
+        columns = [(left, 1), (flat, self._pitch), (right, 1)]
+        parts |= {(dy, dx): self._parts(columns, dy, dx) for dy, dx in self._moves if not dx}
         result = np.empty((n, c, len(self._cases)), np.float32)
-        parts: dict[tuple[int, int], Floats] = {}
         for (dy, dx, by, bx), number in self._cases.items():
-            if (dy, dx) not in parts:
-                parts[dy, dx] = self._parts(flat, columns, dy, dx)
-            result[..., number] = parts[dy, dx][_ALL_BANDS[by], _ALL_BANDS[bx]].sum((0, 1))
+            result[..., number] = sum(part for band in parts[dy, dx][_ALL_BANDS[by]] for part in band[_ALL_BANDS[bx]])
         return result
 
-    def _parts(self, flat: Floats, columns: tuple[Floats, Floats, Floats], dy: int, dx: int) -> Floats:
-        """Sums of products at one shift [row bands, column bands, n, c]; three bands where a border may be left out, else one."""
+    def _parts(self, views: list[tuple[Floats, int]], dy: int, dx: int) -> list[list[Floats]]:
+        """Sums of products at one shift, [row bands][column bands] of [n, c]; three bands where a border may be left out, else one."""
         last = self._height - 1
         bands = ((0, 1), (1, last), (last, last + 1)) if dy == 0 else ((0, max(self._height - dy, 0)),)
-        views = ((flat, self._pitch),) if dx else tuple(zip(columns, (1, self._pitch, 1), strict=True))
-        return np.stack([np.stack([_dot(view, pitch, *band, dy, dx) for view, pitch in views]) for band in bands])
+        return [[_dot(view, pitch, *band, dy, dx) for view, pitch in views] for band in bands]
 
     def coefficients(self, k: Floats) -> Floats:
-        flat = k.reshape(*k.shape[:-2], 9)
-        result = np.zeros((*flat.shape[:-1], len(self._cases)), np.float32)
-        for i, j in product(range(9), range(9)):
-            result[..., self._table[i, j]] += flat[..., i] * flat[..., j]
-        return result
+        weights = np.ascontiguousarray(np.moveaxis(k.reshape(*k.shape[:-2], 9), -1, 0))
+        result = np.zeros((len(self._cases), *weights.shape[1:]), np.float32)
+        for i in range(9):
+            for j in range(i, 9):
+                product = weights[i] * weights[j]
+                result[self._table[i, j]] += product if i == j else 2 * product
+        return np.moveaxis(result, 0, -1)
 
 
 def _dot(view: Floats, pitch: int, top: int, end: int, dy: int, dx: int) -> Floats:

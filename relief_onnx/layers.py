@@ -18,6 +18,7 @@ from relief_onnx.views import View
 
 __all__ = [
     "LAYER_OPERATORS",
+    "VIEW_OPERATORS",
     "Bias",
     "Geometry",
     "Layer",
@@ -230,7 +231,7 @@ LAYER_OPERATORS: Mapping[str, LayerRow] = {
 }
 
 # Operators through which a weight may reach its node unchanged but for its layout: name -> (view, attributes, extra constants).
-_VIEW_OPERATORS: Mapping[str, Callable[[View, Mapping[str, Any], tuple[int, ...] | None], View]] = {
+VIEW_OPERATORS: Mapping[str, Callable[[View, Mapping[str, Any], tuple[int, ...] | None], View]] = {
     "Identity": lambda view, values, extra: view,
     "Cast": lambda view, values, extra: view,
     "Transpose": lambda view, values, extra: view.transpose(*values.get("perm", range(len(view.shape))[::-1])),
@@ -275,7 +276,7 @@ def trace_constant(graph: Graph, tensor: str) -> Source | Refusal | None:
         if tensor not in graph.producer:
             return None
         node = graph.nodes[graph.producer[tensor]]
-        if node.op_type not in _VIEW_OPERATORS or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in VIEW_OPERATORS or node.domain not in ("", "ai.onnx"):
             return None if not _all_constant(graph, node.input) else Refusal(f"it passes {node.op_type} before the node")
         tensor = node.input[0]
     view = View.of(tuple(graph.initializers[tensor].dims))
@@ -285,7 +286,7 @@ def trace_constant(graph: Graph, tensor: str) -> Source | Refusal | None:
         if len(node.input) > 1 and node.input[1] and extra is None:
             return Refusal(f"{node.op_type} before the node takes a shape that is computed at run time")
         target = None if extra is None else tuple(int(size) for size in np.asarray(extra).reshape(-1))
-        view = _VIEW_OPERATORS[node.op_type](view, attributes(node), target)
+        view = VIEW_OPERATORS[node.op_type](view, attributes(node), target)
     return Source(tensor, view, tuple(reversed(path)))
 
 
@@ -373,7 +374,7 @@ def readers(graph: Graph, name: str) -> list[tuple[Use, str]]:
     found = []
     for use in graph.uses.get(name, []):
         node = graph.nodes[use.node]
-        if use.slot == 0 and node.op_type in _VIEW_OPERATORS and node.domain in ("", "ai.onnx"):
+        if use.slot == 0 and node.op_type in VIEW_OPERATORS and node.domain in ("", "ai.onnx"):
             found += readers(graph, node.output[0])
         else:
             found.append((use, name))

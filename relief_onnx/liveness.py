@@ -83,7 +83,7 @@ class _Liveness:
                 if name in self.coupling.pictures:
                     self.constants[name] = self._unknown(name)
             row = row_of(node)
-            if index in self.coupling.barriers:
+            if index in self.coupling.barriers or index in self.coupling.constants:
                 continue
             if index in self.layers:
                 self._layer_constants(self.layers[index])
@@ -188,6 +188,8 @@ class _Liveness:
                 self._read_all(name)
         for index in range(len(self.graph.nodes) - 1, -1, -1):
             node, row = self.graph.nodes[index], row_of(self.graph.nodes[index])
+            if index in self.coupling.constants:
+                continue
             if index in self.coupling.barriers or (row is None and index not in self.layers):
                 for name in node.input:
                     self._read_all(name)
@@ -308,8 +310,9 @@ class _Liveness:
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
             blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
         units = {unit for found in self.coupling.outputs.values() for unit in found.tolist()} - blocked - {-1}
-        for layer in self.plan.layers:
-            own = self.coupling.outputs[layer.node].tolist()
+        for picture in self.coupling.pictures.values():
+            # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
+            own = picture.reshape(-1).tolist()
             if units.issuperset(own):
                 units.discard(own[0])
         silenced = {layer.node: ~self._live(layer) for layer in self._free}
@@ -363,12 +366,18 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
     copy = onnx.NodeProto.FromString(node.SerializeToString())
+    opset = graph.opset
     if row.kind == "affine":
+        # The reference evaluator mixes statistics of the batch into BatchNormalization of opset 9 to 13; inference is the same from 14 on.
+        opset = max(opset, 15)
+        kept = [item for item in copy.attribute if item.name != "spatial"]
+        del copy.attribute[:]
+        copy.attribute.extend(kept)
         feeds = {**feeds, node.input[0]: np.broadcast_to(feeds[node.input[0]], _affine_shape(feeds, node))}
     types = {name: onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype) for name in node.input if name}
     inputs = [onnx.helper.make_tensor_value_info(name, element, None) for name, element in types.items()]
     body = onnx.helper.make_graph([copy], "one", inputs, [onnx.ValueInfoProto(name=node.output[0])])
-    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)])
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
     with np.errstate(all="ignore"):
         values: Any = ReferenceEvaluator(model).run([node.output[0]], feeds)
         result = np.asarray(values[0], np.float64)

@@ -53,7 +53,7 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 
 
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
-DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.99, False: 0.95}
+DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("relief", "relief-fast", "magnitude", "wanda"),

@@ -26,7 +26,7 @@ from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
 from relief_onnx.report import Evidence, build_report
-from relief_onnx.score import CRITERIA, Scores, magnitudes, normalise, read_scores, write_arrays, write_scores
+from relief_onnx.score import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
 
@@ -216,11 +216,9 @@ def _measure(
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
         return read_scores(stored, ready.plan), 0
-    make = CRITERIA[options.criterion]
-    statistics = {layer.name: make(layer, magnitudes(ready.graph, layer)) for layer in ready.plan.layers} if make else {}
-    wanted = [calibrate.Measurement(layer.input, statistics[layer.name]) for layer in ready.plan.layers if make]
+    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion)
     wanted += rules.measurements if rules is not None else []
-    probe = instrument(ready.graph, [item.tensor for item in wanted])
+    probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
     samples = 0
     if folder is not None:
         files.save(probe.model, folder / "probe.onnx")

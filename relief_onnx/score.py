@@ -15,13 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.calibrate import Measurement
 from relief_onnx.errors import DataError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.model import write_atomically
-from relief_onnx.streaming import Contribution, MeanAbsolute, MeanImage, RootMeanSquare, kernel_statistic
+from relief_onnx.probes import norms_name
+from relief_onnx.streaming import (
+    Contribution,
+    KernelNorm,
+    MeanAbsolute,
+    MeanImage,
+    ResponseNorm,
+    RootMeanSquare,
+    kernel_statistic,
+    response_positions,
+)
 
-__all__ = ["CRITERIA", "LayerScore", "Scores", "magnitudes", "normalise", "read_scores", "write_scores"]
+__all__ = ["CRITERIA", "LayerScore", "Scores", "magnitudes", "measurements", "normalise", "read_scores", "write_scores"]
 
 Doubles = NDArray[np.float64]
 
@@ -56,6 +67,37 @@ def magnitudes(graph: Graph, layer: Layer) -> NDArray[Any]:
     """|W| in canonical layout [out, in per group, *kernel], float32 or float64."""
     weight: NDArray[Any] = np.abs(layer.view.apply(graph.array(layer.weight)))
     return weight if weight.dtype in (np.float32, np.float64) else weight.astype(np.float32)
+
+
+Inside = dict[str, tuple[Layer, NDArray[Any]]]
+
+
+def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measurement], dict[str, Contribution], Inside]:
+    """What to measure for a criterion: what listens to which tensor, the statistic of each layer by name, and layers measured in the graph.
+
+    Layers that read the same tensor in the same way share a statistic where it does not depend on their weights.
+    """
+    make = CRITERIA[criterion]
+    wanted: list[Measurement] = []
+    statistics: dict[str, Contribution] = {}
+    inside: Inside = {}
+    shared: dict[tuple[Any, ...], Contribution] = {}
+    for layer in plan.layers if make is not None else ():
+        magnitude = magnitudes(graph, layer)
+        element, shape = graph.types.get(layer.input, (0, None))
+        positions = response_positions(layer, shape, element == 1) if criterion == "relief" else None
+        if positions is not None:
+            statistics[layer.name] = ResponseNorm(layer, positions)
+            inside[norms_name(layer)] = (layer, magnitude)
+            wanted.append(Measurement(norms_name(layer), statistics[layer.name]))
+            continue
+        made = make(layer, magnitude) if make is not None else None
+        key = (layer.input, layer.input_axis, layer.geometry, layer.name if isinstance(made, KernelNorm) else "")
+        if made is not None and key not in shared:
+            shared[key] = made
+            wanted.append(Measurement(layer.input, made))
+        statistics[layer.name] = shared[key]
+    return wanted, statistics, inside
 
 
 def normalise(graph: Graph, layer: Layer, statistic: Contribution | None) -> LayerScore:

@@ -13,17 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.gram import PatchStatistics, output_positions, padding, statistics
+from relief_onnx.gram import PatchStatistics, Shifts, output_positions, padding, statistics
 from relief_onnx.layers import Geometry, Layer
 
-__all__ = ["ChannelMaximum", "ImageNorm", "KernelNorm", "MeanAbsolute", "MeanImage", "RootMeanSquare", "Statistic"]
+__all__ = ["ChannelMaximum", "ImageNorm", "KernelNorm", "MeanAbsolute", "MeanImage", "ResponseNorm", "RootMeanSquare", "Statistic"]
 
 Job = Callable[[], None]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-# What one job works on at a time: about the size of a core's own cache.
-BLOCK_BYTES = 1 << 19
+# What one job reads at a time. Numpy's cost per call asks for large blocks, memory and idle threads for small ones.
+BLOCK_BYTES = 2 << 20
+# What the products of one job hold at a time: about the size of a core's own cache.
+PRODUCT_BYTES = 1 << 19
 
 
 class Statistic(Protocol):
@@ -42,8 +44,8 @@ class Contribution(Statistic, Protocol):
         ...
 
 
-def _blocks(channels: int, bytes_each: int) -> Iterator[slice]:
-    step = max(1, min(channels, BLOCK_BYTES // max(bytes_each, 1)))
+def _blocks(channels: int, bytes_each: int, bytes_at_once: int) -> Iterator[slice]:
+    step = max(1, min(channels, bytes_at_once // max(bytes_each, 1)))
     yield from (slice(start, min(start + step, channels)) for start in range(0, channels, step))
 
 
@@ -162,17 +164,41 @@ class KernelNorm:
         self._positions.add(x, weight)
         plan, coefficients = self._plan(x.shape[2:])
         pixels = int(np.prod(x.shape[2:])) + 1
-        for block in _blocks(x.shape[1], len(x) * max(pixels, self._sum.shape[1]) * 4):
+        for block in _blocks(x.shape[1], len(x) * pixels * 4, BLOCK_BYTES):
             yield partial(self._add, x, weight, plan, coefficients, block)
 
     def _add(self, x: Floats, weight: float, plan: PatchStatistics, coefficients: Floats, block: slice) -> None:
-        features = plan.features(np.abs(x[:, block])).swapaxes(0, 1)
-        norms = np.sqrt(features @ coefficients[block])
-        self._sum[block] += weight * norms.sum(1, dtype=np.float64)
+        features = plan.features(x[:, block]).swapaxes(0, 1)
+        ones = np.full((1, len(x)), weight, np.float32)
+        for part in _blocks(len(features), len(x) * self._sum.shape[1] * 4, PRODUCT_BYTES):
+            place = slice(block.start + part.start, block.start + part.stop)
+            norms = features[part] @ coefficients[place]
+            np.sqrt(norms, out=norms)
+            self._sum[place] += (ones @ norms)[:, 0]
 
     def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
         table = (self._sum / self._positions.samples).reshape(layer.groups, layer.in_per_group, -1)
         return table.swapaxes(1, 2).reshape(layer.out_channels, layer.in_per_group), self._positions.bias_factor
+
+
+class ResponseNorm:
+    """The same as `KernelNorm` from squared norms that the probe computes in the graph; for small convolutions the faster way."""
+
+    def __init__(self, layer: Layer, positions: int) -> None:
+        self._bias_factor = float(np.sqrt(positions))
+        self._sum = np.zeros(layer.out_channels * layer.in_per_group)
+        self._count = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        yield partial(self._add, x, weight)
+
+    def _add(self, x: Floats, weight: float) -> None:
+        self._sum += weight * np.sqrt(x).sum(0, dtype=np.float64)
+        self._count += weight * len(x)
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        table = (self._sum / max(self._count, 1e-300)).reshape(layer.groups, layer.in_per_group, -1)
+        return table.swapaxes(1, 2).reshape(layer.out_channels, layer.in_per_group), self._bias_factor
 
 
 class MeanImage:
@@ -187,7 +213,7 @@ class MeanImage:
         space = x.shape[1:]
         total = self._sums.setdefault(space, np.zeros(space))
         self._counts[space] = self._counts.get(space, 0.0) + weight * len(x)
-        for block in _blocks(x.shape[1], len(x) * int(np.prod(space[1:])) * 4):
+        for block in _blocks(x.shape[1], len(x) * int(np.prod(space[1:])) * 4, BLOCK_BYTES):
             yield partial(self._add, x, weight, total, block)
 
     @staticmethod
@@ -230,6 +256,22 @@ class ChannelMaximum:
     def _add(self, x: Floats) -> None:
         others = tuple(i for i in range(x.ndim) if i != self._axis % x.ndim)
         self.maximum = np.maximum(self.maximum, np.abs(x).max(others))
+
+
+# Responses of one sample up to which a convolution is cheaper inside the graph than by its Gram matrices.
+LARGEST_RESPONSE = 1 << 15
+
+
+def response_positions(layer: Layer, shape: tuple[int | str | None, ...] | None, is_float32: bool) -> int | None:
+    """H_out x W_out where a layer with that input is best measured in the graph, else None."""
+    geometry = layer.geometry
+    if geometry is None or geometry.transposed or not is_float32 or geometry.positions == 1 or not shape:
+        return None
+    space = tuple(size for size in shape[2:] if isinstance(size, int))
+    if len(space) < len(geometry.kernel) or isinstance(statistics(geometry, space), Shifts):
+        return None
+    positions = output_positions(geometry, space)
+    return positions if positions * layer.out_channels * layer.in_per_group <= LARGEST_RESPONSE else None
 
 
 def kernel_statistic(layer: Layer, magnitude: NDArray[Any]) -> Contribution:

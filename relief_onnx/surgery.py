@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 
 from relief_onnx.coupling import Coupling, trace
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
+from relief_onnx.layers import LAYER_OPERATORS, VIEW_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
+from relief_onnx.views import View
 
 __all__ = ["Operation", "apply_weights", "operate", "set_initializer"]
 
@@ -40,6 +41,32 @@ def operate(model: onnx.ModelProto) -> Operation:
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to the connections
     [out, in per group] of the input model that are left; `folded` names layers whose bias took over a constant.
     """
+    operation, kept = _operate_once(model)
+    found = operation
+    while found.units_removed:
+        # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone.
+        found, now = _operate_once(operation.model)
+        operation, kept = _followed(operation, kept, found, now)
+    return operation
+
+
+Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]  # by weight: the rows and columns of it that are left
+
+
+def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:
+    """Two operations, one after the other, in terms of the first one's model."""
+    surviving, both = dict(first.surviving), dict(kept)
+    for weight, (rows, columns) in kept.items():
+        if weight in now:
+            surviving[weight] = np.zeros_like(first.surviving[weight])
+            surviving[weight][np.ix_(rows, columns)] = second.surviving[weight]
+            both[weight] = (rows[now[weight][0]], columns[now[weight][1]])
+    channels = {name: (before, second.channels.get(name, (after, after))[1]) for name, (before, after) in first.channels.items()}
+    folded = tuple(dict.fromkeys((*first.folded, *second.folded)))
+    return Operation(second.model, first.units_removed + second.units_removed, channels, surviving, folded), both
+
+
+def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = Graph(result)
@@ -48,6 +75,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     removal = find_dead(graph, plan, coupling)
     counts = {layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers}
     surviving = {layer.weight: _surviving(layer, coupling, removal) for layer in plan.layers}
+    kept = {layer.weight: _kept(layer, coupling, removal) for layer in plan.layers}
     _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
@@ -57,7 +85,15 @@ def operate(model: onnx.ModelProto) -> Operation:
         before, after = counts[layer.name]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             _set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
-    return Operation(result, len(removal.units), counts, surviving, tuple(fold.layer.name for fold in removal.folds))
+    folded = tuple(fold.layer.name for fold in removal.folds)
+    return Operation(result, len(removal.units), counts, surviving, folded), kept
+
+
+def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    rows = np.flatnonzero(~_gone(coupling.outputs[layer.node], removal))
+    if layer.groups > 1 and layer.in_per_group == 1:
+        return rows, np.arange(1)
+    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.node][: layer.in_per_group], removal))
 
 
 def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
@@ -149,6 +185,7 @@ def _unused(model: onnx.ModelProto, name: str) -> str:
 
 
 def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Removal) -> None:
+    before = _shapes(model)
     done = set()
     for tie in coupling.ties:
         if (tie.initializer, tie.axis) in done:
@@ -165,11 +202,41 @@ def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Remo
     for index, node in enumerate(model.graph.node):
         if node.op_type in _EDITS and node.domain in ("", "ai.onnx") and index not in coupling.barriers:
             _EDITS[node.op_type](model, graph, node, sizes)
+    sizes |= _follow_views(model, graph, coupling, before)
     for info in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         dims = info.type.tensor_type.shape.dim
         for axis, size in sizes.get(info.name, {}).items():
             if axis < len(dims) and dims[axis].HasField("dim_value"):
                 dims[axis].dim_value = size
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(model: onnx.ModelProto) -> Shapes:
+    return {item.name: tuple(item.dims) for item in model.graph.initializer}
+
+
+def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, before: Shapes) -> dict[str, dict[int, int]]:
+    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor; a Reshape that names an old size is rewritten."""
+    after = _shapes(model)
+    for index in sorted(coupling.constants):
+        node = model.graph.node[index]
+        if node.op_type not in VIEW_OPERATORS or node.input[0] not in before:
+            continue
+        source, name = node.input[0], node.output[0]
+        constant = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        target = None if constant is None else tuple(int(size) for size in constant.reshape(-1))
+        old = VIEW_OPERATORS[node.op_type](View.of(before[source]), attributes(node), target)
+        if node.op_type == "Reshape" and after[source] != before[source]:
+            axes = [old.source_axis(axis) for axis in range(len(old.shape))]
+            new = tuple(size if axis is None else after[source][axis] for size, axis in zip(old.shape, axes, strict=True))
+            node.input[1] = _unused(model, f"{name}/shape")
+            set_initializer(model, node.input[1], np.asarray(new, np.int64))
+            target = new
+        before[name] = old.shape
+        after[name] = VIEW_OPERATORS[node.op_type](View.of(after[source]), attributes(node), target).shape
+    return {name: dict(enumerate(shape)) for name, shape in after.items() if name in before and name not in graph.initializers}
 
 
 def _line(picture: NDArray[np.int64], axis: int) -> NDArray[np.int64]:
