@@ -1,7 +1,7 @@
 """make bench-score: what calibrating and scoring cost, and how small the files get. Prints tables, writes benchmarks/results/score.json.
 
-Everything is measured side by side in one run: the same samples, batches and threads through the plain model and through calibration and scoring,
-interleaved; ratios of medians. Peak memory is that of separate processes.
+Everything is measured side by side in one run: the same samples, batches and threads through the plain model and through
+calibration and scoring, interleaved; ratios of medians. Peak memory is that of separate processes.
 """
 
 from __future__ import annotations

@@ -426,13 +426,7 @@ def _inner(graph: Graph) -> list[Skipped]:
         while pending:
             body = pending.pop()
             found += [
-                Skipped(
-                    graph.names[i],
-                    node.op_type,
-                    item.name,
-                    tuple(item.dims),
-                    f"it lives inside a body of {node.op_type}",
-                )
+                Skipped(graph.names[i], node.op_type, item.name, tuple(item.dims), f"it lives inside a body of {node.op_type}")
                 for item in body.initializer
                 if item.data_type in FLOATS and sum(size > 1 for size in item.dims) >= 2
             ]
