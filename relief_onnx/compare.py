@@ -57,12 +57,15 @@ class _Tally:
 
 @dataclass(frozen=True)
 class OutputAgreement:
-    """Of one output: cosine over all values, signal to noise in dB (inf where equal), share of rows with the same largest entry."""
+    """Of one output: cosine over all values, signal to noise in dB (inf where equal), share of rows with the same largest entry.
+
+    `max_abs` is the largest difference, `peak` the largest magnitude in the first model's output.
+    """
 
     cosine: float
     sqnr_db: float
     max_abs: float
-    max_rel: float
+    peak: float
     top1: float | None
 
     @classmethod
@@ -73,8 +76,7 @@ class OutputAgreement:
             cosine, noise = 1.0, math.inf
         else:
             noise = 10 * math.log10(tally.a / tally.error) if tally.a > 0 and math.isfinite(tally.error) else -math.inf
-        relative = tally.max_abs / tally.max_a if tally.max_a > 0 else (0.0 if tally.max_abs == 0 else math.inf)
-        return cls(cosine, noise, tally.max_abs, relative, tally.agreeing / tally.rows if classes and tally.rows else None)
+        return cls(cosine, noise, tally.max_abs, tally.max_a, tally.agreeing / tally.rows if classes and tally.rows else None)
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,14 @@ def compare_models(
     limit: int | None = None,
     seed: int = 0,
     threads: int = 0,
+    optimize: tuple[bool, bool] = (True, True),
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> Comparison:
-    """Run both models side by side on every sample, batch by batch. Outputs are matched by name."""
-    sessions = Session(a, threads, "the first model"), Session(b, threads, "the second model")
+    """Run both models side by side on every sample, batch by batch. Outputs are matched by name.
+
+    `optimize` says whether onnxruntime may optimise each. Raises DataError where outputs cannot be matched or a run fails.
+    """
+    sessions = Session(a, threads, "the first model", optimize[0]), Session(b, threads, "the second model", optimize[1])
     names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
     if not names:
         raise DataError(f"the models share no output name ({', '.join(sessions[0].outputs)} and {', '.join(sessions[1].outputs)})")

@@ -137,6 +137,7 @@ def build_report(
             "checker": verification.checker,
             "masked_vs_output_max_abs": verification.max_abs,
             "masked_vs_output_max_rel": verification.max_rel,
+            "rounding_max_abs": verification.rounding,
         },
         "quality": quality_report(quality),
         "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},

@@ -24,14 +24,16 @@ onnxruntime.set_default_logger_severity(4)
 class Session:
     """A loaded model that runs feeds on the CPU."""
 
-    def __init__(self, model: onnx.ModelProto | bytes, threads: int = 0, what: str = "the model") -> None:
-        """Load `model`; `threads` 0 means one per core.
+    def __init__(self, model: onnx.ModelProto | bytes, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
+        """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
 
         Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -103,7 +103,7 @@ def check_report(report: dict[str, Any]) -> None:
     assert set(report["totals"]) >= {"weights", "weights_kept", "kept_percent"}
     assert report["totals"]["weights"] == sum(row["weights"] for row in report["layers"])
     assert report["totals"]["weights_kept"] == sum(row["weights_kept"] for row in report["layers"])
-    assert set(report["verification"]) == {"checker", "masked_vs_output_max_abs", "masked_vs_output_max_rel"}
+    assert set(report["verification"]) == {"checker", "masked_vs_output_max_abs", "masked_vs_output_max_rel", "rounding_max_abs"}
     assert set(report["quality"]) >= {"agreement", "accuracy_before", "accuracy_after"}
     for agreement in report["quality"]["agreement"].values():
         assert set(agreement) >= {"cosine", "sqnr_db"}
