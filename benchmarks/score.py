@@ -1,7 +1,7 @@
 """make bench-score: what calibrating and scoring cost, and how small the files get. Prints tables, writes benchmarks/results/score.json.
 
-Everything is measured side by side in one run: the same samples, batches and threads through the plain model and through calibration and scoring,
-interleaved; ratios of medians. Peak memory is that of separate processes.
+Everything is measured side by side in one run: the same samples, batches and threads through the plain model and through
+calibration and scoring, interleaved; ratios of medians. Peak memory is that of separate processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from relief_onnx.layers import find
 from relief_onnx.model import input_specs, prepare, serialize
 from relief_onnx.pack import pack, unpack
 from relief_onnx.probes import instrument
-from relief_onnx.score import measurements, normalise
+from relief_onnx.scoring import measurements, normalise
 from relief_onnx.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]

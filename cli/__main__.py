@@ -1,3 +1,5 @@
+"""`python -m relief_onnx_cli`."""
+
 from .main import main
 
 main()

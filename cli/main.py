@@ -6,7 +6,6 @@ Nothing but click is imported at start-up.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,13 +88,13 @@ def _images(values: dict[str, Any]) -> Any:
 def _write_json(target: Path | None, document: Any) -> None:
     if target is None:
         return
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if str(target) == "-":
-        click.echo(text, nl=False)
-        return
     from relief_onnx.model import write_atomically
+    from relief_onnx.report import to_json
 
-    write_atomically(target, text.encode())
+    if str(target) == "-":
+        click.echo(to_json(document), nl=False)
+    else:
+        write_atomically(target, to_json(document))
 
 
 def _writable(target: Path | None, *taken: Path | None) -> None:
@@ -178,11 +177,13 @@ def prune(
             force=force,
             images=_images(values),
             recipe=read_recipe(recipe) if recipe is not None else None,
+            save_report=None if str(json_file) == "-" else json_file,
             progress=progress,
             **values,
         )
-    _write_json(json_file, result.report)
-    if not quiet and str(json_file) != "-":
+    if str(json_file) == "-":
+        _write_json(json_file, result.report)
+    elif not quiet:
         render.prune_report(result.report)
 
 

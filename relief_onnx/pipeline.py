@@ -25,7 +25,7 @@ from relief_onnx.options import Options, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
-from relief_onnx.report import Evidence, build_report
+from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
@@ -98,6 +98,7 @@ def prune(
     scores: str | os.PathLike[str] | None = None,
     save_masks: str | os.PathLike[str] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    save_report: str | os.PathLike[str] | None = None,
     progress: calibrate.Progress = _SILENT,
     **given: Any,
 ) -> Result:
@@ -116,8 +117,9 @@ def prune(
         target = None if output is None else Path(output)
         if target is not None:
             files.check_target(target, force)
-        if save_masks is not None:
-            files.check_target(Path(save_masks), force=True)
+        for path in (save_masks, save_report):
+            if path is not None:
+                files.check_target(Path(path), force=True)
         weights, reasons = select(ready.plan, options.only, options.skip)
         if not weights:
             raise _nothing(ready.plan, reasons)
@@ -161,6 +163,9 @@ def prune(
             files.save(operation.model, folder / "pruned.onnx")
         if save_masks is not None:
             write_arrays(masks.arrays(), Path(save_masks))
+        if save_report is not None:
+            files.write_atomically(Path(save_report), to_json(report))
+        # Last, so that no other failure leaves a file here.
         if target is not None:
             files.save(shipped, target)
     return Result(shipped, masked, masks, found, report)

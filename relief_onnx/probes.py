@@ -42,8 +42,8 @@ def _kernel_norms(graph: Graph, model: onnx.ModelProto, layer: Layer, magnitude:
     apart = magnitude.reshape(layer.groups, per_group, layer.in_per_group, *geometry.kernel).swapaxes(1, 2)
     kernels = np.ascontiguousarray(apart.reshape(-1, 1, *geometry.kernel).astype(np.float32))
     axes = list(range(2, 2 + len(geometry.kernel)))
-    padding = {"pads": geometry.pads} if geometry.auto_pad == "NOTSET" else {"auto_pad": geometry.auto_pad}
-    squares = {"axes": axes} if graph.opset < 18 else {}
+    padding: dict[str, Any] = {"pads": geometry.pads} if geometry.auto_pad == "NOTSET" else {"auto_pad": geometry.auto_pad}
+    squares: dict[str, Any] = {"axes": axes} if graph.opset < 18 else {}
     add = [numpy_helper.from_array(kernels, f"{name}/kernels")]
     if not squares:
         add.append(numpy_helper.from_array(np.array(axes, np.int64), f"{name}/axes"))

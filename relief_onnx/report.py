@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from relief_onnx.verify import Verification
 if TYPE_CHECKING:
     from relief_onnx.pipeline import Prepared
 
-__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report"]
+__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "to_json"]
 
 SCHEMA = "relief-onnx/report/1"
 
@@ -173,3 +174,8 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: i
     if worst < 0.9:
         found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")
     return found
+
+
+def to_json(document: Mapping[str, Any]) -> bytes:
+    """Any of the documents as it stands in a file."""
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()

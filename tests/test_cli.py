@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -319,6 +321,24 @@ def test_check_data() -> None:
     assert document["schema"] == "relief-onnx/data/1"
     assert (document["kind"], document["samples"], len(document["classes"])) == ("images", 450, 10)
     assert document["inputs"][0]["name"] == "image"
+
+
+def test_progress_on_a_terminal_only(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    command = [*program(), "prune", str(LENET), *(str(part) for part in FEW), "-o", str(tmp_path / "out.onnx")]
+    subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # a closed terminal ends in an error
+        while piece := terminal.read(4096):
+            shown += piece
+    assert b"Calibrating and scoring" in shown
+    assert b"32/32" in shown
+
+
+def test_runs_as_a_module() -> None:
+    found = subprocess.run([sys.executable, "-m", "relief_onnx_cli", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("relief-onnx, version ")
 
 
 @pytest.mark.parametrize("command", ["prune", "score", "compare"])

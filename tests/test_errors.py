@@ -355,6 +355,22 @@ def test_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("old.onnx").read_bytes() == b"old"
 
 
+@pytest.mark.usefixtures("here")
+def test_report_that_cannot_be_written_leaves_nothing_at_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace(source: str, target: Path) -> None:
+        if Path(target).name == "r.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    check(
+        "prune m.onnx --data data -o out.onnx --json r.json", 1,
+        "r.json cannot be written (No space left on device); free some space or choose another place.",
+    )  # fmt: skip
+
+
 # --- exit codes 3 and 4 ---------------------------------------------------------------------------------------------
 
 
