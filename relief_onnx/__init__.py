@@ -1,1 +1,78 @@
-"""relief-onnx: make trained ONNX models smaller."""
+"""relief-onnx: make trained ONNX models smaller, measured and verified in onnxruntime.
+
+    import relief_onnx
+    result = relief_onnx.prune("model.onnx", "calib/", alpha=0.95, output="model.pruned.onnx")
+    print(result.report["totals"]["kept_percent"])
+
+Nothing heavy is imported until it is used; torch never is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relief_onnx.compare import Comparison, compare_models
+    from relief_onnx.data import ImageOptions, open_dataset
+    from relief_onnx.errors import (
+        DataError,
+        ModelError,
+        NothingPrunedError,
+        OutputError,
+        RecipeError,
+        ReliefError,
+        VerificationError,
+    )
+    from relief_onnx.options import Options
+    from relief_onnx.pipeline import Result, prepare, prune, score
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Comparison": "compare",
+    "DataError": "errors",
+    "ImageOptions": "data",
+    "ModelError": "errors",
+    "NothingPrunedError": "errors",
+    "Options": "options",
+    "OutputError": "errors",
+    "RecipeError": "errors",
+    "ReliefError": "errors",
+    "Result": "pipeline",
+    "VerificationError": "errors",
+    "compare_models": "compare",
+    "open_dataset": "data",
+    "prepare": "pipeline",
+    "prune": "pipeline",
+    "score": "pipeline",
+}
+
+__all__ = [
+    "Comparison",
+    "DataError",
+    "ImageOptions",
+    "ModelError",
+    "NothingPrunedError",
+    "Options",
+    "OutputError",
+    "RecipeError",
+    "ReliefError",
+    "Result",
+    "VerificationError",
+    "compare_models",
+    "open_dataset",
+    "prepare",
+    "prune",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"relief_onnx.{_HOMES[name]}"), name)
+    raise AttributeError(f"module relief_onnx has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

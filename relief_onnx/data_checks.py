@@ -129,9 +129,7 @@ def check_headers(headers: Mapping[str, Header], inputs: Sequence[InputSpec], ax
         )
     count = counts.pop()
     if count == 0:
-        raise DataError(
-            f"{source} holds 0 samples for input '{inputs[0].name}'; remove it or save at least one sample."
-        )
+        raise DataError(f"{source} holds 0 samples for input '{inputs[0].name}'; remove it or save at least one sample.")
     return count
 
 
@@ -146,8 +144,7 @@ def check_names(names: Iterable[str], inputs: Sequence[InputSpec], source: str) 
         hint = f"rename '{near[0]}', which is the nearest" if near else "save each array under its input's name"
         found = ", ".join(f"'{name}'" for name in present) or "nothing"
         raise DataError(
-            f"{source} has no array for input '{missing[0]}' (found {found}); the model's inputs are "
-            f"{specs_text(inputs)}; {hint}."
+            f"{source} has no array for input '{missing[0]}' (found {found}); the model's inputs are {specs_text(inputs)}; {hint}."
         )
     if extra:
         near = difflib.get_close_matches(extra[0], expected, 1, 0.4)
@@ -227,15 +224,11 @@ def cast(array: Array, spec: InputSpec, source: str, first: int = 0) -> Array:
         result: Array = np.array(array, dtype=spec.dtype, order="C")
     if family(array.dtype) in ("float", "complex"):
         _refuse(~np.isfinite(array), array, spec, source, first, "only finite numbers; clean the data")
-        _refuse(
-            ~np.isfinite(result), array, spec, source, first, f"numbers that fit in {spec.dtype.name}; rescale the data"
-        )
+        _refuse(~np.isfinite(result), array, spec, source, first, f"numbers that fit in {spec.dtype.name}; rescale the data")
     elif array.dtype != spec.dtype:
         with np.errstate(invalid="ignore"):
             changed = (result.astype(array.dtype) != array) | ((result < 0) != (array < 0))
-        _refuse(
-            changed, array, spec, source, first, f"whole numbers that {spec.dtype.name} holds exactly; convert the data"
-        )
+        _refuse(changed, array, spec, source, first, f"whole numbers that {spec.dtype.name} holds exactly; convert the data")
     return result
 
 
@@ -252,14 +245,9 @@ def check_label_header(header: Header, rows: int, source: str) -> None:
     """Labels are integers [N] or [N, 1] (classes from 0), or floats with N on axis 0 (targets)."""
     shape, kind = header.shape, family(header.dtype)
     if kind not in ("int", "float", "bool"):
-        raise DataError(
-            f"{source} has labels of type {header.dtype.name}; save class numbers (int64, from 0) or float targets."
-        )
+        raise DataError(f"{source} has labels of type {header.dtype.name}; save class numbers (int64, from 0) or float targets.")
     if kind != "float" and (len(shape) > 2 or (len(shape) == 2 and shape[1] != 1)):
-        raise DataError(
-            f"{source} has integer labels of shape {shape_text(shape)}; save one class number per sample, with shape "
-            f"[{rows}]."
-        )
+        raise DataError(f"{source} has integer labels of shape {shape_text(shape)}; save one class number per sample, with shape [{rows}].")
     count = shape[0] if shape else 1
     if count != rows:
         raise DataError(f"{source} has {count} labels for {rows} samples; save exactly one label per sample.")
@@ -274,8 +262,5 @@ def to_labels(array: Array, rows: int, source: str) -> Array:
             raise DataError(f"{source} has a label that is NaN or infinite; clean the labels.")
         return np.array(labels)
     if (labels < 0).any():
-        raise DataError(
-            f"{source} has the label {int(labels.min())}; class numbers start at 0, so remove or renumber these "
-            "samples."
-        )
+        raise DataError(f"{source} has the label {int(labels.min())}; class numbers start at 0, so remove or renumber these samples.")
     return np.array(labels, dtype=np.int64).reshape(-1)

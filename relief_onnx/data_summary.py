@@ -138,9 +138,7 @@ def _warnings(
     counts = sorted(classes, key=lambda item: item[1])
     if len(counts) > 1 and counts[-1][1] >= IMBALANCE * counts[0][1]:
         (rare, few), (common, many) = counts[0], counts[-1]
-        warnings.append(
-            f"class '{common}' has {many} samples and class '{rare}' only {few}; the scores lean to the larger classes"
-        )
+        warnings.append(f"class '{common}' has {many} samples and class '{rare}' only {few}; the scores lean to the larger classes")
     return warnings
 
 

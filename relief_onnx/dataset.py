@@ -153,8 +153,7 @@ class Dataset:
             some = _as_slice(rows[begin : begin + step])
             first = int(rows[begin])
             checked = {
-                spec.name: cast(feed[spec.name][some] if batchable else feed[spec.name], spec, part.source, first)
-                for spec in self.inputs
+                spec.name: cast(feed[spec.name][some] if batchable else feed[spec.name], spec, part.source, first) for spec in self.inputs
             }
             yield Piece(checked, len(rows[begin : begin + step]), None if labels is None else labels[some], part.source)
 
@@ -169,11 +168,7 @@ def check_labelled(parts: Sequence[Part]) -> bool:
 
 
 def _half_labelled(source: str, labelled: bool) -> str:
-    found = (
-        "has labels, but the samples before it have none"
-        if labelled
-        else "has no labels, but the samples before it have"
-    )
+    found = "has labels, but the samples before it have none" if labelled else "has no labels, but the samples before it have"
     return f"{source} {found}; label all samples or none."
 
 

@@ -81,8 +81,7 @@ def _part(feed: object, number: int, inputs: Sequence[InputSpec]) -> Part:
     source = f"Feed {number}"
     if not isinstance(feed, Mapping):
         raise DataError(
-            f"{source} is a {type(feed).__name__}; give a dict from input name to array, for example "
-            f"{{'{inputs[0].name}': array}}."
+            f"{source} is a {type(feed).__name__}; give a dict from input name to array, for example {{'{inputs[0].name}': array}}."
         )
     arrays = {str(name): _array(value, str(name), source) for name, value in feed.items()}
     key = label_key(arrays, inputs, source)
@@ -144,9 +143,7 @@ class _Spool:
             return None
         number = len(self._stored)
         if self._pulling:
-            raise DataError(
-                f"The data from Python failed at feed {number} and cannot be read on; give the feeds again."
-            )
+            raise DataError(f"The data from Python failed at feed {number} and cannot be read on; give the feeds again.")
         self._pulling = True  # stays set when the source raises or its feed does not fit: what follows is incomplete
         feed = next(self._source, self)
         if feed is self:

@@ -118,9 +118,7 @@ def _notes(path: Path, used: Sequence[Path]) -> tuple[str, ...]:
     if not path.is_dir():
         return ()
     folders = {path, *(file.parent for file in used)}
-    aside = [
-        other for folder in sorted(folders) for other in _look(folder).others if other.suffix not in (".pb", ".onnx")
-    ]
+    aside = [other for folder in sorted(folders) for other in _look(folder).others if other.suffix not in (".pb", ".onnx")]
     if not aside:
         return ()
     return (f"{len(aside)} files of other formats were left aside, such as '{aside[0].name}'",)
@@ -147,13 +145,9 @@ def _open_folder(path: Path, want: Want) -> _Found:
     if table and images:
         return _open_label_table(table, images, [here, *inside], want)
     if table and len(here.files) > 1:
-        raise DataError(
-            f"'{table}' is for images, and there are none; put the labels into a column or array named 'label'."
-        )
+        raise DataError(f"'{table}' is for images, and there are none; put the labels into a column or array named 'label'.")
     if here.files and inside:
-        raise DataError(
-            f"'{path}' holds data both directly and in the sub-folder '{inside[0].path.name}'; keep one of the two."
-        )
+        raise DataError(f"'{path}' holds data both directly and in the sub-folder '{inside[0].path.name}'; keep one of the two.")
     if here.files:
         return _open_flat(here, want)
     if not inside:
@@ -175,10 +169,7 @@ def _nothing(folder: _Folder) -> DataError:
 def _one_kind(folder: _Folder) -> str:
     if len(folder.by_kind) > 1:
         kinds = " and ".join(f"'{files[0].name}' ({kind})" for kind, files in sorted(folder.by_kind.items()))
-        raise DataError(
-            f"'{folder.path}' mixes formats: {kinds}; keep one format in a folder, or name the labels of images "
-            f"{LABEL_TABLE}."
-        )
+        raise DataError(f"'{folder.path}' mixes formats: {kinds}; keep one format in a folder, or name the labels of images {LABEL_TABLE}.")
     return next(iter(folder.by_kind))
 
 
@@ -218,8 +209,7 @@ def _open_classes(here: _Folder, inside: Sequence[_Folder], want: Want) -> _Foun
         for part in _READERS[kind](folder.files, want).parts:
             if part.labelled:
                 raise DataError(
-                    f"{part.source} has labels of its own beside those of its class folder '{folder.path.name}'; "
-                    "keep one kind of labels."
+                    f"{part.source} has labels of its own beside those of its class folder '{folder.path.name}'; keep one kind of labels."
                 )
             parts.append(_labelled(part, np.full(part.rows, number, np.int64)))
     files = [file for folder in inside for file in folder.files]

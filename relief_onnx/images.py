@@ -60,22 +60,16 @@ class ImageOptions:
     def __post_init__(self) -> None:
         for name, known in (("layout", ("auto", "nchw", "nhwc")), ("color", ("auto", "rgb", "bgr", "gray"))):
             if getattr(self, name) not in known:
-                raise RecipeError(
-                    f"The image {name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}."
-                )
+                raise RecipeError(f"The image {name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}.")
         for name, values in (
             ("mean", self.mean),
             ("std", self.std),
             ("scale", None if self.scale is None else (self.scale,)),
         ):
             if values is not None and (not values or not all(math.isfinite(value) for value in values)):
-                raise RecipeError(
-                    f"The image {name} {values} is not a list of finite numbers; give one value, or one per channel."
-                )
+                raise RecipeError(f"The image {name} {values} is not a list of finite numbers; give one value, or one per channel.")
         if self.scale == 0 or (self.std is not None and 0 in self.std):
-            raise RecipeError(
-                "The image scale or std is 0, which would wipe out or blow up every pixel; give another value."
-            )
+            raise RecipeError("The image scale or std is 0, which would wipe out or blow up every pixel; give another value.")
 
 
 class ImagePlan(NamedTuple):
@@ -124,8 +118,7 @@ def _is_nhwc(spec: InputSpec, options: ImageOptions) -> bool:
     first, last = spec.shape[1] in (1, 3), spec.shape[3] in (1, 3)
     if first == last:
         raise DataError(
-            f"The channel axis of the model's input {spec_text(spec)} cannot be told from its shape; "
-            "give the image layout nchw or nhwc."
+            f"The channel axis of the model's input {spec_text(spec)} cannot be told from its shape; give the image layout nchw or nhwc."
         )
     return last
 
@@ -170,9 +163,7 @@ def _simple(image: Image.Image, channels: int, source: str) -> Image.Image:
     if image.mode in _GRAY_16 or (image.mode == "I" and image.format == "PNG"):
         return Image.fromarray(np.asarray(image).astype(np.float32) / 257)
     if image.mode in ("I", "F"):
-        raise DataError(
-            f"{source} has 32-bit pixels, whose range is unknown; convert it to 8 or 16 bits, or save it as .npy."
-        )
+        raise DataError(f"{source} has 32-bit pixels, whose range is unknown; convert it to 8 or 16 bits, or save it as .npy.")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from relief_onnx.data_checks import (
@@ -74,8 +74,7 @@ def only_input(want: Want, source: str, fix: str) -> InputSpec:
     """The model's single input, for formats that cannot name one."""
     if len(want.inputs) != 1:
         raise DataError(
-            f"{source} does not say which input it is for, and the model has {len(want.inputs)}: "
-            f"{specs_text(want.inputs)}; {fix}."
+            f"{source} does not say which input it is for, and the model has {len(want.inputs)}: {specs_text(want.inputs)}; {fix}."
         )
     return want.inputs[0]
 
@@ -113,9 +112,7 @@ def _npy_file_header(path: Path) -> Header:
         raise _unreadable(path, ".npy", error, "save it again with np.save, and not as a pickle") from error
     need = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
     if have < need:
-        raise DataError(
-            f"'{path}' is cut short: {have} bytes of values where its header asks for {need}; copy it again."
-        )
+        raise DataError(f"'{path}' is cut short: {have} bytes of values where its header asks for {need}; copy it again.")
     return header
 
 
@@ -144,9 +141,7 @@ def read_npy(files: Sequence[Path], want: Want) -> Parts:
     names = {file_stem(spec.name): spec.name for spec in want.inputs}
     if len(want.inputs) > 1 or set(by_stem) == set(names):
         if len(files) == 1 and len(want.inputs) > 1:
-            only_input(
-                want, f"'{files[0]}'", "give a folder with one NAME.npy per input, or an .npz file with these keys"
-            )
+            only_input(want, f"'{files[0]}'", "give a folder with one NAME.npy per input, or an .npz file with these keys")
         named = {names.get(stem, stem): path for stem, path in by_stem.items()}
         parts = [_named_npy(named, folder, want)]
     else:
@@ -268,9 +263,7 @@ def _load_pb(path: Path) -> Array:
             raise ValueError("its values are in another file")
         array: Array = numpy_helper.to_array(tensor)
     except (DecodeError, ValueError, TypeError, KeyError, OSError) as error:
-        raise _unreadable(
-            path, "TensorProto", error, "save it with onnx.numpy_helper.from_array(array).SerializeToString()"
-        ) from error
+        raise _unreadable(path, "TensorProto", error, "save it with onnx.numpy_helper.from_array(array).SerializeToString()") from error
     return array
 
 

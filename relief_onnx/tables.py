@@ -43,9 +43,7 @@ def _lines(path: Path, offset: int = 0, number: int = 1, delimiter: str | None =
                     yield _Line(number + index, offset, delimiter, [cell.strip() for cell in cells])
                 offset += len(raw)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"'{path}' is no readable .csv file ({error}); save it again as comma-separated UTF-8 text."
-        ) from error
+        raise DataError(f"'{path}' is no readable .csv file ({error}); save it again as comma-separated UTF-8 text.") from error
 
 
 def _is_number(cell: str) -> bool:
@@ -127,8 +125,7 @@ def _scan(path: Path, spec: InputSpec) -> _Table:
 def _check_width(path: Path, line: _Line, width: int) -> None:
     if len(line.cells) != width:
         raise DataError(
-            f"'{path}' has {len(line.cells)} columns in line {line.number} but {width} in its first line; give every "
-            "row the same columns."
+            f"'{path}' has {len(line.cells)} columns in line {line.number} but {width} in its first line; give every row the same columns."
         )
 
 
@@ -184,25 +181,17 @@ def read_label_table(path: Path, images: Mapping[str, Path]) -> tuple[dict[str, 
     rows: dict[str, str] = {}
     for index, line in enumerate(_lines(path)):
         if len(line.cells) != 2:
-            raise DataError(
-                f"{source} has {len(line.cells)} columns in line {line.number}; give two, the file name and its label."
-            )
+            raise DataError(f"{source} has {len(line.cells)} columns in line {line.number}; give two, the file name and its label.")
         name, label = line.cells
         if name not in images:
             if index == 0 and not Path(name).suffix:
                 continue
-            raise DataError(
-                f"{source} names '{name}' in line {line.number}, which is not in its folder; correct or remove the "
-                "line."
-            )
+            raise DataError(f"{source} names '{name}' in line {line.number}, which is not in its folder; correct or remove the line.")
         if name in rows:
             raise DataError(f"{source} names '{name}' twice; keep one line for each image.")
         rows[name] = label
     missing = [name for name in images if name not in rows]
     if missing:
-        raise DataError(
-            f"{source} has no label for '{missing[0]}' ({len(missing)} images lack one); add its line, or remove the "
-            "image."
-        )
+        raise DataError(f"{source} has no label for '{missing[0]}' ({len(missing)} images lack one); add its line, or remove the image.")
     numbers, names = class_numbers(list(rows.values()), source)
     return dict(zip(rows, numbers, strict=True)), names

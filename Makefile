@@ -1,0 +1,55 @@
+# One command for everything; each sets up what it needs in .venv and does nothing where nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO := build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format samples nightly bench-score clean
+
+help:  ## Show what there is.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("relief-onnx needs Python 3.11 or newer; run make PYTHON=python3.12, for example" if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.samples: $(VENV)/.dev
+	@$(PIP) --editable ".[samples]"
+	@touch $@
+
+demo: $(VENV)/.installed  ## Prune a sample model and compare it with the original on digits that it has not seen.
+	@mkdir -p $(DEMO)
+	$(BIN)/relief-onnx prune sample_models/lenet5.onnx --data sample_models/digits/calib -o $(DEMO)/lenet5.pruned.onnx --json $(DEMO)/report.json --force
+	$(BIN)/relief-onnx compare sample_models/lenet5.onnx $(DEMO)/lenet5.pruned.onnx --data sample_models/digits/test
+
+test: lint  ## Lint, types and tests.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## Lint, format check and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: $(VENV)/.dev  ## Format the code and fix what can be fixed.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+samples: $(VENV)/.samples  ## Train the sample models again, into their folder; needs torch.
+	$(BIN)/python sample_models/build.py
+
+nightly: test bench-score  ## Everything that takes longer than a commit should wait for.
+
+bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prints the ratios.
+	$(BIN)/python -m benchmarks.score
+
+clean:  ## Remove what was built, and .venv.
+	rm -rf build dist $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,290 @@
+"""The commands. Each parses, makes one call into the library, and renders; errors of the library become one sentence here.
+
+Nothing but click is imported at start-up.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["main"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+def _edge(command: Command) -> Command:
+    """Turn a ReliefError into its sentence on standard error and its exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from relief_onnx.errors import NothingPrunedError, ReliefError
+
+        try:
+            return command(*args, **kwargs)
+        except ReliefError as error:
+            click.echo(f"Error: {_sentence(str(error))}", err=True)
+            if isinstance(error, NothingPrunedError):
+                for weight, reason in error.reasons:
+                    click.echo(f"  {weight}: {reason}", err=True)
+            sys.exit(error.exit_code)
+
+    return run  # type: ignore[return-value]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def _bundle(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a number or a list such as 0.485,0.456,0.406") from error
+
+
+_DATA = _bundle(
+    click.option("--data", type=FILE, required=True, help="Folder or file of samples: .npy, .npz, images, .csv, ONNX test data."),
+)
+_IMAGES = _bundle(
+    click.option("--mean", callback=_numbers, help="Per channel, subtracted after scaling: 0.485,0.456,0.406."),
+    click.option("--std", callback=_numbers, help="Per channel, divided by: 0.229,0.224,0.225."),
+    click.option("--scale", type=float, help="Pixel values are multiplied by it (default 1/255 for float inputs)."),
+    click.option("--layout", type=click.Choice(["auto", "nchw", "nhwc"]), default="auto", help="Axis order of image inputs."),
+    click.option("--color", type=click.Choice(["auto", "rgb", "bgr", "gray"]), default="auto", help="Channel order of image inputs."),
+)
+_RUN = _bundle(
+    click.option("--samples", type=int, help="Use only that many samples, drawn with --seed."),
+    click.option("--seed", type=int, help="Seed of every random choice (default 0)."),
+    click.option("--threads", type=int, help="Threads for onnxruntime and scoring (default: one per core)."),
+    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+)
+_JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
+
+
+def _images(values: dict[str, Any]) -> Any:
+    from relief_onnx.data import ImageOptions
+
+    return ImageOptions(**{key: values.pop(key) for key in ("mean", "std", "scale", "layout", "color")})
+
+
+def _write_json(target: Path | None, document: Any) -> None:
+    if target is None:
+        return
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if str(target) == "-":
+        click.echo(text, nl=False)
+        return
+    from relief_onnx.model import write_atomically
+
+    write_atomically(target, text.encode())
+
+
+def _writable(target: Path | None, *taken: Path | None) -> None:
+    """Find out before the work that a result has nowhere to go, or would replace one of the other files of this command."""
+    from relief_onnx.errors import OutputError
+    from relief_onnx.model import check_target
+
+    if target is None or str(target) == "-":
+        return
+    if any(other is not None and target.resolve() == other.resolve() for other in taken):
+        raise OutputError(f"{target} is given for two things at once; choose another name for one of them")
+    check_target(target, force=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="relief-onnx", prog_name="relief-onnx")
+def main() -> None:
+    """Make trained ONNX models smaller: measure in onnxruntime what every connection contributes, and remove what does not matter.
+
+    \b
+    Example:
+      relief-onnx prune model.onnx --data calib/
+    """
+
+
+@main.command()
+@click.argument("model", type=FILE)
+@_bundle(_DATA)
+@click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .pruned.onnx.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@click.option("--alpha", type=float, help="Share of each neuron's contribution to keep, above 0 and up to 1.")
+@click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.98).")
+@click.option("--alpha-fc", type=float, help="The same, for fully connected layers only (default 0.95).")
+@click.option(
+    "--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What ranks connections (default relief)."
+)
+@click.option(
+    "--granularity", type=click.Choice(["connection"]), help="What is removed: a weight of a dense layer, a kernel of a convolution."
+)
+@click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
+@click.option("--bias", type=click.Choice(["keep", "prune"]), help="Whether biases may be removed (default keep).")
+@click.option("--skip-rule", type=click.Choice(["off", "branch", "both"]), help="The paper's rule for residual connections (default off).")
+@click.option("--silent", type=click.Choice(["keep", "remove"]), help="Units that are 0 on all samples (default keep).")
+@click.option("--preset", type=click.Choice(["paper"]), help="All choices of arXiv 2109.10795 at once.")
+@click.option("--skip", help="Leave alone the nodes or weights whose name matches this regular expression.")
+@click.option("--only", help="Prune only the nodes or weights whose name matches this regular expression.")
+@click.option("--storage", type=click.Choice(["auto", "dense"]), help="auto packs sparse weights, dense stores zeros (default auto).")
+@click.option("--save-masks", type=FILE, help="Write the masks of the rule as .npz.")
+@click.option("--scores", type=FILE, help="Scores from `relief-onnx score`, instead of measuring.")
+@click.option("--recipe", type=FILE, help="Options from a TOML file; options given here win.")
+@click.option("--work-dir", type=FILE, help="Keep probe, scores, masked and pruned model there; a stopped run goes on from its scores.")
+@_bundle(_IMAGES, _RUN, _JSON)
+@_edge
+def prune(
+    model: Path, data: Path, output: Path | None, force: bool, quiet: bool, json_file: Path | None, recipe: Path | None, **values: Any
+) -> None:
+    """Remove the connections of MODEL that do not matter on the samples in --data.
+
+    Writes MODEL.pruned.onnx beside MODEL, verified in onnxruntime, with the same names, inputs, outputs, metadata and opset.
+
+    \b
+    Examples:
+      relief-onnx prune model.onnx --data calib/
+      relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
+    """
+    from relief_onnx import pipeline
+    from relief_onnx.options import read_recipe
+
+    from . import render
+
+    target = output or model.with_suffix(".pruned.onnx")
+    masks = values["save_masks"]
+    _writable(json_file, model, target, masks)
+    _writable(masks, model, target)
+    with render.progress(quiet) as progress:
+        result = pipeline.prune(
+            model,
+            data,
+            output=target,
+            force=force,
+            images=_images(values),
+            recipe=read_recipe(recipe) if recipe is not None else None,
+            progress=progress,
+            **values,
+        )
+    _write_json(json_file, result.report)
+    if not quiet and str(json_file) != "-":
+        render.prune_report(result.report)
+
+
+@main.command()
+@click.argument("model", type=FILE)
+@_bundle(_DATA)
+@click.option("-o", "--output", type=FILE, required=True, help="The .npz to write.")
+@click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
+@click.option("--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What to measure (default relief).")
+@_bundle(_IMAGES, _RUN)
+@_edge
+def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **values: Any) -> None:
+    """Measure once how much every connection of MODEL contributes, for `prune --scores`.
+
+    \b
+    Example:
+      relief-onnx score model.onnx --data calib/ -o scores.npz
+    """
+    from relief_onnx import pipeline
+    from relief_onnx.model import check_target
+    from relief_onnx.score import write_scores
+
+    from . import render
+
+    check_target(output, force)
+    with render.progress(quiet) as progress:
+        found = pipeline.score(model, data, images=_images(values), progress=progress, **values)
+    write_scores(found, pipeline.prepare(model).plan, output)
+    if not quiet:
+        click.echo(
+            f"Scores of {len(found)} layers are in {output}; use them with: relief-onnx prune {model} --data {data} --scores {output}"
+        )
+
+
+@main.command()
+@click.argument("model", type=FILE)
+@_bundle(_JSON)
+@_edge
+def inspect(model: Path, json_file: Path | None) -> None:
+    """Show what can be pruned in MODEL, what is coupled, what cannot be pruned and why. Needs no data.
+
+    \b
+    Example:
+      relief-onnx inspect model.onnx
+    """
+    from relief_onnx.overview import overview
+
+    from . import render
+
+    _writable(json_file, model)
+    document = overview(model)
+    _write_json(json_file, document)
+    if str(json_file) != "-":
+        render.overview(document)
+
+
+@main.command()
+@click.argument("first", metavar="A", type=FILE)
+@click.argument("second", metavar="B", type=FILE)
+@_bundle(_DATA, _IMAGES, _RUN, _JSON)
+@_edge
+def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path | None, **values: Any) -> None:
+    """Compare models A and B on the samples in --data: agreement, accuracy where labelled, size, MACs, latency.
+
+    \b
+    Example:
+      relief-onnx compare model.onnx model.pruned.onnx --data test/
+    """
+    from relief_onnx.overview import comparison
+
+    from . import render
+
+    _writable(json_file, first, second)
+    with render.progress(quiet) as progress:
+        document = comparison(first, second, data, images=_images(values), progress=progress, **values)
+    _write_json(json_file, document)
+    if not quiet and str(json_file) != "-":
+        render.comparison(document)
+
+
+@main.command("check-data")
+@click.argument("model", type=FILE)
+@click.argument("path", type=FILE)
+@_bundle(_IMAGES, _JSON)
+@_edge
+def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -> None:
+    """Show what the data loader sees in PATH, and whether it fits MODEL.
+
+    \b
+    Example:
+      relief-onnx check-data model.onnx calib/
+    """
+    from relief_onnx.overview import data_overview
+
+    from . import render
+
+    _writable(json_file, model, path)
+    document = data_overview(model, path, _images(values))
+    _write_json(json_file, document)
+    if str(json_file) != "-":
+        render.data(document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What people see: live progress on standard error, tables and one closing sentence on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["comparison", "data", "overview", "progress", "prune_report"]
+
+_STAGES = {"calibrate": "Calibrating and scoring", "compare": "Comparing with the original"}
+
+
+class _Rate(TextColumn):
+    """Samples per second."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.fields[rate]}")
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A callback (stage, done, total) that draws bars with rate and time left; silent with `quiet` or where there is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
+            speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
+            bars.update(tasks[stage], completed=done, rate=f"{speed:.0f}/s" if speed else "")
+
+        yield update
+
+
+def _console() -> Console:
+    # A pipe has no width: leave lines whole there, so that nothing is cut.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _bytes(count: int) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:,.2f} GB"
+
+
+def _count(value: int | None) -> str:
+    return "not known" if value is None else f"{value:,}"
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(title=title or None, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _agreement(quality: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, item in quality["agreement"].items():
+        noise = (
+            "equal"
+            if item["sqnr_db"] is None and item["max_abs"] == 0
+            else f"{item['sqnr_db']:.1f} dB"
+            if item["sqnr_db"] is not None
+            else "no signal"
+        )
+        top1 = f", same top class on {100 * item['top1']:.1f} %" if "top1" in item else ""
+        lines.append(f"output {name}: cosine {item['cosine']:.4f}, SQNR {noise}{top1}")
+    return lines
+
+
+def _accuracy(quality: Mapping[str, Any]) -> list[str]:
+    if quality["accuracy_before"] is None:
+        return []
+    return [f"accuracy: {100 * quality['accuracy_before']:.2f} % before, {100 * quality['accuracy_after']:.2f} % after"]
+
+
+def prune_report(report: Mapping[str, Any]) -> None:
+    """The closing table of `prune`, the totals, and what to do next."""
+    console = _console()
+    table = _table("layer", "operator", "status", ">connections kept", ">of", ">%", ">channels", "stored as", "reason")
+    for row in report["layers"]:
+        share = 100 * row["connections_kept"] / max(row["connections"], 1)
+        channels = row.get("channels")
+        table.add_row(
+            escape(row["node"]), row["op"], row["status"], f"{row['connections_kept']:,}", f"{row['connections']:,}", f"{share:.1f}",
+            "" if channels is None else f"{channels[1]}/{channels[0]}", row.get("storage", ""), escape(row["reason"] or ""),
+        )  # fmt: skip
+    console.print(table)
+    before, after, totals = report["input"], report["output"], report["totals"]
+    sizes = _table("", ">before", ">after", ">%")
+    for label, key, show in (
+        ("file", "bytes", _bytes),
+        ("parameters", "params", _count),
+        ("not zero", "nonzero_params", _count),
+        ("MACs", "macs", _count),
+    ):
+        known = before[key] and after[key] is not None
+        sizes.add_row(label, show(before[key]), show(after[key]), f"{100 * after[key] / before[key]:.1f}" if known else "")
+    console.print()
+    console.print(sizes)
+    console.print()
+    for line in (*_agreement(report["quality"]), *_accuracy(report["quality"])):
+        console.print(f"{line} (on the {report['quality']['samples']} samples given)", markup=False, highlight=False)
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    console.print(_closing(report, totals, before, after), markup=False, highlight=False, soft_wrap=True)
+
+
+def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    times = before["bytes"] / max(after["bytes"], 1)
+    size = f"the file is {times:.2f} times smaller" if times > 1 else "the file is not smaller"
+    return (
+        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} and verified. "
+        f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
+    )
+
+
+def overview(document: Mapping[str, Any]) -> None:
+    """The tables of `inspect`."""
+    console = _console()
+    table = _table(
+        "layer", "operator", "weight", ">shape", ">weights", ">MACs", ">removable channels", "why not all", title="Can be pruned"
+    )
+    for row in document["layers"]:
+        table.add_row(
+            escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), f"{row['weights']:,}",
+            _count(row["macs"]),
+            f"{row['removable_channels']}/{row['out_channels']}", escape(row["channel_reason"] or ""),
+        )  # fmt: skip
+    console.print(table)
+    if document["skipped"]:
+        table = _table("node", "operator", "weight", ">shape", "reason", title="Left alone")
+        for row in document["skipped"]:
+            table.add_row(escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), escape(row["reason"]))
+        console.print()
+        console.print(table)
+    table = _table(">channels", ">removable", "written by", "read by", "why not all", title="Coupled channels")
+    for row in document["groups"]:
+        table.add_row(
+            str(row["channels"]),
+            str(row["removable"]),
+            escape(", ".join(row["layers"])),
+            escape(", ".join(row["readers"])),
+            escape(row["reason"] or ""),
+        )
+    console.print()
+    console.print(table)
+    totals = document["totals"]
+    console.print(
+        f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['skipped_weights']:,} are left alone. "
+        f"Next: relief-onnx prune {document['input']['path']} --data FOLDER",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def comparison(document: Mapping[str, Any]) -> None:
+    """The table of `compare`."""
+    console = _console()
+    a, b = document["a"], document["b"]
+    table = _table("", ">A", ">B", ">B in % of A")
+    for label, key, show in (
+        ("file", "bytes", _bytes), ("parameters", "params", _count), ("not zero", "nonzero_params", _count), ("MACs", "macs", _count),
+        ("ms per sample", "ms_per_sample", lambda value: f"{value:.3f}"),
+    ):  # fmt: skip
+        known = a[key] and b[key] is not None
+        table.add_row(label, show(a[key]), show(b[key]), f"{100 * b[key] / a[key]:.1f}" if known else "")
+    accuracy = document["quality"]["accuracy_before"], document["quality"]["accuracy_after"]
+    if accuracy[0] is not None:
+        table.add_row("accuracy %", f"{100 * accuracy[0]:.2f}", f"{100 * accuracy[1]:.2f}", "")
+    console.print(table)
+    for line in _agreement(document["quality"]):
+        console.print(f"{line} (on {document['quality']['samples']} samples)", markup=False, highlight=False)
+    for warning in document["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+
+
+def data(document: Mapping[str, Any]) -> None:
+    """The table of `check-data`."""
+    console = _console()
+    labels = "labelled" if document["labelled"] else "no labels"
+    console.print(
+        f"{document['source']}: {document['kind']}, {document['samples']} samples, {labels}, batches {document['batches']}",
+        markup=False,
+        highlight=False,
+    )
+    table = _table("input", "type", "the model wants", "the data has", ">min", ">max", ">mean")
+    wanted = {item["name"]: item for item in document["expects"]}
+    for item in document["inputs"]:
+        shape = " x ".join("?" if size is None else str(size) for size in wanted[item["name"]]["shape"])
+        shapes = ", ".join(" x ".join(map(str, one)) for one in item["shapes"][:3])
+        numbers = ["" if item[key] is None else f"{item[key]:.4g}" for key in ("min", "max", "mean")]
+        table.add_row(escape(item["name"]), item["dtype"], escape(shape), shapes, *numbers)
+    console.print(table)
+    if document["classes"]:
+        console.print("classes: " + ", ".join(f"{name} ({count})" for name, count in document["classes"]), markup=False, highlight=False)
+    for warning in document["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    console.print("The data fits the model.", highlight=False)

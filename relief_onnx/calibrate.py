@@ -1,0 +1,98 @@
+"""One pass of the calibration data through the probe, in onnxruntime, feeding every statistic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from relief_onnx.dataset import Batch, Dataset
+from relief_onnx.probes import Probe
+from relief_onnx.session import Session
+from relief_onnx.streaming import Statistic
+
+__all__ = ["Measurement", "Progress", "batch_size_for", "run"]
+
+# Activations of one batch that the probe may hand over at a time: bounds memory whatever the model.
+TAP_BYTES = 32 << 20
+LARGEST_BATCH = 256
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a statistic listens to."""
+
+    tensor: str
+    statistic: Statistic
+
+
+def batch_size_for(session: Session, probe: Probe, dataset: Dataset, seed: int) -> int:
+    """Samples per batch so that the tapped activations stay within TAP_BYTES, from one sample's run."""
+    first = next(iter(dataset.batches(1, limit=1, seed=seed)))
+    names = [name for name in probe.taps.values() if name not in first.feed]
+    values = session.run(first.feed, names, first.source) if names else []
+    each = sum(value.nbytes for value in values) / max(first.size, 1)
+    return int(max(1, min(LARGEST_BATCH, TAP_BYTES // max(each, 1))))
+
+
+def run(
+    probe: Probe,
+    measurements: Sequence[Measurement],
+    dataset: Dataset,
+    *,
+    limit: int | None,
+    seed: int,
+    threads: int,
+    progress: Progress,
+) -> tuple[int, float]:
+    """Feed every measurement with every sample; memory does not grow with their number.
+
+    Returns the number of samples and the seconds taken. Raises DataError where there is none or a run fails.
+    """
+    start = time.perf_counter()
+    session = Session(probe.model, threads, "the probe model")
+    size = batch_size_for(session, probe, dataset, seed)
+    samples = feed(session, probe, measurements, dataset, size, limit=limit, seed=seed, threads=threads, progress=progress)
+    return samples, time.perf_counter() - start
+
+
+def feed(
+    session: Session,
+    probe: Probe,
+    measurements: Sequence[Measurement],
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    limit: int | None,
+    seed: int,
+    threads: int,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """The pass itself, in batches of `batch_size`; returns the number of samples."""
+    names = sorted({probe.taps[item.tensor] for item in measurements})
+    samples = 0.0
+    total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
+        for batch in dataset.batches(batch_size, limit=limit, seed=seed):
+            values = _values(session, names, batch)
+            jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
+            for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
+                pass
+            samples += batch.size * batch.weight
+            progress("calibrate", round(samples), total)
+    return round(samples)
+
+
+def _values(session: Session, names: Sequence[str], batch: Batch) -> Mapping[str, NDArray[Any]]:
+    fetched = [name for name in names if name not in batch.feed]
+    values = dict(zip(fetched, session.run(batch.feed, fetched, batch.source), strict=True)) if fetched else {}
+    return {name: np.asarray(batch.feed.get(name, values.get(name))) for name in names}

@@ -1,0 +1,194 @@
+"""How well two models agree on the same samples: streaming, so memory does not grow with their number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from relief_onnx.dataset import Batch, Dataset
+from relief_onnx.errors import DataError
+from relief_onnx.graph import Graph, attributes
+from relief_onnx.session import Session
+
+__all__ = ["Comparison", "OutputAgreement", "compare_models"]
+
+_LOGIT_MAKERS = frozenset({"Gemm", "MatMul", "Add", "Softmax", "LogSoftmax"})
+
+
+@dataclass
+class _Tally:
+    """Running sums of one output pair in float64."""
+
+    dot: float = 0.0
+    a: float = 0.0
+    b: float = 0.0
+    error: float = 0.0
+    max_abs: float = 0.0
+    max_a: float = 0.0
+    agreeing: float = 0.0
+    rows: float = 0.0
+
+    def add(self, a: NDArray[Any], b: NDArray[Any], weight: float, classes: bool) -> None:
+        x, y = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
+        # NaN and infinity on the same places on both sides agree; anywhere else they are an infinite error.
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        with np.errstate(invalid="ignore"):
+            difference = np.where(same, 0.0, np.abs(x - y))
+        difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
+        finite = np.isfinite(x) & np.isfinite(y)
+        x, y = x[finite], y[finite]
+        self.dot += weight * float(x @ y)
+        self.a += weight * float(x @ x)
+        self.b += weight * float(y @ y)
+        self.error += weight * float(difference @ difference)
+        self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
+        self.max_a = max(self.max_a, float(np.abs(x).max(initial=0.0)))
+        if classes:
+            self.agreeing += weight * float((a.argmax(-1) == b.argmax(-1)).sum())
+            self.rows += weight * len(a)
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """Of one output: cosine over all values, signal to noise in dB (inf where equal), share of rows with the same largest entry.
+
+    `max_abs` is the largest difference, `peak` the largest magnitude in the first model's output.
+    """
+
+    cosine: float
+    sqnr_db: float
+    max_abs: float
+    peak: float
+    top1: float | None
+
+    @classmethod
+    def of(cls, tally: _Tally, classes: bool) -> OutputAgreement:
+        norms = math.sqrt(tally.a * tally.b)
+        cosine = min(tally.dot / norms, 1.0) if norms > 0 else (1.0 if tally.a == tally.b else 0.0)
+        if tally.error == 0:
+            cosine, noise = 1.0, math.inf
+        else:
+            noise = 10 * math.log10(tally.a / tally.error) if tally.a > 0 and math.isfinite(tally.error) else -math.inf
+        return cls(cosine, noise, tally.max_abs, tally.max_a, tally.agreeing / tally.rows if classes and tally.rows else None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement per output, accuracy of both where labelled, and the seconds that each model took for the same samples."""
+
+    outputs: Mapping[str, OutputAgreement]
+    accuracy: tuple[float, float] | None
+    samples: int
+    seconds: tuple[float, float]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class _Accuracy:
+    right: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    total: float = 0.0
+
+    def add(self, labels: NDArray[Any], outputs: Sequence[NDArray[Any]], weight: float) -> None:
+        self.total += weight * len(labels)
+        for side, output in enumerate(outputs):
+            self.right[side] += weight * float((output.argmax(-1) == labels).sum())
+
+
+def class_outputs(model: onnx.ModelProto) -> frozenset[str]:
+    """Outputs that look like class scores: float [rows, classes] straight from a dense layer or a softmax."""
+    graph = Graph(model)
+    found = set()
+    for name in graph.outputs:
+        shape, node = graph.shape(name), graph.nodes[graph.producer[name]] if name in graph.producer else None
+        if node is None or shape is None or len(shape) != 2 or shape[1] == 1 or node.op_type not in _LOGIT_MAKERS:
+            continue
+        if graph.is_float(name) and attributes(node).get("axis", -1) in (1, -1):
+            found.add(name)
+    return frozenset(found)
+
+
+def compare_models(
+    a: onnx.ModelProto,
+    b: onnx.ModelProto,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    optimize: tuple[bool, bool] = (True, True),
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> Comparison:
+    """Run both models side by side on every sample, batch by batch. Outputs are matched by name.
+
+    `optimize` says whether onnxruntime may optimise each. Raises DataError where outputs cannot be matched or a run fails.
+    """
+    sessions = Session(a, threads, "the first model", optimize[0]), Session(b, threads, "the second model", optimize[1])
+    names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
+    if not names:
+        raise DataError(f"the models share no output name ({', '.join(sessions[0].outputs)} and {', '.join(sessions[1].outputs)})")
+    classes = class_outputs(a)
+    tallies = {name: _Tally() for name in names}
+    accuracy, seconds, samples = _Accuracy(), [0.0, 0.0], 0.0
+    scored = _scored_output(a, dataset, names)
+    for batch in dataset.batches(batch_size, limit=limit, seed=seed):
+        results = _timed(sessions, names, batch, seconds)
+        for name, x, y in zip(names, *results, strict=True):
+            if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+                _check_shapes(name, x, y)
+                tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
+        if scored is not None and batch.labels is not None and _fits(results[0][names.index(scored)], batch.labels):
+            accuracy.add(batch.labels, [result[names.index(scored)] for result in results], batch.weight)
+        samples += batch.size * batch.weight
+        progress("compare", round(samples), dataset.samples if limit is None else limit)
+    rates = (accuracy.right[0] / accuracy.total, accuracy.right[1] / accuracy.total) if accuracy.total else None
+    warnings = ("the data has labels, but no output has class scores that they could be compared with",)
+    return Comparison(
+        {name: OutputAgreement.of(tally, name in classes) for name, tally in tallies.items()},
+        rates,
+        round(samples),
+        (seconds[0], seconds[1]),
+        warnings if dataset.labelled and rates is None else (),
+    )
+
+
+def _timed(sessions: tuple[Session, Session], names: Sequence[str], batch: Batch, seconds: list[float]) -> list[list[Any]]:
+    results = []
+    for side, session in enumerate(sessions):
+        start = time.perf_counter()
+        results.append(session.run(batch.feed, names, batch.source))
+        seconds[side] += time.perf_counter() - start
+    return results
+
+
+def _check_shapes(name: str, x: NDArray[Any], y: NDArray[Any]) -> None:
+    if x.shape != y.shape:
+        raise DataError(f"output {name} is {list(x.shape)} in one model and {list(y.shape)} in the other; compare models of one kind")
+
+
+def _fits(output: Any, labels: NDArray[Any]) -> bool:
+    return bool(
+        isinstance(output, np.ndarray)
+        and output.ndim == 2
+        and len(output) == len(labels)
+        and labels.ndim == 1
+        and labels.dtype.kind in "iu"
+        and labels.max(initial=0) < output.shape[1]
+    )
+
+
+def _scored_output(model: onnx.ModelProto, dataset: Dataset, names: Sequence[str]) -> str | None:
+    """The output that labels are compared with: the first with class scores, else the first of rank 2."""
+    if not dataset.labelled:
+        return None
+    classes, graph = class_outputs(model), Graph(model)
+    ranked = [name for name in names if name in classes]
+    ranked += [name for name in names if graph.is_float(name) and len(graph.shape(name) or ()) == 2]
+    return ranked[0] if ranked else names[0]

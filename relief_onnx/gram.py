@@ -1,0 +1,237 @@
+"""The closed form of the convolution score (arXiv 2109.10795, section 3).
+
+For sample n, input channel i and filter j, with a = |x_ni| and k = |K_ij|:
+
+    || k * a ||_F^2  =  sum over pairs of kernel offsets (p, q) of  k_p k_q G_pq,     G_pq = sum over output positions of a_p a_q
+
+where a_p is the image that offset p sees. G is computed once per sample and channel; every filter then costs one small product.
+Everything in these sums is non-negative, so float32 loses nothing to cancellation.
+
+Two ways to G, chosen by geometry:
+
+* `Shifts`, for 3x3 kernels at stride 1, dilation 1, padding 1 (nearly all the work of real networks): G_pq depends on q - p alone, but
+  for the border rows and columns. 29 distinct sums remain out of 45 pairs, and all but the border ones are dot products of the
+  zero-padded image, laid out flat, with itself shifted.
+* `Patches`, for anything else: unfold and multiply.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.layers import Geometry
+
+__all__ = ["PatchStatistics", "Shifts", "output_positions", "padding", "statistics"]
+
+Floats = NDArray[np.float32]
+
+
+class PatchStatistics(Protocol):
+    """What a kernel of one geometry needs to know of an image of one size."""
+
+    def features(self, x: Floats) -> Floats:
+        """From x [n, c, *space] to the distinct sums of a = |x| [n, c, S]."""
+        ...
+
+    def coefficients(self, k: Floats) -> Floats:
+        """From k = |K| [..., *kernel] to [..., S], so that features @ coefficients = squared norm."""
+        ...
+
+
+def padding(geometry: Geometry, space: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(begin, end) padding per spatial axis of an image, with auto_pad resolved. May be negative (cropping)."""
+    rank = len(space)
+    if geometry.auto_pad in ("SAME_UPPER", "SAME_LOWER") and not geometry.transposed:
+        pads = []
+        for size, kernel, stride, dilation in zip(space, geometry.kernel, geometry.strides, geometry.dilations, strict=True):
+            total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if geometry.auto_pad == "SAME_UPPER" else (large, small))
+        return tuple(pads)
+    if geometry.auto_pad == "VALID" and not geometry.transposed:
+        return ((0, 0),) * rank
+    return tuple(zip(geometry.pads[:rank], geometry.pads[rank:], strict=True))
+
+
+def _transposed_padding(geometry: Geometry, space: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Padding of the zero-stuffed image that turns a transposed convolution into a plain one with stride 1."""
+    rank = len(space)
+    extra = geometry.output_padding or (0,) * rank
+    result = []
+    for axis in range(rank):
+        reach = geometry.dilations[axis] * (geometry.kernel[axis] - 1)
+        full = geometry.strides[axis] * (space[axis] - 1) + extra[axis] + reach + 1
+        begin, end = geometry.pads[axis], geometry.pads[rank + axis]
+        if geometry.output_shape or geometry.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            wanted = geometry.output_shape[-rank:][axis] if geometry.output_shape else space[axis] * geometry.strides[axis]
+            total = full - wanted
+            begin = total // 2 if geometry.auto_pad != "SAME_LOWER" else total - total // 2
+            begin = begin if geometry.auto_pad == "SAME_UPPER" or geometry.auto_pad == "SAME_LOWER" else total - total // 2
+            end = total - begin
+        elif geometry.auto_pad == "VALID":
+            begin = end = 0
+        result.append((reach - begin, reach - end + extra[axis]))
+    return tuple(result)
+
+
+def output_positions(geometry: Geometry, space: tuple[int, ...]) -> int:
+    """H_out x W_out (x ...) of the layer on an image of that size."""
+    return int(np.prod(_Windows(geometry, space).out))
+
+
+class _Windows:
+    """A geometry on an image as plain sliding windows: stuffed and padded image, strides, dilations."""
+
+    def __init__(self, geometry: Geometry, space: tuple[int, ...]) -> None:
+        self.transposed = geometry.transposed
+        if self.transposed:
+            self.stuff, self.strides = geometry.strides, (1,) * len(space)
+            self.pads = _transposed_padding(geometry, space)
+        else:
+            self.stuff, self.strides = (1,) * len(space), geometry.strides
+            self.pads = padding(geometry, space)
+        self.kernel, self.dilations = geometry.kernel, geometry.dilations
+        self.size = tuple((size - 1) * gap + 1 for size, gap in zip(space, self.stuff, strict=True))
+        padded = [size + begin + end for size, (begin, end) in zip(self.size, self.pads, strict=True)]
+        reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilations, self.kernel, strict=True)]
+        self.out = tuple(max((size - need) // stride + 1, 0) for size, need, stride in zip(padded, reach, self.strides, strict=True))
+
+    def padded(self, a: Floats) -> Floats:
+        """The zero-stuffed, padded (or cropped) image [n, c, *padded]."""
+        if any(gap > 1 for gap in self.stuff):
+            stuffed = np.zeros((*a.shape[:2], *self.size), a.dtype)
+            stuffed[(slice(None), slice(None), *(slice(None, None, gap) for gap in self.stuff))] = a
+            a = stuffed
+        crop = tuple(slice(max(-begin, 0), a.shape[2 + i] - max(-end, 0)) for i, (begin, end) in enumerate(self.pads))
+        a = a[(slice(None), slice(None), *crop)]
+        if all(begin <= 0 and end <= 0 for begin, end in self.pads):
+            return a
+        return np.pad(a, ((0, 0), (0, 0), *((max(begin, 0), max(end, 0)) for begin, end in self.pads)))
+
+
+class Patches:
+    """G by unfolding: any kernel, stride, dilation, padding, any number of spatial axes, transposed too."""
+
+    def __init__(self, geometry: Geometry, space: tuple[int, ...]) -> None:
+        self._windows = _Windows(geometry, space)
+        self._upper = np.triu_indices(geometry.positions)
+        self._places = self._upper[0] * geometry.positions + self._upper[1]
+        self._twice = np.where(self._upper[0] == self._upper[1], 1, 2).astype(np.float32)
+
+    def features(self, x: Floats) -> Floats:
+        w = self._windows
+        image = w.padded(np.abs(x))
+        n, c = image.shape[:2]
+        steps = image.strides[2:]
+        view = np.lib.stride_tricks.as_strided(
+            image,
+            (n, c, *w.kernel, *w.out),
+            (
+                *image.strides[:2],
+                *(step * dilation for step, dilation in zip(steps, w.dilations, strict=True)),
+                *(step * stride for step, stride in zip(steps, w.strides, strict=True)),
+            ),
+            writeable=False,
+        )
+        patches = view.reshape(n, c, int(np.prod(w.kernel)), int(np.prod(w.out)))
+        gram = patches @ patches.swapaxes(-1, -2)
+        result: Floats = gram.reshape(n, c, -1).take(self._places, -1)
+        return result
+
+    def coefficients(self, k: Floats) -> Floats:
+        rank = len(self._windows.kernel)
+        if self._windows.transposed:
+            k = np.flip(k, tuple(range(-rank, 0)))
+        flat = k.reshape(*k.shape[:-rank], -1)
+        result: Floats = flat[..., self._upper[0]] * flat[..., self._upper[1]] * self._twice
+        return result
+
+
+_OFFSETS = tuple(product((-1, 0, 1), (-1, 0, 1)))
+
+
+def _axis_case(p: int, q: int) -> tuple[int, int]:
+    """(shift, border) of a pair of offsets on one axis; border -1 leaves the last row out, +1 the first, 0 none."""
+    return q - p, (p if p == q else 0)
+
+
+@lru_cache(maxsize=1)
+def _shift_cases() -> tuple[dict[tuple[int, int, int, int], int], NDArray[np.intp]]:
+    """The distinct sums of a 3x3 kernel, numbered, and the number that each of the 9 x 9 pairs needs."""
+    numbers: dict[tuple[int, int, int, int], int] = {}
+    table = np.zeros((9, 9), np.intp)
+    for i, (py, px) in enumerate(_OFFSETS):
+        for j, (qy, qx) in enumerate(_OFFSETS):
+            (dy, by), (dx, bx) = _axis_case(py, qy), _axis_case(px, qx)
+            if dy < 0 or (dy == 0 and dx < 0):
+                dy, dx = -dy, -dx
+            table[i, j] = numbers.setdefault((dy, dx, by, bx), len(numbers))
+    return numbers, table
+
+
+_ALL_BANDS = {0: slice(None), 1: slice(1, None), -1: slice(None, -1)}
+
+
+class Shifts:
+    """G of a 3x3 kernel at stride 1 with padding 1, from the image's own shifted products. Needs 2 x 2 pixels or more."""
+
+    def __init__(self, space: tuple[int, ...]) -> None:
+        self._height, self._width = space
+        # Rows end in two zeros, and the image in a row of them, so that a shift never meets a neighbour's pixels.
+        self._pitch = self._width + 2
+        self._cases, self._table = _shift_cases()
+        self._moves = sorted({case[:2] for case in self._cases})
+
+    def features(self, x: Floats) -> Floats:
+        n, c, height, width = x.shape
+        flat = np.empty((n, c, height * self._pitch + 2), np.float32)
+        flat[..., -2:] = 0
+        image = flat[..., :-2].reshape(n, c, height, self._pitch)
+        image[..., width:] = 0
+        np.abs(x, out=image[..., :width])
+        left, right = (np.ascontiguousarray(image[..., column]) for column in (0, width - 1))
+        parts = {(dy, dx): self._parts([(flat, self._pitch)], dy, dx) for dy, dx in self._moves if dx}
+        # Shifts within a column need the border columns apart; nothing else reads them any more.
+        image[..., 0] = image[..., width - 1] = 0
+        columns = [(left, 1), (flat, self._pitch), (right, 1)]
+        parts |= {(dy, dx): self._parts(columns, dy, dx) for dy, dx in self._moves if not dx}
+        result = np.empty((n, c, len(self._cases)), np.float32)
+        for (dy, dx, by, bx), number in self._cases.items():
+            result[..., number] = sum(part for band in parts[dy, dx][_ALL_BANDS[by]] for part in band[_ALL_BANDS[bx]])
+        return result
+
+    def _parts(self, views: list[tuple[Floats, int]], dy: int, dx: int) -> list[list[Floats]]:
+        """Sums of products at one shift, [row bands][column bands] of [n, c]; three bands where a border may be left out, else one."""
+        last = self._height - 1
+        bands = ((0, 1), (1, last), (last, last + 1)) if dy == 0 else ((0, max(self._height - dy, 0)),)
+        return [[_dot(view, pitch, *band, dy, dx) for view, pitch in views] for band in bands]
+
+    def coefficients(self, k: Floats) -> Floats:
+        weights = np.ascontiguousarray(np.moveaxis(k.reshape(*k.shape[:-2], 9), -1, 0))
+        result = np.zeros((len(self._cases), *weights.shape[1:]), np.float32)
+        for i in range(9):
+            for j in range(i, 9):
+                product = weights[i] * weights[j]
+                result[self._table[i, j]] += product if i == j else 2 * product
+        return np.moveaxis(result, 0, -1)
+
+
+def _dot(view: Floats, pitch: int, top: int, end: int, dy: int, dx: int) -> Floats:
+    """Rows top to end of each image in `view` times the same rows moved by (dy, dx), summed."""
+    start, stop, shift = top * pitch, end * pitch, dy * pitch + dx
+    result: Floats = np.vecdot(view[..., start:stop], view[..., start + shift : stop + shift])
+    return result
+
+
+def statistics(geometry: Geometry, space: tuple[int, ...]) -> PatchStatistics:
+    """The cheaper way to G for that geometry on an image of that size."""
+    ones, twos = (1, 1), (3, 3)
+    plain = geometry.kernel == twos and geometry.strides == ones and geometry.dilations == ones and not geometry.transposed
+    if plain and min(space) >= 2 and padding(geometry, space) == (ones, ones):
+        return Shifts(space)
+    return Patches(geometry, space)

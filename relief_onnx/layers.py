@@ -1,0 +1,455 @@
+"""Which weights can be pruned: a table of layer operators, and the search that fills it in for a graph.
+
+`find` walks the main graph once. Every float initializer that some tool could prune becomes either one `Layer` per node that
+reads it or a `Skipped` row with the reason: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.views import View
+
+__all__ = [
+    "LAYER_OPERATORS",
+    "VIEW_OPERATORS",
+    "Bias",
+    "Geometry",
+    "Layer",
+    "Plan",
+    "Skipped",
+    "Source",
+    "find",
+    "readers",
+    "select",
+    "trace_constant",
+]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution slides: one entry per spatial axis, pads as ONNX has them (all begins, then all ends)."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str = "NOTSET"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """Weights in one kernel."""
+        return int(np.prod(self.kernel))
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The constant that a layer adds. `factor` is Gemm's beta; `node` is the Add that holds it, or the layer's own number."""
+
+    name: str
+    view: View
+    factor: float
+    node: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node with a prunable weight. Axes are those of the activation tensors."""
+
+    node: int
+    name: str
+    op: str
+    weight: str
+    weight_slot: int
+    view: View
+    groups: int
+    input: str
+    input_axis: int
+    output: str
+    output_axis: int
+    geometry: Geometry | None = None
+    scale: float = 1.0
+    bias: Bias | None = None
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether a unit of the mask is a whole kernel."""
+        return self.geometry is not None
+
+    @property
+    def out_channels(self) -> int:
+        """Neurons or filters."""
+        return self.view.shape[0]
+
+    @property
+    def in_per_group(self) -> int:
+        """Inputs that each neuron or filter reads."""
+        return self.view.shape[1]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that some tool could prune and that this one leaves alone, with the reason."""
+
+    node: str
+    op: str
+    weight: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be pruned in a model, and what cannot and why."""
+
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+
+    def by_weight(self) -> dict[str, tuple[Layer, ...]]:
+        """The layers that read each weight; more than one where it is shared."""
+        found: dict[str, tuple[Layer, ...]] = {}
+        for layer in self.layers:
+            found[layer.weight] = (*found.get(layer.weight, ()), layer)
+        return found
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node's weight cannot be described as a layer."""
+
+    reason: str
+
+
+Describe = Callable[[Graph, int, int, View], Layer | Refusal]
+
+
+def _layer(graph: Graph, index: int, slot: int, view: View, **fields: Any) -> Layer:
+    node = graph.nodes[index]
+    return Layer(index, graph.names[index], node.op_type, "", slot, view, output=node.output[0], **fields)
+
+
+def _geometry(values: Mapping[str, Any], kernel: tuple[int, ...], transposed: bool) -> Geometry:
+    ones = (1,) * len(kernel)
+    return Geometry(
+        kernel,
+        tuple(values.get("strides", ones)),
+        tuple(values.get("dilations", ones)),
+        tuple(values.get("pads", (0,) * 2 * len(kernel))),
+        str(values.get("auto_pad", "NOTSET")),
+        transposed,
+        tuple(values.get("output_padding", ())),
+        tuple(values.get("output_shape", ())),
+    )
+
+
+def _convolution(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """W [out, in / group, *kernel]."""
+    if len(view.shape) < 3:
+        return Refusal(f"its weight has {len(view.shape)} axes; a convolution needs at least 3")
+    values = attributes(graph.nodes[index])
+    geometry = _geometry(values, view.shape[2:], transposed=False)
+    groups = values.get("group", 1)
+    return _layer(
+        graph, index, slot, view, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
+        geometry=geometry,
+    )  # fmt: skip
+
+
+def _transposed_convolution(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """W [in, out / group, *kernel]."""
+    if len(view.shape) < 3:
+        return Refusal(f"its weight has {len(view.shape)} axes; a transposed convolution needs at least 3")
+    values = attributes(graph.nodes[index])
+    groups = values.get("group", 1)
+    total, out, *kernel = view.shape
+    spatial = range(3, 3 + len(kernel))
+    canonical = (
+        view.reshape(groups, total // groups, out, *kernel).transpose(0, 2, 1, *spatial).reshape(groups * out, total // groups, *kernel)
+        if groups > 1
+        else view.transpose(1, 0, *(axis - 1 for axis in spatial))
+    )
+    return _layer(
+        graph, index, slot, canonical, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
+        geometry=_geometry(values, tuple(kernel), transposed=True),
+    )  # fmt: skip
+
+
+def _gemm(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """Y = alpha A' B' + beta C, with the constant on either side."""
+    values = attributes(graph.nodes[index])
+    flip = (values.get("transA", 0), values.get("transB", 0))
+    if len(view.shape) != 2:
+        return Refusal(f"its weight has {len(view.shape)} axes; Gemm needs 2")
+    # As B the weight is [in, out] unless transB; as A it is [out, in] unless transA.
+    canonical = view.transpose(1, 0) if bool(flip[slot]) != (slot == 1) else view
+    input_axis = (0 if flip[0] else 1) if slot == 1 else (1 if flip[1] else 0)
+    return _layer(
+        graph, index, slot, canonical, groups=1, input=graph.nodes[index].input[1 - slot], input_axis=input_axis,
+        output_axis=slot, scale=float(values.get("alpha", 1.0)),
+    )  # fmt: skip
+
+
+def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """A constant matrix on the right [in, out] or on the left [out, in]; leading axes of size 1 are dropped."""
+    if len(view.shape) < 2:
+        return Refusal("its weight is a vector, so there is one output and nothing to rank")
+    if any(size != 1 for size in view.shape[:-2]):
+        return Refusal(f"its weight {list(view.shape)} is a batch of matrices")
+    canonical = view.reshape(*view.shape[-2:])
+    if slot == 1:
+        canonical = canonical.transpose(1, 0)
+    return _layer(
+        graph, index, slot, canonical, groups=1, input=graph.nodes[index].input[1 - slot],
+        input_axis=-1 if slot == 1 else -2, output_axis=-1 if slot == 1 else -2,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none)."""
+
+    slots: tuple[int, ...]
+    describe: Describe
+    bias_slot: int | None
+
+
+LAYER_OPERATORS: Mapping[str, LayerRow] = {
+    "Conv": LayerRow((1,), _convolution, 2),
+    "ConvTranspose": LayerRow((1,), _transposed_convolution, 2),
+    "Gemm": LayerRow((1, 0), _gemm, 2),
+    "MatMul": LayerRow((1, 0), _matmul, None),
+}
+
+# Operators through which a weight may reach its node unchanged but for its layout: name -> (view, attributes, extra constants).
+VIEW_OPERATORS: Mapping[str, Callable[[View, Mapping[str, Any], tuple[int, ...] | None], View]] = {
+    "Identity": lambda view, values, extra: view,
+    "Cast": lambda view, values, extra: view,
+    "Transpose": lambda view, values, extra: view.transpose(*values.get("perm", range(len(view.shape))[::-1])),
+    "Reshape": lambda view, values, extra: view.reshape(*_reshape_target(view, extra or ())),
+    "Flatten": lambda view, values, extra: view.reshape(int(np.prod(view.shape[: values.get("axis", 1)])), -1),
+    "Squeeze": lambda view, values, extra: view.reshape(*_squeezed(view, extra or values.get("axes"))),
+    "Unsqueeze": lambda view, values, extra: view.reshape(*_unsqueezed(view, extra or values.get("axes", ()))),
+}
+
+
+def _reshape_target(view: View, target: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(view.shape[i] if size == 0 else size for i, size in enumerate(target))
+
+
+def _squeezed(view: View, axes: Any) -> list[int]:
+    rank = len(view.shape)
+    drop = {axis % rank for axis in axes} if axes is not None else {i for i, size in enumerate(view.shape) if size == 1}
+    return [size for i, size in enumerate(view.shape) if i not in drop]
+
+
+def _unsqueezed(view: View, axes: Any) -> list[int]:
+    rank = len(view.shape) + len(axes)
+    new = {axis % rank for axis in axes}
+    rest = iter(view.shape)
+    return [1 if i in new else next(rest) for i in range(rank)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a node's weight comes from: the initializer, the layout on the way, and the tensors between (the last one feeds the node)."""
+
+    name: str
+    view: View
+    path: tuple[str, ...]
+
+
+def trace_constant(graph: Graph, tensor: str) -> Source | Refusal | None:
+    """Follow `tensor` back to its initializer; None where it is computed at run time."""
+    path: list[str] = []
+    while tensor not in graph.initializers:
+        path.append(tensor)
+        if tensor not in graph.producer:
+            return None
+        node = graph.nodes[graph.producer[tensor]]
+        if node.op_type not in VIEW_OPERATORS or node.domain not in ("", "ai.onnx"):
+            return None if not _all_constant(graph, node.input) else Refusal(f"it passes {node.op_type} before the node")
+        tensor = node.input[0]
+    view = View.of(tuple(graph.initializers[tensor].dims))
+    for name in reversed(path):
+        node = graph.nodes[graph.producer[name]]
+        extra = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        if len(node.input) > 1 and node.input[1] and extra is None:
+            return Refusal(f"{node.op_type} before the node takes a shape that is computed at run time")
+        target = None if extra is None else tuple(int(size) for size in np.asarray(extra).reshape(-1))
+        view = VIEW_OPERATORS[node.op_type](view, attributes(node), target)
+    return Source(tensor, view, tuple(reversed(path)))
+
+
+def _all_constant(graph: Graph, names: Any) -> bool:
+    pending, seen = [name for name in names if name], set()
+    while pending:
+        name = pending.pop()
+        if name in seen or name in graph.initializers:
+            continue
+        seen.add(name)
+        if name not in graph.producer:
+            return False
+        pending.extend(item for item in graph.nodes[graph.producer[name]].input if item)
+    return True
+
+
+def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
+    node = graph.nodes[layer.node]
+    if slot is None or len(node.input) <= slot or not node.input[slot]:
+        return None
+    factor = float(attributes(node).get("beta", 1.0)) if layer.op == "Gemm" else 1.0
+    return _bias(graph, layer, node.input[slot], factor, layer.node)
+
+
+def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> Bias | None:
+    source = trace_constant(graph, tensor)
+    if not isinstance(source, Source) or not graph.is_float(source.name):
+        return None
+    shape, rank = source.view.shape, _rank(graph, layer)
+    axis = layer.output_axis if layer.output_axis < 0 else layer.output_axis - rank if rank else None
+    per_unit = int(np.prod(shape)) == layer.out_channels and (
+        len(shape) == 1 if layer.is_convolution and node == layer.node else _on_axis(shape, axis, layer.out_channels)
+    )
+    if not per_unit:
+        return None
+    shared = any(len(graph.uses.get(name, ())) != 1 for name in (source.name, *source.path)) or graph.is_output(source.name)
+    return Bias(source.name, source.view.reshape(layer.out_channels), factor, node, shared)
+
+
+def _rank(graph: Graph, layer: Layer) -> int:
+    shape = graph.shape(layer.output)
+    return len(shape) if shape else len(layer.view.shape) if layer.is_convolution else 2 if layer.op == "Gemm" else 0
+
+
+def _on_axis(shape: tuple[int, ...], axis: int | None, size: int) -> bool:
+    """Whether a broadcast constant varies only along `axis` (negative) of the output."""
+    return axis is not None and -axis <= len(shape) and shape[axis] == size
+
+
+def _with_following_add(graph: Graph, layer: Layer) -> Layer:
+    """Take a constant that is added right after a layer without a bias as its bias."""
+    uses = graph.uses.get(layer.output, [])
+    if layer.bias is not None or len(uses) != 1 or uses[0].slot < 0 or graph.is_output(layer.output):
+        return layer
+    node = graph.nodes[uses[0].node]
+    if node.op_type != "Add" or len(set(node.input)) != 2:
+        return layer
+    bias = _bias(graph, layer, node.input[1 - uses[0].slot], 1.0, uses[0].node)
+    return layer if bias is None else replace(layer, bias=bias, output=node.output[0])
+
+
+def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
+    node = graph.nodes[use.node]
+    if use.slot < 0:
+        return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
+    row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if row is None or use.slot not in row.slots:
+        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned")
+    found = row.describe(graph, use.node, use.slot, source.view)
+    if isinstance(found, Refusal):
+        return found
+    if graph.constant(found.input) is not None:
+        return Refusal("its input is a constant, so the node computes a constant")
+    if not graph.is_float(found.input) and found.input in graph.types:
+        return Refusal("its input is not floating point")
+    shape = graph.shape(found.input)
+    if shape is not None and found.input_axis >= len(shape):
+        return Refusal(f"its input has {len(shape)} axes, too few for the operator")
+    layer = replace(found, weight=source.name)
+    return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
+
+
+def readers(graph: Graph, name: str) -> list[tuple[Use, str]]:
+    """Every node that reads an initializer, looking through view operators; with the tensor that it reads."""
+    found = []
+    for use in graph.uses.get(name, []):
+        node = graph.nodes[use.node]
+        if use.slot == 0 and node.op_type in VIEW_OPERATORS and node.domain in ("", "ai.onnx"):
+            found += readers(graph, node.output[0])
+        else:
+            found.append((use, name))
+    return found
+
+
+def _candidate(graph: Graph, name: str) -> bool:
+    """A float tensor with two axes or more that are longer than 1: some tool could prune it."""
+    item = graph.initializers[name]
+    return item.data_type in FLOATS and sum(size > 1 for size in item.dims) >= 2
+
+
+def find(graph: Graph) -> Plan:
+    """All prunable layers in graph order, and a row with a reason for every other weight."""
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    for name in graph.initializers:
+        found_readers = readers(graph, name)
+        rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
+        is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
+        if not (_candidate(graph, name) or is_layer_weight) or not found_readers:
+            continue
+        found = [_from_reader(graph, use, tensor) for use, tensor in found_readers]
+        refusals = [(use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)]
+        if graph.is_output(name) or any(graph.is_output(tensor) for _, tensor in found_readers):
+            refusals.append((found_readers[0][0], Refusal("the weight itself is an output of the model")))
+        if refusals:
+            use, refusal = refusals[0]
+            shape = tuple(graph.initializers[name].dims)
+            skipped.append(Skipped(graph.names[use.node], graph.nodes[use.node].op_type, name, shape, refusal.reason))
+        else:
+            layers += [item for item in found if isinstance(item, Layer)]
+    skipped += _inner(graph)
+    return Plan(tuple(sorted(layers, key=lambda layer: layer.node)), tuple(skipped))
+
+
+def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
+    source = trace_constant(graph, tensor)
+    if isinstance(source, Source):
+        return _describe(graph, use, source)
+    return source or Refusal("its value is computed at run time")
+
+
+def _inner(graph: Graph) -> list[Skipped]:
+    """Weights that live inside the bodies of control flow."""
+    found: list[Skipped] = []
+    for i, node in enumerate(graph.nodes):
+        pending = list(subgraphs(node))
+        while pending:
+            body = pending.pop()
+            found += [
+                Skipped(
+                    graph.names[i],
+                    node.op_type,
+                    item.name,
+                    tuple(item.dims),
+                    f"it lives inside a body of {node.op_type}",
+                )
+                for item in body.initializer
+                if item.data_type in FLOATS and sum(size > 1 for size in item.dims) >= 2
+            ]
+            pending += [inner for child in body.node for inner in subgraphs(child)]
+    return found
+
+
+def select(plan: Plan, only: str | None, skip: str | None) -> tuple[frozenset[str], dict[str, str]]:
+    """Which weights --only and --skip let through (regular expressions over node and weight names), and why the others not."""
+    allowed: set[str] = set()
+    reasons: dict[str, str] = {}
+    for weight, layers in plan.by_weight().items():
+        names = [weight, *(layer.name for layer in layers)]
+        if skip and any(re.search(skip, name) for name in names):
+            reasons[weight] = f"--skip {skip} names it"
+        elif only and not any(re.search(only, name) for name in names):
+            reasons[weight] = f"--only {only} does not name it"
+        else:
+            allowed.add(weight)
+    return frozenset(allowed), reasons

@@ -1,0 +1,151 @@
+"""From scores to masks: the paper's rule, and masks as Mul nodes in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.score import LayerScore, Scores
+from relief_onnx.views import View
+
+__all__ = ["Masks", "insert", "keep_prefix", "make_masks"]
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What stays.
+
+    keep: by weight, [out, in per group] as its first reader sees it. bias_keep: by weight, [out].
+    vectors: further initializers that lose entries (normalisation parameters of a unit that goes), flags in their own shape.
+    """
+
+    keep: Mapping[str, Flags]
+    bias_keep: Mapping[str, Flags]
+    vectors: Mapping[str, Flags] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The contents of masks.npz."""
+        found: dict[str, NDArray[Any]] = {}
+        for weight, keep in self.keep.items():
+            found[f"{weight}/keep"] = keep
+            found[f"{weight}/bias_keep"] = self.bias_keep[weight]
+        return found
+
+
+def keep_prefix(shares: NDArray[np.float64], alpha: float) -> Flags:
+    """Per row of [out, n] shares: the shortest prefix, sorted descending, whose sum reaches alpha of the row's total.
+
+    Kept by index with a stable sort, so ties never remove more than asked; alpha 1 keeps all that is not exactly 0.
+    """
+    if alpha >= 1.0:
+        return shares > 0
+    order = np.argsort(-shares, axis=1, kind="stable")
+    running = np.cumsum(np.take_along_axis(shares, order, 1), 1)
+    # Everything up to and including the first entry that reaches alpha: those before it have not reached it yet.
+    before = np.concatenate([np.zeros((len(shares), 1)), running[:, :-1]], 1)
+    wanted = (before < alpha * running[:, -1:]) & (running[:, -1:] > 0)
+    keep = np.zeros(shares.shape, bool)
+    np.put_along_axis(keep, order, wanted, 1)
+    return keep
+
+
+def _layer_masks(layer: Layer, score: LayerScore, alpha: float, prune_bias: bool) -> tuple[Flags, Flags]:
+    keep = keep_prefix(np.concatenate([score.score, score.bias_score[:, None]], 1), alpha)
+    removable = prune_bias and layer.bias is not None and not layer.bias.shared
+    bias = keep[:, -1] if removable else np.ones(layer.out_channels, bool)
+    return keep[:, :-1], bias
+
+
+def make_masks(plan: Plan, scores: Scores, weights: frozenset[str], alpha: Callable[[Layer], float], prune_bias: bool) -> Masks:
+    """Masks of the chosen weights. A weight with several readers loses a connection only where every one lets it go."""
+    keeps: dict[str, Flags] = {}
+    biases: dict[str, Flags] = {}
+    for weight, layers in plan.by_weight().items():
+        if weight not in weights:
+            continue
+        made = [_layer_masks(layer, scores[layer.name], alpha(layer), prune_bias) for layer in layers]
+        if len(layers) == 1:
+            keeps[weight], biases[weight] = made[0]
+        else:
+            keeps[weight] = _united(layers, [keep for keep, _ in made])
+            biases[weight] = np.ones(layers[0].out_channels, bool)
+    return Masks(keeps, biases)
+
+
+def _united(layers: tuple[Layer, ...], keeps: list[Flags]) -> Flags:
+    """The union over readers, each in its own layout; repeated until whole kernels agree for all of them."""
+    first = layers[0]
+    total = np.zeros(first.view.source, bool)
+    for layer, keep in zip(layers, keeps, strict=True):
+        total |= layer.view.invert(_expanded(keep, layer.view))
+    while True:
+        grown = total
+        for layer in layers:
+            whole = _whole(layer, grown)
+            grown = grown | layer.view.invert(_expanded(whole, layer.view))
+        if np.array_equal(grown, total):
+            return _whole(first, total)
+        total = grown
+
+
+def _whole(layer: Layer, flags: Flags) -> Flags:
+    """Connections of a layer of which any weight is flagged, [out, in per group]."""
+    found: Flags = np.any(layer.view.apply(flags).reshape(layer.out_channels, layer.in_per_group, -1), axis=-1)
+    return found
+
+
+def _expanded(keep: Flags, view: View) -> Flags:
+    return np.broadcast_to(keep.reshape(*keep.shape, *(1,) * (len(view.shape) - 2)), view.shape)
+
+
+def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
+    """For each initializer that loses entries: a mask that broadcasts against it."""
+    found: dict[str, Flags] = dict(masks.vectors)
+    for weight, layers in plan.by_weight().items():
+        layer = layers[0]
+        if weight in masks.keep and not masks.keep[weight].all():
+            keep = masks.keep[weight]
+            thin = keep.reshape(*keep.shape, *(1,) * (len(layer.view.shape) - 2))
+            found[weight] = thin if not layer.view.steps else layer.view.invert(_expanded(keep, layer.view))
+        if weight in masks.bias_keep and layer.bias is not None and not masks.bias_keep[weight].all():
+            found[layer.bias.name] = layer.bias.view.invert(masks.bias_keep[weight])
+    return found
+
+
+def insert(graph: Graph, flags: Mapping[str, Flags]) -> onnx.ModelProto:
+    """The masked model: every masked initializer W is read through Mul(W, W/mask). A valid ONNX file that can be opened and retrained."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    renamed: dict[str, str] = {}
+    nodes = []
+    for name, keep in flags.items():
+        dtype = graph.array(name).dtype
+        mask = numpy_helper.from_array(np.ascontiguousarray(keep.astype(dtype)), f"{name}/mask")
+        model.graph.initializer.append(mask)
+        if model.ir_version < 4:
+            model.graph.input.append(helper.make_tensor_value_info(mask.name, mask.data_type, mask.dims))
+        renamed[name] = f"{name}/masked"
+        nodes.append(helper.make_node("Mul", [name, mask.name], [renamed[name]], name=f"{name}/masked"))
+    for node in model.graph.node:
+        for slot, name in enumerate(node.input):
+            if name in renamed:
+                node.input[slot] = renamed[name]
+    old = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *old])
+    return model
+
+
+def applied(graph: Graph, flags: Mapping[str, Flags]) -> dict[str, NDArray[Any]]:
+    """The initializers with their masks multiplied in; what goes is +0."""
+    return {name: np.where(keep, graph.array(name), np.zeros((), graph.array(name).dtype)) for name, keep in flags.items()}

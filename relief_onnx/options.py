@@ -1,0 +1,156 @@
+"""What the user asked for: options, presets and recipe files (TOML). Command line beats recipe beats preset beats default."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from relief_onnx.errors import RecipeError
+
+__all__ = ["CHOICES", "PRESETS", "Options", "read_recipe", "resolve"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of one pruning run. `layers` are (regular expression, alpha) pairs; the first that matches a node or weight wins."""
+
+    alpha: float | None = None
+    alpha_conv: float | None = None
+    alpha_fc: float | None = None
+    criterion: str = "relief"
+    granularity: str = "connection"
+    repair: str = "none"
+    bias: str = "keep"
+    skip_rule: str = "off"
+    silent: str = "keep"
+    skip: str | None = None
+    only: str | None = None
+    storage: str = "auto"
+    samples: int | None = None
+    seed: int = 0
+    threads: int = 0
+    layers: tuple[tuple[str, float], ...] = ()
+
+    def alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
+        """The share of contribution that a layer keeps."""
+        for pattern, alpha in self.layers:
+            if any(re.search(pattern, name) for name in names):
+                return alpha
+        specific = self.alpha_conv if convolution else self.alpha_fc
+        return next(value for value in (specific, self.alpha, DEFAULT_ALPHA[convolution]) if value is not None)
+
+
+_FIELDS = tuple(item.name for item in fields(Options))
+
+
+def _nearest(name: str, valid: tuple[str, ...]) -> str:
+    return difflib.get_close_matches(name, valid, 1, 0.0)[0]
+
+
+# Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
+DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "criterion": ("relief", "relief-fast", "magnitude", "wanda"),
+    "granularity": ("connection",),
+    "repair": ("none",),
+    "bias": ("keep", "prune"),
+    "skip_rule": ("off", "branch", "both"),
+    "silent": ("keep", "remove"),
+    "storage": ("auto", "dense"),
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # arXiv 2109.10795: mean of norms, biases and both sides of a skip connection may go, silent units go, the LeNets' alphas.
+    "paper": {
+        "criterion": "relief", "alpha_conv": 0.9, "alpha_fc": 0.95, "bias": "prune", "skip_rule": "both", "silent": "remove",
+    },
+}  # fmt: skip
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "alpha": (float, int), "alpha_conv": (float, int), "alpha_fc": (float, int), "samples": (int,), "seed": (int,), "threads": (int,),
+}  # fmt: skip
+
+
+def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
+    """Merge the three sources and check the values. Raises RecipeError with one sentence."""
+    name = recipe.get("preset") if preset is None else preset
+    if name is not None and name not in PRESETS:
+        raise RecipeError(f"there is no preset {name}; the presets are {', '.join(PRESETS)}")
+    values = {**(PRESETS[name] if name else {}), **{key: value for key, value in recipe.items() if key != "preset"}}
+    alphas = ("alpha", "alpha_conv", "alpha_fc")
+    if given.get("alpha") is not None:
+        # --alpha on the command line means both kinds, whatever a preset or recipe says about one of them.
+        values = {key: value for key, value in values.items() if key not in alphas}
+    values.update({key: value for key, value in given.items() if value is not None})
+    for key in values:
+        if key not in _FIELDS:
+            raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
+    options = replace(Options(), **values)
+    for key in alphas:
+        _check_alpha(key, getattr(options, key))
+    for _, alpha in options.layers:
+        _check_alpha("alpha of a layer", alpha)
+    for key, choices in CHOICES.items():
+        if getattr(options, key) not in choices:
+            raise RecipeError(f"{key} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
+    for key in ("skip", "only"):
+        _check_pattern(key, getattr(options, key))
+    for key, least in (("samples", 1), ("threads", 0), ("seed", 0)):
+        value = getattr(options, key)
+        if value is not None and value < least:
+            raise RecipeError(f"{key} is {value}; give {least} or more")
+    return options
+
+
+def _check_alpha(key: str, value: float | None) -> None:
+    if value is not None and not 0.0 < value <= 1.0:
+        raise RecipeError(f"{key} is {value}; it is the share of contribution to keep, above 0 and at most 1")
+
+
+def _check_pattern(key: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise RecipeError(f"{key} {pattern!r} is not a regular expression ({error}); escape special characters with a backslash") from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A TOML file with the option names as keys, and `[layers]` with "regular expression" = alpha. Raises RecipeError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist; check the path of the recipe") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text; write the recipe as a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML ({error}); correct that line") from error
+    valid = (*_FIELDS, "preset")
+    recipe: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in valid:
+            near = _nearest(name, valid).replace("_", "-")
+            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {near!r}?")
+        recipe[name] = _layers(path, value) if name == "layers" else _typed(path, name, value)
+    return recipe
+
+
+def _typed(path: Path, name: str, value: Any) -> Any:
+    wanted = _TYPES.get(name, (str,))
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise RecipeError(f"{path}: {name} is {value!r}; it must be a {'number' if name in _TYPES else 'string'}")
+    return value
+
+
+def _layers(path: Path, value: Any) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, dict) or not all(isinstance(item, float | int) for item in value.values()):
+        raise RecipeError(f'{path}: [layers] must hold lines such as "regular expression" = 0.99')
+    for pattern in value:
+        _check_pattern(f"{path}: layer pattern", pattern)
+    return tuple((pattern, float(alpha)) for pattern, alpha in value.items())

@@ -1,0 +1,131 @@
+"""Documents for the commands that look without changing anything: inspect, compare, check-data."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relief_onnx import calibrate
+from relief_onnx import model as files
+from relief_onnx.compare import compare_models
+from relief_onnx.coupling import Coupling, trace
+from relief_onnx.data import ImageOptions, batch_axis, describe, open_dataset
+from relief_onnx.layers import Layer
+from relief_onnx.measure import macs_by_layer, measure
+from relief_onnx.options import resolve
+from relief_onnx.pipeline import Prepared, prepare
+from relief_onnx.report import quality_report, sample_shapes
+
+__all__ = ["comparison", "data_overview", "overview"]
+
+
+def overview(source: files.ModelSource) -> dict[str, Any]:
+    """What can be pruned, what is coupled, and what cannot be pruned and why; no data is needed."""
+    ready = prepare(source)
+    coupling = trace(ready.graph, ready.plan)
+    works = macs_by_layer(ready.graph.model, ready.plan, {})
+    layers = [_layer_row(layer, coupling, works[layer.name]) for layer in ready.plan.layers]
+    skipped = [asdict(row) | {"shape": list(row.shape)} for row in ready.plan.skipped]
+    return {
+        "schema": "relief-onnx/inspect/1",
+        "input": _file(ready),
+        "opset": ready.graph.opset,
+        "inputs": [{"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)} for spec in files.input_specs(ready.original)],
+        "outputs": list(ready.graph.outputs),
+        "layers": layers,
+        "skipped": skipped,
+        "groups": _groups(ready.plan.layers, coupling),
+        "totals": {
+            "prunable_weights": sum(row["weights"] for row in layers),
+            "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
+        },
+    }
+
+
+def _file(ready: Prepared, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
+    size = measure(ready.graph.model, shapes or {})
+    return {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(size)}
+
+
+def _layer_row(layer: Layer, coupling: Coupling, macs: int | None) -> dict[str, Any]:
+    units = coupling.outputs[layer.node]
+    pins = Counter(coupling.pinned[unit] for unit in units.tolist() if unit in coupling.pinned)
+    return {
+        "node": layer.name, "op": layer.op, "weight": layer.weight, "shape": list(layer.view.source),
+        "out_channels": layer.out_channels, "in_per_group": layer.in_per_group, "groups": layer.groups,
+        "connections": layer.out_channels * layer.in_per_group, "weights": int(np.prod(layer.view.shape)),
+        "bias": None if layer.bias is None else layer.bias.name, "macs": macs,
+        "removable_channels": int(sum(unit not in coupling.pinned for unit in units.tolist())),
+        "channel_reason": pins.most_common(1)[0][0] if pins else None,
+    }  # fmt: skip
+
+
+def _groups(layers: tuple[Layer, ...], coupling: Coupling) -> list[dict[str, Any]]:
+    """Layers whose output channels live and die together."""
+    members: dict[frozenset[int], list[Layer]] = {}
+    for layer in layers:
+        key = frozenset(coupling.outputs[layer.node].tolist())
+        found = next((other for other in members if other & key), None)
+        members.setdefault(key if found is None else found, []).append(layer)
+    rows = []
+    for units, group in members.items():
+        readers = [layer.name for layer in layers if units & set(coupling.inputs[layer.node].tolist())]
+        pinned = [coupling.pinned[unit] for unit in units if unit in coupling.pinned]
+        rows.append(
+            {
+                "channels": len(units),
+                "layers": [layer.name for layer in group],
+                "readers": readers,
+                "removable": len(units) - len(pinned),
+                "reason": Counter(pinned).most_common(1)[0][0] if pinned else None,
+            }
+        )
+    return rows
+
+
+def comparison(
+    first: files.ModelSource,
+    second: files.ModelSource,
+    data: str | os.PathLike[str],
+    *,
+    images: ImageOptions,
+    progress: calibrate.Progress,
+    **given: Any,
+) -> dict[str, Any]:
+    """Agreement, accuracy, size, MACs and latency of two models on the same samples."""
+    options = resolve(None, {}, given)
+    models = files.load(first), files.load(second)
+    ready = prepare(first), prepare(second)
+    dataset = open_dataset(data, files.input_specs(models[0]), images=images)
+    found = compare_models(*models, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress)
+    shapes = sample_shapes(dataset)
+    a, b = (_file(item, shapes) for item in ready)
+    per_sample = [1000 * seconds / max(found.samples, 1) for seconds in found.seconds]
+    return {
+        "schema": "relief-onnx/compare/1",
+        "a": a | {"ms_per_sample": per_sample[0]},
+        "b": b | {"ms_per_sample": per_sample[1]},
+        "quality": quality_report(found),
+        "warnings": list(found.warnings),
+    }
+
+
+def data_overview(source: files.ModelSource, path: str | os.PathLike[str], images: ImageOptions) -> dict[str, Any]:
+    """What the reader sees in `path`, in the model's terms."""
+    specs = files.input_specs(files.load(source))
+    dataset = open_dataset(path, specs, images=images)
+    document = asdict(describe(dataset, specs))
+    axis = batch_axis(specs)
+    return {
+        "schema": "relief-onnx/data/1",
+        "model": str(Path(source)) if not hasattr(source, "graph") else None,
+        "expects": [{"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)} for spec in specs],
+        "batches": "whole feeds" if not axis.batchable else (f"of {axis.fixed}" if axis.fixed else "of any size"),
+        **document,
+    }

@@ -1,0 +1,275 @@
+"""The order of the steps, and nothing else: load, plan, calibrate, score, mask, cut, pack, verify, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from relief_onnx import calibrate
+from relief_onnx import model as files
+from relief_onnx.compare import compare_models
+from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
+from relief_onnx.errors import ModelError, NothingPrunedError, OutputError
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan, find, select
+from relief_onnx.masks import Masks, applied, initializer_masks, insert, make_masks
+from relief_onnx.options import Options, resolve
+from relief_onnx.pack import pack, unpack
+from relief_onnx.paper import PaperRules
+from relief_onnx.probes import instrument
+from relief_onnx.report import Evidence, build_report
+from relief_onnx.score import Scores, measurements, normalise, read_scores, write_arrays, write_scores
+from relief_onnx.surgery import apply_weights, operate
+from relief_onnx.verify import verify
+
+__all__ = ["Data", "Prepared", "Result", "prepare", "prune", "score"]
+
+Data = str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader
+_SILENT: calibrate.Progress = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan."""
+
+    original: onnx.ModelProto
+    graph: Graph
+    plan: Plan
+    path: Path | None
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `prune` returns. `model` is the shipped ModelProto; `masks` are the rule's, before dead units were removed."""
+
+    model: onnx.ModelProto
+    masked: onnx.ModelProto
+    masks: Masks
+    scores: Scores
+    report: Mapping[str, Any]
+
+
+def prepare(source: files.ModelSource) -> Prepared:
+    """Load a model and find its layers. Raises ModelError."""
+    loaded = files.load(source)
+    path = None if isinstance(source, onnx.ModelProto) else Path(source)
+    content = files.serialize(loaded) if path is None else path.read_bytes()
+    original = unpack(loaded)
+    graph = Graph(files.prepare(original))
+    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content))
+
+
+def score(
+    source: files.ModelSource,
+    data: Data,
+    *,
+    images: ImageOptions | None = None,
+    progress: calibrate.Progress = _SILENT,
+    **given: Any,
+) -> Scores:
+    """Measure every layer once. Takes the same options as `prune`. Raises NothingPrunedError where there is no layer."""
+    ready, options = prepare(source), resolve(None, {}, given)
+    if not ready.plan.layers:
+        raise _nothing(ready.plan, {})
+    dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+    with _named(ready.path):
+        return _measure(ready, dataset, options, None, progress, None)[0]
+
+
+def prune(
+    source: files.ModelSource,
+    data: Data,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    images: ImageOptions | None = None,
+    preset: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    scores: str | os.PathLike[str] | None = None,
+    save_masks: str | os.PathLike[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    progress: calibrate.Progress = _SILENT,
+    **given: Any,
+) -> Result:
+    """Prune a model with calibration data, verify the result in onnxruntime and, with `output`, write it.
+
+    source: path of an .onnx file, or a ModelProto. data: a path, an iterable of feeds (dict of arrays, batch first), or an onnxruntime
+    CalibrationDataReader. Further keywords are the fields of `Options` (alpha, criterion, skip ...).
+
+    Raises ReliefError subclasses: bad input (exit code 1), VerificationError (3), NothingPrunedError (4). Then nothing is written at
+    `output`.
+    """
+    options = resolve(preset, recipe or {}, given)
+    clock = _Clock()
+    with clock("load"):
+        ready = prepare(source)
+        target = None if output is None else Path(output)
+        if target is not None:
+            files.check_target(target, force)
+        if save_masks is not None:
+            files.check_target(Path(save_masks), force=True)
+        weights, reasons = select(ready.plan, options.only, options.skip)
+        if not weights:
+            raise _nothing(ready.plan, reasons)
+        dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+        folder = _work_folder(work_dir)
+    rules = PaperRules(ready.graph, ready.plan, options)
+    with clock("calibrate"), _named(ready.path):
+        if scores is not None:
+            found: Scores = read_scores(Path(scores), ready.plan)
+            rules.measure_alone(dataset, options, progress)
+        else:
+            found, _ = _measure(ready, dataset, options, rules, progress, folder)
+    with clock("mask"):
+        masks = make_masks(ready.plan, found, weights, _alpha(options), options.bias == "prune")
+        masks, gates = rules.apply(masks)
+        flags = initializer_masks(ready.plan, masks)
+        masked = rules.insert_gates(insert(ready.graph, flags), gates)
+    with clock("surgery"):
+        operation = operate(rules.insert_gates(apply_weights(ready.graph.model, applied(ready.graph, flags)), gates))
+    with clock("pack"):
+        shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
+    evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, shipped)
+    if not evidence.pruned:
+        raise _nothing(ready.plan, {**reasons, **evidence.kept_reasons()})
+    with clock("verify"):
+        verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads)
+    with clock("compare"):
+        quality = compare_models(
+            ready.original,
+            shipped,
+            dataset,
+            limit=options.samples,
+            seed=options.seed,
+            threads=options.threads,
+            progress=progress,
+        )
+    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, options)
+    with clock("write"):
+        if folder is not None:
+            files.save(masked, folder / "masked.onnx")
+            files.save(operation.model, folder / "pruned.onnx")
+        if save_masks is not None:
+            write_arrays(masks.arrays(), Path(save_masks))
+        if target is not None:
+            files.save(shipped, target)
+    return Result(shipped, masked, masks, found, report)
+
+
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Name the user's file where onnxruntime refuses a model that was made from it."""
+    try:
+        yield
+    except ModelError as error:
+        if path is None:
+            raise
+        raise ModelError(f"{path}: {error}") from error
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _alpha(options: Options) -> Any:
+    def alpha(layer: Layer) -> float:
+        return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
+
+    return alpha
+
+
+def _packable(model: onnx.ModelProto) -> list[str]:
+    """Weights of layers; everything else is stored as it is."""
+    return sorted({layer.weight for layer in find(Graph(model)).layers})
+
+
+def _measure(
+    ready: Prepared,
+    dataset: Dataset,
+    options: Options,
+    rules: PaperRules | None,
+    progress: calibrate.Progress,
+    folder: Path | None,
+) -> tuple[Scores, int]:
+    """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs."""
+    key = _key(ready, dataset, options)
+    stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
+    needs_pass = rules is not None and rules.measurements
+    if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
+        return read_scores(stored, ready.plan), 0
+    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion)
+    wanted += rules.measurements if rules is not None else []
+    probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
+    samples = 0
+    if folder is not None:
+        files.save(probe.model, folder / "probe.onnx")
+    if wanted:
+        samples, _ = calibrate.run(
+            probe,
+            wanted,
+            dataset,
+            limit=options.samples,
+            seed=options.seed,
+            threads=options.threads or os.cpu_count() or 1,
+            progress=progress,
+        )
+    scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name)) for layer in ready.plan.layers}
+    if stored is not None:
+        write_scores(scores, ready.plan, stored)
+        files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
+    return scores, samples
+
+
+def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
+    parts = (ready.sha256, dataset.fingerprint, options.criterion, options.samples, options.seed)
+    return files.sha256(repr(parts).encode())
+
+
+def _key_of(stored: Path) -> str | None:
+    note = stored.with_suffix(".json")
+    if not note.exists():
+        return None
+    try:
+        return str(json.loads(note.read_text())["key"])
+    except (ValueError, KeyError):
+        return None  # a note that cannot be read means: measure again
+
+
+def _work_folder(work_dir: str | os.PathLike[str] | None) -> Path | None:
+    if work_dir is None:
+        return None
+    folder = Path(work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made ({error.strerror}); choose another --work-dir") from error
+    return folder
+
+
+def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
+    rows = [(row.weight, row.reason) for row in plan.skipped] + list(reasons.items())
+    if not rows:
+        return NothingPrunedError("nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight")
+    return NothingPrunedError(
+        f"nothing could be pruned: {rows[0][0]}: {rows[0][1]}" + (f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""),
+        rows,
+    )

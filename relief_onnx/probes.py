@@ -1,0 +1,98 @@
+"""The probe: the user's model with what statistics need as extra outputs. A valid ONNX file that `--work-dir` keeps.
+
+Most statistics take the activations themselves. A small convolution is measured inside the graph instead: one grouped convolution of
+|x| with every |K_ij| apart, and the sum of squares of each result, which is the paper's formula word for word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer
+
+__all__ = ["Probe", "instrument", "norms_name"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`model` with extra outputs; `taps` maps each tensor that is measured to the output that holds it in float32."""
+
+    model: onnx.ModelProto
+    taps: dict[str, str]
+
+
+def norms_name(layer: Layer) -> str:
+    """The tensor that holds a layer's squared kernel norms [n, in channels * filters per group] where they are measured in the graph."""
+    return f"{layer.name}/probe/norms"
+
+
+def _kernel_norms(graph: Graph, model: onnx.ModelProto, layer: Layer, magnitude: NDArray[Any]) -> str:
+    geometry, name = layer.geometry, f"{layer.name}/probe"
+    if geometry is None:
+        raise ValueError(f"{layer.name} is not a convolution")
+    per_group = layer.out_channels // layer.groups
+    apart = magnitude.reshape(layer.groups, per_group, layer.in_per_group, *geometry.kernel).swapaxes(1, 2)
+    kernels = np.ascontiguousarray(apart.reshape(-1, 1, *geometry.kernel).astype(np.float32))
+    axes = list(range(2, 2 + len(geometry.kernel)))
+    padding = {"pads": geometry.pads} if geometry.auto_pad == "NOTSET" else {"auto_pad": geometry.auto_pad}
+    squares = {"axes": axes} if graph.opset < 18 else {}
+    add = [numpy_helper.from_array(kernels, f"{name}/kernels")]
+    if not squares:
+        add.append(numpy_helper.from_array(np.array(axes, np.int64), f"{name}/axes"))
+    for tensor in add:
+        model.graph.initializer.append(tensor)
+        if model.ir_version < 4:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    model.graph.node.extend(
+        [
+            helper.make_node("Abs", [layer.input], [f"{name}/magnitude"], name=f"{name}/magnitude"),
+            helper.make_node(
+                "Conv", [f"{name}/magnitude", f"{name}/kernels"], [f"{name}/responses"], name=f"{name}/responses",
+                group=layer.groups * layer.in_per_group, strides=geometry.strides, dilations=geometry.dilations, **padding,
+            ),
+            helper.make_node(
+                "ReduceSumSquare", [f"{name}/responses", *([] if squares else [f"{name}/axes"])], [norms_name(layer)],
+                name=norms_name(layer), keepdims=0, **squares,
+            ),
+        ]
+    )  # fmt: skip
+    model.graph.output.append(helper.make_tensor_value_info(norms_name(layer), TensorProto.FLOAT, [None, len(kernels)]))
+    return norms_name(layer)
+
+
+def instrument(graph: Graph, tensors: Iterable[str], inside: Mapping[str, tuple[Layer, NDArray[Any]]] | None = None) -> Probe:
+    """Expose `tensors` as outputs, and measure the layers in `inside` (by `norms_name`, with their |W|) in the graph.
+
+    Tensors that are not float32 pass a Cast on the way; model inputs need no output.
+    """
+    inside = inside or {}
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    inputs = {info.name for info in graph.inputs}
+    outputs = set(graph.outputs)
+    taps: dict[str, str] = {}
+    for tensor in dict.fromkeys(tensors):
+        if tensor in inside:
+            taps[tensor] = _kernel_norms(graph, model, *inside[tensor])
+            continue
+        element, shape = graph.types.get(tensor, (TensorProto.FLOAT, None))
+        if element == TensorProto.FLOAT and (tensor in inputs or tensor in outputs):
+            taps[tensor] = tensor
+            continue
+        name = tensor
+        if element != TensorProto.FLOAT:
+            name = f"{tensor}/probe"
+            model.graph.node.append(helper.make_node("Cast", [tensor], [name], name=f"{name}/cast", to=TensorProto.FLOAT))
+        for info in [item for item in model.graph.value_info if item.name == name]:
+            model.graph.value_info.remove(info)
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        taps[tensor] = name
+    return Probe(model, taps)

@@ -1,0 +1,181 @@
+"""The report: one JSON document (schema `relief-onnx/report/1`) that says what happened to every weight and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from relief_onnx import model as files
+from relief_onnx.compare import Comparison
+from relief_onnx.dataset import Dataset
+from relief_onnx.layers import Layer
+from relief_onnx.masks import Masks
+from relief_onnx.measure import measure
+from relief_onnx.options import Options
+from relief_onnx.pack import PackedTensor
+from relief_onnx.paper import Gate
+from relief_onnx.surgery import Operation
+from relief_onnx.verify import Verification
+
+if TYPE_CHECKING:
+    from relief_onnx.pipeline import Prepared
+
+__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "sample_shapes"]
+
+SCHEMA = "relief-onnx/report/1"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that one run found out about the weights."""
+
+    ready: Prepared
+    options: Options
+    masks: Masks
+    operation: Operation
+    packed: tuple[PackedTensor, ...]
+    reasons: Mapping[str, str]
+    gates: tuple[Gate, ...]
+    shipped: onnx.ModelProto
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any connection, bias or unit is gone."""
+        masked = any(not keep.all() for part in (self.masks.keep, self.masks.bias_keep) for keep in part.values())
+        return masked or self.operation.units_removed > 0 or bool(self.gates) or any(self._lost(layer) for layer in self._layers())
+
+    def _layers(self) -> list[Layer]:
+        return [layers[0] for layers in self.ready.plan.by_weight().values()]
+
+    def _lost(self, layer: Layer) -> int:
+        """Connections that were not zero before and are gone."""
+        before = self.before(layer)
+        return int(before.sum() - (before & self.operation.surviving[layer.weight]).sum())
+
+    def before(self, layer: Layer) -> Any:
+        """Connections [out, in per group] that are not zero in the original."""
+        weight = layer.view.apply(self.ready.graph.array(layer.weight))
+        return weight.reshape(*weight.shape[:2], -1).any(-1)
+
+    def kept_reasons(self) -> dict[str, str]:
+        """Why each weight that lost nothing was kept."""
+        return {
+            layer.weight: self._kept_reason(layer) for layer in self._layers() if layer.weight not in self.reasons and not self._lost(layer)
+        }
+
+    def _kept_reason(self, layer: Layer) -> str:
+        alpha = self.options.alpha_for((layer.name, layer.weight), layer.is_convolution)
+        if len(self.ready.plan.by_weight()[layer.weight]) > 1:
+            return f"some node that shares it needs each connection at alpha {alpha:g}"
+        return f"every connection is needed to keep {alpha:g} of the contribution of its output"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for every weight that some tool could prune."""
+        packed = {item.name: item for item in self.packed}
+        rows = [self._row(layer, packed.get(layer.weight)) for layer in self._layers()]
+        return rows + [
+            {
+                "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped", "reason": row.reason,
+                "connections": int(np.prod(row.shape)), "connections_kept": int(np.prod(row.shape)),
+                "weights": int(np.prod(row.shape)), "weights_kept": int(np.prod(row.shape)), "alpha": None,
+            }
+            for row in self.ready.plan.skipped
+        ]  # fmt: skip
+
+    def _row(self, layer: Layer, packed: PackedTensor | None) -> dict[str, Any]:
+        surviving = self.operation.surviving[layer.weight]
+        chosen = layer.weight in self.masks.keep
+        lost = self._lost(layer)
+        kept = int(surviving.sum()) if lost or chosen else int(np.prod(surviving.shape))
+        rule = int(self.masks.keep[layer.weight].sum()) if chosen else int(np.prod(surviving.shape))
+        status = "pruned" if lost else ("kept" if chosen else "skipped")
+        reason = self._pruned_reason(chosen, rule, kept) if lost else self.reasons.get(layer.weight) or self._kept_reason(layer)
+        positions = int(np.prod(layer.view.shape[2:]))
+        return {
+            "node": layer.name, "op": layer.op, "weight": layer.weight, "status": status, "reason": reason,
+            "connections": int(surviving.size), "connections_kept": kept, "connections_kept_by_rule": rule,
+            "weights": int(surviving.size) * positions, "weights_kept": kept * positions,
+            "alpha": self.options.alpha_for((layer.name, layer.weight), layer.is_convolution) if chosen else None,
+            "channels": list(self.operation.channels[layer.name]),
+            "storage": packed.storage if packed is not None else "dense",
+        }  # fmt: skip
+
+    def _pruned_reason(self, chosen: bool, rule: int, kept: int) -> str:
+        dead = f"{rule - kept} connections of dead units removed" if rule > kept else ""
+        return "; ".join(part for part in ("score below the cut" if chosen else "", dead) if part)
+
+
+def build_report(
+    evidence: Evidence, verification: Verification, quality: Comparison, seconds: Mapping[str, float], dataset: Dataset,
+    target: Path | None, options: Options,
+) -> dict[str, Any]:  # fmt: skip
+    """The report of one pruning run; every key that README.md lists."""
+    ready, rows = evidence.ready, evidence.rows()
+    shapes = sample_shapes(dataset)
+    content = files.serialize(evidence.shipped)
+    before = measure(ready.graph.model, shapes)
+    after = measure(evidence.operation.model, shapes)
+    weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)
+    return {
+        "schema": SCHEMA,
+        "input": {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(before)},
+        "output": {
+            "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content), **asdict(after),
+        },
+        "options": {key: value for key, value in asdict(options).items() if key != "layers"} | {"layers": dict(options.layers)},
+        "data": {"source": dataset.source, "kind": dataset.kind, "samples": quality.samples, "labelled": dataset.labelled},
+        "layers": rows,
+        "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
+        "units_removed": evidence.operation.units_removed,
+        "verification": {
+            "checker": verification.checker,
+            "masked_vs_output_max_abs": verification.max_abs,
+            "masked_vs_output_max_rel": verification.max_rel,
+            "rounding_max_abs": verification.rounding,
+        },
+        "quality": quality_report(quality),
+        "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},
+        "warnings": _warnings(evidence, quality, dataset, before.macs),
+    }  # fmt: skip
+
+
+def quality_report(quality: Comparison) -> dict[str, Any]:
+    """Agreement per output and accuracies; JSON has no infinity, so equal outputs have `sqnr_db` null."""
+    agreement = {
+        name: {
+            "cosine": item.cosine,
+            "sqnr_db": item.sqnr_db if math.isfinite(item.sqnr_db) else None,
+            "max_abs": item.max_abs if math.isfinite(item.max_abs) else None,
+            **({"top1": item.top1} if item.top1 is not None else {}),
+        }
+        for name, item in quality.outputs.items()
+    }
+    before, after = quality.accuracy or (None, None)
+    return {"agreement": agreement, "accuracy_before": before, "accuracy_after": after, "samples": quality.samples}
+
+
+def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: int | None) -> list[str]:
+    found = [*quality.warnings, *dataset.notes]
+    if quality.samples < 128:
+        found.append(f"only {quality.samples} samples were used; 128 or more give steadier scores")
+    if macs is None:
+        found.append("MACs are not known: some sizes in the model are only known when it runs")
+    collapsed = [name for name, (before, after) in evidence.operation.channels.items() if after == 1 < before]
+    if collapsed:
+        found.append(f"only one channel is left in {', '.join(collapsed[:3])}; the model has probably lost its function, raise alpha")
+    worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
+    if worst < 0.9:
+        found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")
+    return found
+
+
+def sample_shapes(dataset: Dataset) -> dict[str, tuple[int, ...]]:
+    """The inputs' shapes of one sample, batch axis included."""
+    first = next(iter(dataset.batches(1, limit=1)))
+    return {name: tuple(array.shape) for name, array in first.feed.items()}

@@ -1,0 +1,170 @@
+"""Importance scores: how much each connection contributes to its neuron or filter.
+
+All scores of one output unit, its bias among them, sum to 1; a unit without any contribution has zeros.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.calibrate import Measurement
+from relief_onnx.errors import DataError
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.model import write_atomically
+from relief_onnx.probes import norms_name
+from relief_onnx.streaming import (
+    Contribution,
+    KernelNorm,
+    MeanAbsolute,
+    MeanImage,
+    ResponseNorm,
+    RootMeanSquare,
+    kernel_statistic,
+    response_positions,
+)
+
+__all__ = ["CRITERIA", "LayerScore", "Scores", "magnitudes", "measurements", "normalise", "read_scores", "write_scores"]
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """Shares of one layer: `score` [out, in per group] and `bias_score` [out], each row with its bias summing to 1."""
+
+    weight: str
+    node: str
+    score: Doubles
+    bias_score: Doubles
+
+
+Scores = Mapping[str, LayerScore]  # by node name
+
+
+def _fast(layer: Layer, magnitude: NDArray[Any]) -> Contribution:
+    return MeanImage(layer.geometry) if layer.geometry is not None else MeanAbsolute(layer.input_axis)
+
+
+# name -> what to measure for a layer; None needs no data.
+CRITERIA: Mapping[str, Callable[[Layer, NDArray[Any]], Contribution] | None] = {
+    "relief": kernel_statistic,
+    "relief-fast": _fast,
+    "wanda": lambda layer, magnitude: RootMeanSquare(layer.input_axis),
+    "magnitude": None,
+}
+
+
+def magnitudes(graph: Graph, layer: Layer) -> NDArray[Any]:
+    """|W| in canonical layout [out, in per group, *kernel], float32 or float64."""
+    weight: NDArray[Any] = np.abs(layer.view.apply(graph.array(layer.weight)))
+    return weight if weight.dtype in (np.float32, np.float64) else weight.astype(np.float32)
+
+
+Inside = dict[str, tuple[Layer, NDArray[Any]]]
+
+
+def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measurement], dict[str, Contribution], Inside]:
+    """What to measure for a criterion: what listens to which tensor, the statistic of each layer by name, and layers measured in the graph.
+
+    Layers that read the same tensor in the same way share a statistic where it does not depend on their weights.
+    """
+    make = CRITERIA[criterion]
+    wanted: list[Measurement] = []
+    statistics: dict[str, Contribution] = {}
+    inside: Inside = {}
+    shared: dict[tuple[Any, ...], Contribution] = {}
+    for layer in plan.layers if make is not None else ():
+        magnitude = magnitudes(graph, layer)
+        element, shape = graph.types.get(layer.input, (0, None))
+        positions = response_positions(layer, shape, element == 1) if criterion == "relief" else None
+        if positions is not None:
+            statistics[layer.name] = ResponseNorm(layer, positions)
+            inside[norms_name(layer)] = (layer, magnitude)
+            wanted.append(Measurement(norms_name(layer), statistics[layer.name]))
+            continue
+        made = make(layer, magnitude) if make is not None else None
+        key = (layer.input, layer.input_axis, layer.geometry, layer.name if isinstance(made, KernelNorm) else "")
+        if made is not None and key not in shared:
+            shared[key] = made
+            wanted.append(Measurement(layer.input, made))
+        statistics[layer.name] = shared[key]
+    return wanted, statistics, inside
+
+
+def normalise(graph: Graph, layer: Layer, statistic: Contribution | None) -> LayerScore:
+    """Shares from a fed statistic; without one, from the weights alone (a kernel counts with its norm)."""
+    magnitude = magnitudes(graph, layer)
+    if statistic is None:
+        contribution = np.sqrt(np.square(magnitude, dtype=np.float64).reshape(*magnitude.shape[:2], -1).sum(-1))
+        factor = 1.0
+    else:
+        contribution, factor = statistic.contributions(layer, magnitude)
+    contribution = contribution * abs(layer.scale)
+    bias = np.zeros(layer.out_channels)
+    if layer.bias is not None:
+        value = layer.bias.view.apply(graph.array(layer.bias.name)).astype(np.float64)
+        bias = np.abs(value) * abs(layer.bias.factor) * factor
+    total = contribution.sum(1) + bias
+    safe = np.where(total > 0, total, 1.0)
+    return LayerScore(layer.weight, layer.name, contribution / safe[:, None], bias / safe)
+
+
+def write_scores(scores: Scores, plan: Plan, path: Path) -> None:
+    """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for weight, layers in plan.by_weight().items():
+        for i, layer in enumerate(layers):
+            key = weight if i == 0 else f"{weight}@{layer.name}"
+            arrays[f"{key}/score"] = scores[layer.name].score
+            arrays[f"{key}/bias_score"] = scores[layer.name].bias_score
+    write_arrays(arrays, path)
+
+
+def write_arrays(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """A compressed .npz, whole or not at all, the same bytes for the same arrays."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED)
+    write_atomically(path, content.getvalue())
+
+
+def read_scores(path: Path, plan: Plan) -> dict[str, LayerScore]:
+    """Scores from a file, checked against the model. Raises DataError naming file and weight."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; measure it with relief-onnx score") from error
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path} is not a score file (.npz); measure it with relief-onnx score") from error
+    found: dict[str, LayerScore] = {}
+    for weight, layers in plan.by_weight().items():
+        for i, layer in enumerate(layers):
+            key = weight if i == 0 else f"{weight}@{layer.name}"
+            found[layer.name] = _checked(path, key, layer, arrays)
+    return found
+
+
+def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[Any]]) -> LayerScore:
+    parts: Sequence[tuple[str, tuple[int, ...]]] = (
+        (f"{key}/score", (layer.out_channels, layer.in_per_group)),
+        (f"{key}/bias_score", (layer.out_channels,)),
+    )
+    for name, shape in parts:
+        if name not in arrays:
+            raise DataError(f"{path} has no {name}; it was measured on another model, measure again with relief-onnx score")
+        if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
+            raise DataError(f"{path}: {name} is {list(arrays[name].shape)}, the model needs {list(shape)} finite numbers; measure again")
+    return LayerScore(layer.weight, layer.name, arrays[parts[0][0]].astype(float), arrays[parts[1][0]].astype(float))

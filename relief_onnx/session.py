@@ -1,0 +1,76 @@
+"""The one door to onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from relief_onnx.errors import DataError, ModelError
+
+__all__ = ["Session"]
+
+_NAMES = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
+
+onnxruntime.set_default_logger_severity(4)
+
+
+class Session:
+    """A loaded model that runs feeds on the CPU."""
+
+    def __init__(self, model: onnx.ModelProto | bytes, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
+        """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
+
+        Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
+        """
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except _ERRORS as error:
+            raise ModelError(
+                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({_first_line(error)}); "
+                "export it again with standard ONNX operators only, so that it loads there without relief-onnx too"
+            ) from error
+        self.outputs = tuple(item.name for item in self._session.get_outputs())
+
+    def run(self, feed: Mapping[str, NDArray[Any]], names: Sequence[str] | None = None, source: str = "") -> list[Any]:
+        """The values of `names` (default: every output). Raises DataError naming `source` where the run fails."""
+        try:
+            result: list[Any] = self._session.run(None if names is None else list(names), dict(feed))
+        except _ERRORS as error:
+            shapes = ", ".join(f"{name} {list(np.shape(value))}" for name, value in feed.items())
+            raise DataError(
+                f"the model does not run on {source or 'the data'} ({shapes}): {_first_line(error)}; check shapes and values"
+            ) from error
+        return result
+
+    def signature(self) -> tuple[tuple[str, str, tuple[Any, ...]], ...]:
+        """Name, type and shape of every input and output, as onnxruntime sees them."""
+        items = (*self._session.get_inputs(), *self._session.get_outputs())
+        return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return line.split(" : ", 2)[-1].strip().rstrip(".")
+
+
+def optimized(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """What onnxruntime's basic optimisation makes of a model (constants folded), through the file `path`."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(str(path))

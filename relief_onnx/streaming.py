@@ -1,0 +1,284 @@
+"""Streaming statistics of activations: small objects with constant memory.
+
+Each takes batches of one tensor and hands out `jobs`: independent pieces of work that a thread pool runs side by side (numpy releases
+the lock inside them). Sums are kept in float64. `weight` counts every sample of a batch that often (see `Batch.weight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.gram import PatchStatistics, Shifts, output_positions, padding, statistics
+from relief_onnx.layers import Geometry, Layer
+
+__all__ = ["ChannelMaximum", "ImageNorm", "KernelNorm", "MeanAbsolute", "MeanImage", "ResponseNorm", "RootMeanSquare", "Statistic"]
+
+Job = Callable[[], None]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+# What one job reads at a time. Numpy's cost per call asks for large blocks, memory and idle threads for small ones.
+BLOCK_BYTES = 2 << 20
+# What the products of one job hold at a time: about the size of a core's own cache.
+PRODUCT_BYTES = 1 << 19
+
+
+class Statistic(Protocol):
+    """Anything that is fed with activations."""
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        """The work that adding the batch `x` takes."""
+        ...
+
+
+class Contribution(Statistic, Protocol):
+    """A statistic from which the share of each connection follows."""
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        """(contribution of each connection [out, in per group], what a bias of 1 contributes), for |W| in canonical layout."""
+        ...
+
+
+def _blocks(channels: int, bytes_each: int, bytes_at_once: int) -> Iterator[slice]:
+    step = max(1, min(channels, bytes_at_once // max(bytes_each, 1)))
+    yield from (slice(start, min(start + step, channels)) for start in range(0, channels, step))
+
+
+def _per_unit(layer: Layer, magnitude: NDArray[Any], vector: Doubles) -> Doubles:
+    """|w_ij| (or the norm of a kernel) times a number per input channel [C] -> [out, in per group]."""
+    norms = np.sqrt(np.square(magnitude, dtype=np.float64).reshape(*magnitude.shape[:2], -1).sum(-1))
+    inputs = np.repeat(vector.reshape(layer.groups, -1), layer.out_channels // layer.groups, 0)
+    result: Doubles = norms * inputs
+    return result
+
+
+class MeanAbsolute:
+    """mean |x_i| per channel, over every other axis. The score of a dense layer needs no more."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._sum: Any = 0.0
+        self._count = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        yield partial(self._add, x, weight)
+
+    def _add(self, x: Floats, weight: float) -> None:
+        rows = np.moveaxis(x, self._axis, -1).reshape(-1, x.shape[self._axis])
+        self._sum = self._sum + weight * np.abs(rows).sum(0, dtype=np.float64)
+        self._count += weight * len(rows)
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        return _per_unit(layer, magnitude, self._sum / max(self._count, 1e-300)), 1.0
+
+
+class RootMeanSquare:
+    """sqrt(mean x_i^2) per channel over every other axis: Wanda's input norm (Sun et al. 2023), up to a constant."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._sum: Any = 0.0
+        self._count = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        yield partial(self._add, x, weight)
+
+    def _add(self, x: Floats, weight: float) -> None:
+        others = tuple(i for i in range(x.ndim) if i != self._axis % x.ndim)
+        self._sum = self._sum + weight * np.square(x, dtype=np.float64).sum(others)
+        self._count += weight * x.size / max(x.shape[self._axis], 1)
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        return _per_unit(layer, magnitude, np.sqrt(self._sum / max(self._count, 1e-300))), 1.0
+
+
+class _Positions:
+    """mean over samples of sqrt(H_out W_out): what a bias of 1 contributes to a convolution."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._sum = 0.0
+        self._count = 0.0
+
+    def add(self, x: Floats, weight: float) -> None:
+        self._sum += weight * len(x) * float(np.sqrt(output_positions(self._geometry, x.shape[2:])))
+        self._count += weight * len(x)
+
+    @property
+    def samples(self) -> float:
+        return max(self._count, 1e-300)
+
+    @property
+    def bias_factor(self) -> float:
+        return self._sum / self.samples
+
+
+class ImageNorm:
+    """mean_n ||x_ni||_F per channel, over the pixels that a kernel of one weight sees: the score of a 1x1 convolution."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._positions = _Positions(geometry)
+        self._strides = (1,) * len(geometry.strides) if geometry.transposed else geometry.strides
+        self._sum: Any = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        self._positions.add(x, weight)
+        yield partial(self._add, x, weight)
+
+    def _add(self, x: Floats, weight: float) -> None:
+        if any(stride > 1 for stride in self._strides):
+            x = np.ascontiguousarray(x[(slice(None), slice(None), *(slice(None, None, stride) for stride in self._strides))])
+        flat = x.reshape(*x.shape[:2], -1)
+        self._sum = self._sum + weight * np.sqrt(np.vecdot(flat, flat)).sum(0, dtype=np.float64)
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        return _per_unit(layer, magnitude, self._sum / self._positions.samples), self._positions.bias_factor
+
+
+class KernelNorm:
+    """mean_n || |K_ij| * |x_ni| ||_F for every kernel of one layer: the paper's convolution score, in closed form."""
+
+    def __init__(self, layer: Layer, magnitude: NDArray[Any]) -> None:
+        assert layer.geometry is not None
+        self._geometry = layer.geometry
+        self._positions = _Positions(layer.geometry)
+        self._magnitude = magnitude.astype(np.float32).reshape(layer.groups, layer.out_channels // layer.groups, *magnitude.shape[1:])
+        # Coefficients are needed as [in channel, S, filter of its group].
+        self._plans: dict[tuple[int, ...], tuple[PatchStatistics, Floats]] = {}
+        channels = layer.groups * layer.in_per_group
+        self._sum = np.zeros((channels, layer.out_channels // layer.groups))
+
+    def _plan(self, space: tuple[int, ...]) -> tuple[PatchStatistics, Floats]:
+        if space not in self._plans:
+            found = statistics(self._geometry, space)
+            coefficients = np.moveaxis(found.coefficients(self._magnitude), 1, 3)
+            self._plans = {space: (found, np.ascontiguousarray(coefficients.reshape(-1, *coefficients.shape[2:])))}
+        return self._plans[space]
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        self._positions.add(x, weight)
+        plan, coefficients = self._plan(x.shape[2:])
+        pixels = int(np.prod(x.shape[2:])) + 1
+        for block in _blocks(x.shape[1], len(x) * pixels * 4, BLOCK_BYTES):
+            yield partial(self._add, x, weight, plan, coefficients, block)
+
+    def _add(self, x: Floats, weight: float, plan: PatchStatistics, coefficients: Floats, block: slice) -> None:
+        features = plan.features(x[:, block]).swapaxes(0, 1)
+        ones = np.full((1, len(x)), weight, np.float32)
+        for part in _blocks(len(features), len(x) * self._sum.shape[1] * 4, PRODUCT_BYTES):
+            place = slice(block.start + part.start, block.start + part.stop)
+            norms = features[part] @ coefficients[place]
+            np.sqrt(norms, out=norms)
+            self._sum[place] += (ones @ norms)[:, 0]
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        table = (self._sum / self._positions.samples).reshape(layer.groups, layer.in_per_group, -1)
+        return table.swapaxes(1, 2).reshape(layer.out_channels, layer.in_per_group), self._positions.bias_factor
+
+
+class ResponseNorm:
+    """The same as `KernelNorm` from squared norms that the probe computes in the graph; for small convolutions the faster way."""
+
+    def __init__(self, layer: Layer, positions: int) -> None:
+        self._bias_factor = float(np.sqrt(positions))
+        self._sum = np.zeros(layer.out_channels * layer.in_per_group)
+        self._count = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        yield partial(self._add, x, weight)
+
+    def _add(self, x: Floats, weight: float) -> None:
+        self._sum += weight * np.sqrt(x).sum(0, dtype=np.float64)
+        self._count += weight * len(x)
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        table = (self._sum / max(self._count, 1e-300)).reshape(layer.groups, layer.in_per_group, -1)
+        return table.swapaxes(1, 2).reshape(layer.out_channels, layer.in_per_group), self._bias_factor
+
+
+class MeanImage:
+    """mean_n |x_ni| per channel and pixel. Its kernel norms are the authors' `norm of the mean`; images of several sizes are kept apart."""
+
+    def __init__(self, geometry: Geometry | None = None) -> None:
+        self._geometry = geometry
+        self._sums: dict[tuple[int, ...], Doubles] = {}
+        self._counts: dict[tuple[int, ...], float] = {}
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        space = x.shape[1:]
+        total = self._sums.setdefault(space, np.zeros(space))
+        self._counts[space] = self._counts.get(space, 0.0) + weight * len(x)
+        for block in _blocks(x.shape[1], len(x) * int(np.prod(space[1:])) * 4, BLOCK_BYTES):
+            yield partial(self._add, x, weight, total, block)
+
+    @staticmethod
+    def _add(x: Floats, weight: float, total: Doubles, block: slice) -> None:
+        total[block] += weight * np.abs(x[:, block]).sum(0)
+
+    def norms(self) -> Doubles:
+        """|| mean_n |x_ni| ||_F per channel."""
+        norms: Doubles = self._average(lambda image: np.sqrt(np.square(image).reshape(len(image), -1).sum(-1)))
+        return norms
+
+    def _average(self, measure: Callable[[Doubles], Any]) -> Any:
+        samples = sum(self._counts.values())
+        return sum(self._counts[space] / samples * measure(total / self._counts[space]) for space, total in self._sums.items())
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        assert self._geometry is not None
+        geometry = self._geometry
+
+        def one(image: Doubles) -> Doubles:
+            norm = KernelNorm(layer, magnitude)
+            for job in norm.jobs(image[None].astype(np.float32), 1.0):
+                job()
+            return norm.contributions(layer, magnitude)[0]
+
+        bias = self._average(lambda image: np.sqrt(output_positions(geometry, image.shape[1:])))
+        return self._average(one), float(bias)
+
+
+class ChannelMaximum:
+    """max |y_j| per unit over all samples and positions: 0 means that the unit was silent."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self.maximum: Any = 0.0
+
+    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
+        yield partial(self._add, x)
+
+    def _add(self, x: Floats) -> None:
+        others = tuple(i for i in range(x.ndim) if i != self._axis % x.ndim)
+        self.maximum = np.maximum(self.maximum, np.abs(x).max(others))
+
+
+# Responses of one sample up to which a convolution is cheaper inside the graph than by its Gram matrices.
+LARGEST_RESPONSE = 1 << 15
+
+
+def response_positions(layer: Layer, shape: tuple[int | str | None, ...] | None, is_float32: bool) -> int | None:
+    """H_out x W_out where a layer with that input is best measured in the graph, else None."""
+    geometry = layer.geometry
+    if geometry is None or geometry.transposed or not is_float32 or geometry.positions == 1 or not shape:
+        return None
+    space = tuple(size for size in shape[2:] if isinstance(size, int))
+    if len(space) < len(geometry.kernel) or isinstance(statistics(geometry, space), Shifts):
+        return None
+    positions = output_positions(geometry, space)
+    return positions if positions * layer.out_channels * layer.in_per_group <= LARGEST_RESPONSE else None
+
+
+def kernel_statistic(layer: Layer, magnitude: NDArray[Any]) -> Contribution:
+    """The paper's statistic for a layer: dense, 1x1 or kernel."""
+    if layer.geometry is None:
+        return MeanAbsolute(layer.input_axis)
+    one_weight = layer.geometry.positions == 1 and all(
+        begin >= 0 and end >= 0 for begin, end in padding(layer.geometry, (1,) * len(layer.geometry.kernel))
+    )
+    return ImageNorm(layer.geometry) if one_weight else KernelNorm(layer, magnitude)

@@ -1,0 +1,92 @@
+"""Is the result right? The checker, onnxruntime, the signature, and the masked model's outputs on real samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+from relief_onnx.compare import compare_models
+from relief_onnx.dataset import Dataset
+from relief_onnx.errors import ModelError, VerificationError
+from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.session import Session
+
+__all__ = ["TOLERANCES", "Verification", "verify"]
+
+# Largest difference that rounding explains, relative to the largest output. Half precision has 11 bits.
+TOLERANCES = {"float": 1e-4, "half": 1e-2}
+# An output that is all but 0 (a saturated sigmoid) is compared with what the masked model differs from itself when onnxruntime
+# does not optimise it: up to ten times that is rounding.
+ROUNDING = 10.0
+SAMPLES = 16
+_CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`checker` is "passed", or why that says nothing; differences are between masked and final model.
+
+    `max_rel` is relative to each output's largest value, or to the value at which `rounding` alone would use up the tolerance.
+    """
+
+    checker: str
+    max_abs: float
+    max_rel: float
+    rounding: float
+
+
+def verify(
+    original: onnx.ModelProto,
+    masked: onnx.ModelProto,
+    result: onnx.ModelProto,
+    dataset: Dataset,
+    *,
+    seed: int,
+    threads: int,
+) -> Verification:
+    """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `masked` computes."""
+    checker = _check(original, result)
+    before = Session(original, threads).signature()
+    try:
+        after = Session(result, threads, "the pruned model").signature()
+    except ModelError as error:
+        raise VerificationError(
+            f"the pruned model does not load: {error.__cause__}; nothing was written, please report this model"
+        ) from error
+    if before != after:
+        raise VerificationError(f"inputs and outputs changed from {before} to {after}; nothing was written, please report this model")
+    tolerance = TOLERANCES["half" if _is_half(original) else "float"]
+    found = compare_models(masked, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads).outputs
+    itself = compare_models(
+        masked, masked, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads, optimize=(True, False)
+    ).outputs
+    scales = {name: max(item.peak, ROUNDING * itself[name].max_abs / tolerance) for name, item in found.items()}
+    max_abs = max((item.max_abs for item in found.values()), default=0.0)
+    max_rel = max((item.max_abs / scales[name] for name, item in found.items() if item.max_abs > 0), default=0.0)
+    if not max_rel <= tolerance:
+        raise VerificationError(
+            f"the pruned model differs from the masked one by {max_rel:.2g} of the largest output (allowed {tolerance:g}); "
+            "nothing was written, please report this model"
+        )
+    return Verification(checker, max_abs, max_rel, max((item.max_abs for item in itself.values()), default=0.0))
+
+
+def _check(original: onnx.ModelProto, result: onnx.ModelProto) -> str:
+    try:
+        onnx.checker.check_model(result, full_check=True)
+    except _CHECKER_ERRORS as error:
+        try:
+            onnx.checker.check_model(original, full_check=True)
+        except _CHECKER_ERRORS:  # the file that the user gave fails in the same way: not our doing
+            return "the original fails ONNX's full check too"
+        raise VerificationError(
+            f"the pruned model fails ONNX's checker ({str(error).strip().splitlines()[0]}); nothing was written, please report this model"
+        ) from error
+    return "passed"
+
+
+def _is_half(model: onnx.ModelProto) -> bool:
+    graph = Graph(model)
+    half = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    return any(item.data_type in half & FLOATS for item in graph.initializers.values())

@@ -1,0 +1,97 @@
+"""The law "mask = surgery" as a function, shared by the operator table's tests and by those on random graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Plan, find
+from relief_onnx.masks import Masks, applied, initializer_masks, insert
+from relief_onnx.model import prepare
+from relief_onnx.session import Session
+from relief_onnx.surgery import Operation, apply_weights, operate
+
+Feed = dict[str, NDArray[Any]]
+
+
+def random_masks(plan: Plan, rng: np.random.Generator, density: float = 0.4) -> Masks:
+    """Random connections, and some rows and columns that lose everything; a dead row loses its bias half of the time."""
+    keeps, biases = {}, {}
+    for weight, layers in plan.by_weight().items():
+        shape = layers[0].view.shape[:2]
+        keep = rng.random(shape) < density
+        keep[rng.random(shape[0]) < 0.35] = False
+        keep[:, rng.random(shape[1]) < 0.35] = False
+        keeps[weight] = keep
+        bias = layers[0].bias
+        prunable = bias is not None and not bias.shared and len(layers) == 1
+        biases[weight] = rng.random(shape[0]) < 0.5 if prunable else np.ones(shape[0], bool)
+    return Masks(keeps, biases)
+
+
+def masked_and_cut(model: onnx.ModelProto, rng: np.random.Generator) -> tuple[onnx.ModelProto, Operation]:
+    """A model under random masks, once with Mul nodes and once cut."""
+    graph = Graph(prepare(model))
+    plan = find(graph)
+    flags = initializer_masks(plan, random_masks(plan, rng))
+    return insert(graph, flags), operate(apply_weights(graph.model, applied(graph, flags)))
+
+
+def check_mask_is_surgery(model: onnx.ModelProto, feed: Feed, rng: np.random.Generator, tolerance: float = 1e-5) -> Operation:
+    """Raise AssertionError unless the cut model computes what the masked one does, is valid, and is otherwise the same file."""
+    masked, operation = masked_and_cut(model, rng)
+    onnx.checker.check_model(masked, full_check=True)
+    onnx.checker.check_model(operation.model, full_check=True)
+    assert_same_outputs(masked, operation.model, feed, tolerance)
+    again = operate(operation.model)
+    assert again.units_removed == 0
+    assert again.model.SerializeToString(deterministic=True) == operation.model.SerializeToString(deterministic=True)
+    assert_same_frame(model, operation.model)
+    assert_inferred_dims(operation.model)
+    return operation
+
+
+def assert_same_outputs(first: onnx.ModelProto, second: onnx.ModelProto, feed: Feed, tolerance: float) -> None:
+    before, after = Session(first, 1).run(feed), Session(second, 1).run(feed)
+    for name, a, b in zip([item.name for item in first.graph.output], before, after, strict=True):
+        assert a.shape == b.shape, name
+        assert a.dtype == b.dtype, name
+        assert np.array_equal(np.isfinite(a), np.isfinite(b)), name
+        finite = np.isfinite(a)
+        scale = max(float(np.abs(a[finite]).max(initial=0.0)), 1.0)
+        worst = float(np.abs(a[finite].astype(float) - b[finite].astype(float)).max(initial=0.0)) / scale
+        assert worst <= tolerance, f"{name} differs by {worst:.2g}"
+
+
+def assert_same_frame(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """Metadata, doc strings, opset, inputs, outputs and the nodes' identity survive."""
+    for field in ("ir_version", "producer_name", "domain", "model_version", "doc_string"):
+        assert getattr(before, field) == getattr(after, field)
+    assert list(before.metadata_props) == list(after.metadata_props)
+    assert list(before.opset_import) == list(after.opset_import)
+    assert (before.graph.name, before.graph.doc_string) == (after.graph.name, after.graph.doc_string)
+    weights = {item.name for item in after.graph.initializer}
+    assert [item for item in before.graph.input if item.name not in weights] == [
+        item for item in after.graph.input if item.name not in weights
+    ]
+    assert list(before.graph.output) == list(after.graph.output)
+    names = [(node.name, node.op_type, node.doc_string, list(node.output)) for node in after.graph.node]
+    assert names == [(node.name, node.op_type, node.doc_string, list(node.output)) for node in before.graph.node]
+
+
+def assert_inferred_dims(model: onnx.ModelProto) -> None:
+    """value_info says what shape inference says."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    inferred = {item.name: item for item in onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph.value_info}
+    for item in model.graph.value_info:
+        if item.name in inferred:
+            stored, right = item.type.tensor_type.shape.dim, inferred[item.name].type.tensor_type.shape.dim
+            for a, b in zip(stored, right, strict=True):
+                if a.HasField("dim_value") and b.HasField("dim_value"):
+                    assert a.dim_value == b.dim_value, item.name

@@ -1,0 +1,399 @@
+"""Random graphs for the law "mask = surgery": a list of steps, each of which adds to a pool of tensors what fits there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from builders import Net
+from numpy.typing import NDArray
+
+BATCH = 2
+Shape = tuple[int, ...]
+
+
+class Pool:
+    """Tensors made so far, with shapes for batch BATCH; a step picks from the newest with higher chance."""
+
+    def __init__(self, net: Net) -> None:
+        self.net, self.tensors = net, {}  # type: ignore[var-annotated]
+
+    def add(self, name: str, *shape: int) -> None:
+        self.tensors[name] = shape
+
+    def pick(self, rng: np.random.Generator, rank: int | None = None, like: Shape | None = None, but: str = "") -> tuple[str, Shape] | None:
+        fitting = [
+            (name, shape)
+            for name, shape in self.tensors.items()
+            if (rank is None or len(shape) == rank) and (like is None or shape == like) and name != but
+        ]
+        if not fitting:
+            return None
+        return fitting[-1] if rng.random() < 0.7 else fitting[rng.integers(len(fitting))]
+
+
+Step = Callable[[Net, Pool, np.random.Generator], None]
+STEPS: list[Step] = []
+
+
+def step(rank: int | None) -> Callable[[Callable[..., None]], Step]:
+    """A step that starts from one tensor of that rank; nothing happens where there is none."""
+
+    def wrap(function: Callable[..., None]) -> Step:
+        def run(net: Net, pool: Pool, rng: np.random.Generator) -> None:
+            found = pool.pick(rng, rank)
+            if found is not None:
+                function(net, pool, rng, *found)
+
+        run.__name__ = function.__name__
+        STEPS.append(run)
+        return run
+
+    return wrap
+
+
+def channels(rng: np.random.Generator) -> int:
+    return int(rng.choice([2, 3, 4, 6, 8]))
+
+
+def maybe_bias(net: Net, rng: np.random.Generator, size: int) -> list[str]:
+    return [net.bias(size)] if rng.random() < 0.6 else []
+
+
+def conv_weight(net: Net, rng: np.random.Generator, *shape: int) -> str:
+    """A weight, now and then behind a Transpose, a Reshape or an Identity."""
+    if rng.random() < 0.15:
+        form = net.ints(*shape) if rng.random() < 0.5 else net.ints(0, -1, *shape[2:])
+        stored = (shape[0], int(np.prod(shape[1:]))) if shape[2:] == (1, 1) else (*shape, 1)
+        return str(net.op("Reshape", net.weight(*stored), form))
+    if rng.random() < 0.15:
+        order = [*range(1, len(shape)), 0]
+        stored = [shape[i] for i in order]
+        return str(net.op("Transpose", net.weight(*stored), perm=[len(shape) - 1, *range(len(shape) - 1)]))
+    weight = net.weight(*shape)
+    return str(net.op("Identity", weight)) if rng.random() < 0.1 else weight
+
+
+@step(4)
+def conv(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    out, kernel = channels(rng), int(rng.choice([1, 3]))
+    pad = int(rng.choice([0, 1])) if kernel == 3 else 0
+    if min(h, w) + 2 * pad < kernel:
+        return
+    stride = int(rng.choice([1, 1, 2]))
+    groups = int(rng.choice([g for g in (1, 1, 2, 3) if c % g == 0 and out % g == 0]))
+    weight = conv_weight(net, rng, out, c // groups, kernel, kernel)
+    y = net.op("Conv", x, weight, *maybe_bias(net, rng, out), pads=[pad] * 4, strides=[stride] * 2, group=groups)
+    pool.add(y, n, out, (h + 2 * pad - kernel) // stride + 1, (w + 2 * pad - kernel) // stride + 1)
+
+
+STEPS += [conv, conv]
+
+
+@step(4)
+def depthwise(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    times = int(rng.choice([1, 1, 2]))
+    y = net.op("Conv", x, net.weight(c * times, 1, 3, 3), *maybe_bias(net, rng, c * times), pads=[1] * 4, group=c)
+    pool.add(y, n, c * times, h, w)
+
+
+@step(4)
+def conv_transpose(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    groups = int(rng.choice([g for g in (1, 2) if c % g == 0]))
+    out = int(rng.choice([2, 4])) * groups
+    if h > 8:
+        return
+    y = net.op("ConvTranspose", x, net.weight(c, out // groups, 2, 2), *maybe_bias(net, rng, out), strides=[2, 2], group=groups)
+    pool.add(y, n, out, 2 * h, 2 * w)
+
+
+@step(4)
+def shared_conv(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    out = channels(rng)
+    weight, bias = net.weight(out, c, 1, 1), net.bias(out)
+    twin = pool.pick(rng, 4, shape)
+    for name in {x: None, twin[0] if twin else x: None}:
+        pool.add(net.op("Conv", name, weight, bias), n, out, h, w)
+
+
+@step(4)
+def norm(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    values = [net.constant(rng.uniform(0.5, 1.5, shape[1]).astype(np.float32)) for _ in range(4)]
+    whole = rng.random() < 0.85
+    pool.add(net.op("BatchNormalization", x, *values) if whole else net.op("InstanceNormalization", x, *values[:2]), *shape)
+
+
+@step(None)
+def activation(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    names = ["Relu", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Softplus", "Abs", "Neg", "Identity", "HardSigmoid", "Erf", "Elu"]
+    pool.add(net.op(str(rng.choice(names)), x), *shape)
+
+
+@step(None)
+def swish(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    pool.add(net.op("Mul", x, net.op("Sigmoid", x)), *shape)
+
+
+@step(4)
+def prelu(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    size = shape[1] if rng.random() < 0.7 else 1
+    pool.add(net.op("PRelu", x, net.constant(rng.uniform(0.1, 0.5, (size, 1, 1)).astype(np.float32))), *shape)
+
+
+@step(4)
+def pool_window(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    if min(h, w) >= 2:
+        y = net.op(str(rng.choice(["MaxPool", "AveragePool"])), x, kernel_shape=[2, 2], strides=[2, 2])
+        pool.add(y, n, c, h // 2, w // 2)
+
+
+@step(4)
+def global_pool(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    pool.add(net.op(str(rng.choice(["GlobalAveragePool", "GlobalMaxPool"])), x), *shape[:2], 1, 1)
+
+
+@step(None)
+def concat(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    axis = int(rng.integers(1, len(shape))) if rng.random() < 0.3 else 1
+    fits = [
+        (name, other)
+        for name, other in pool.tensors.items()
+        if len(other) == len(shape) and all(a == b for i, (a, b) in enumerate(zip(shape, other, strict=True)) if i != axis)
+    ]
+    other, dims = fits[rng.integers(len(fits))]
+    total = shape[axis] + dims[axis]
+    if total <= 32:
+        order = [x, other] if rng.random() < 0.5 else [other, x]
+        pool.add(net.op("Concat", *order, axis=axis - (len(shape) if net.opset >= 11 and rng.random() < 0.3 else 0)), *shape[:axis], total, *shape[axis + 1 :])
+
+
+@step(None)
+def split(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    if len(shape) < 2 or shape[1] < 2:
+        return
+    first = int(rng.integers(1, shape[1]))
+    sizes = (first, shape[1] - first)
+    given: dict[str, Any] = {"split": list(sizes)} if net.opset < 13 else {}
+    inputs = [x] if net.opset < 13 else [x, net.ints(*sizes)]
+    for name, size in zip(net.op("Split", *inputs, outputs=2, axis=1, **given), sizes, strict=True):
+        pool.add(name, shape[0], size, *shape[2:])
+
+
+@step(None)
+def even_split(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    if len(shape) < 2 or shape[1] % 2:
+        return
+    given = {"num_outputs": 2} if net.opset >= 18 else {}
+    for name in net.op("Split", x, outputs=2, axis=1, **given):
+        pool.add(name, shape[0], shape[1] // 2, *shape[2:])
+
+
+@step(None)
+def residual(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    other = pool.pick(rng, like=shape, but=x)
+    if other is not None:
+        pool.add(net.op(str(rng.choice(["Add", "Add", "Add", "Mul", "Sub", "Max"])), x, other[0]), *shape)
+
+
+STEPS += [residual, residual]
+
+
+@step(4)
+def block(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A residual block, its shortcut the identity."""
+    c = shape[1]
+    inner = channels(rng)
+    y = net.op("Relu", net.op("Conv", x, net.weight(inner, c, 3, 3), *maybe_bias(net, rng, inner), pads=[1] * 4))
+    y = net.op("Conv", y, net.weight(c, inner, 1, 1), *maybe_bias(net, rng, c))
+    pool.add(net.op("Relu", net.op("Add", y, x)), *shape)
+
+
+@step(4)
+def gate(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Squeeze and excitation."""
+    c = shape[1]
+    y = net.op("Relu", net.op("Conv", net.op("GlobalAveragePool", x), net.weight(2, c, 1, 1), net.bias(2)))
+    y = net.op("Sigmoid", net.op("Conv", y, net.weight(c, 2, 1, 1), net.bias(c)))
+    pool.add(net.op("Mul", x, y), *shape)
+
+
+@step(None)
+def constant(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A constant that broadcasts: a scalar, one per channel, one per position, or of another rank."""
+    dims = [size if rng.random() < 0.5 else 1 for size in shape[1:]]
+    if rng.random() < 0.3:
+        dims = [1, *dims]
+    while dims and rng.random() < 0.2:
+        dims = dims[1:]
+    pool.add(net.op(str(rng.choice(["Add", "Mul", "Sub"])), *([x, net.bias(*dims)] if rng.random() < 0.7 else [net.bias(*dims), x])), *shape)
+
+
+@step(4)
+def nhwc(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Work in the other layout: a dense layer per pixel."""
+    n, c, h, w = shape
+    y, out = net.op("Transpose", x, perm=[0, 2, 3, 1]), channels(rng)
+    y = net.op("MatMul", y, net.weight(c, out))
+    y = net.op("Add", y, net.bias(out)) if rng.random() < 0.7 else y
+    pool.add(net.op("Transpose", y, perm=[0, 3, 1, 2]), n, out, h, w)
+
+
+@step(4)
+def shuffle(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    if c % 2 == 0:
+        y = net.op("Transpose", net.op("Reshape", x, net.ints(0, 2, c // 2, h, w)), perm=[0, 2, 1, 3, 4])
+        pool.add(net.op("Reshape", y, net.ints(*([0, -1, h, w] if rng.random() < 0.5 else [0, c, h, w]))), *shape)
+
+
+@step(4)
+def flatten(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, total = shape[0], int(np.prod(shape[1:]))
+    forms = [lambda: net.op("Flatten", x), lambda: net.op("Reshape", x, net.ints(0, -1)), lambda: net.op("Reshape", x, net.ints(-1, total))]
+    if total <= 300:
+        pool.add(forms[rng.integers(3)](), n, total)
+
+
+@step(4)
+def tokens(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    y = net.op("Reshape", x, net.ints(*([0, c, -1] if rng.random() < 0.5 else [0, 0, -1])))
+    if rng.random() < 0.7:
+        pool.add(net.op("Transpose", y, perm=[0, 2, 1]), n, h * w, c)
+    else:
+        pool.add(y, n, c, h * w)
+
+
+@step(2)
+def gemm(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    out, flip = channels(rng), int(rng.integers(2))
+    weight = net.weight(*((out, shape[1]) if flip else (shape[1], out)))
+    bias = maybe_bias(net, rng, out)
+    if not bias and (net.opset < 11 or rng.random() < 0.2):  # C is required before opset 11
+        bias = [net.bias(1)]
+    scale = {"alpha": 0.5, "beta": 2.0} if rng.random() < 0.3 else {}
+    pool.add(net.op("Gemm", x, weight, *bias, transB=flip, **scale), shape[0], out)
+
+
+STEPS += [gemm, gemm]
+
+
+@step(None)
+def matmul(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    if len(shape) not in (2, 3):
+        return
+    out = channels(rng)
+    y = net.op("MatMul", x, net.weight(shape[-1], out))
+    pool.add(net.op("Add", y, net.bias(out)) if rng.random() < 0.6 else y, *shape[:-1], out)
+
+
+@step(3)
+def left_matmul(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    out = channels(rng)
+    pool.add(net.op("MatMul", net.weight(out, shape[1]), x), shape[0], out, shape[2])
+
+
+@step(3)
+def attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """Queries, keys and values; a product of two activations is a barrier."""
+    n, t, c = shape
+    d = int(rng.choice([2, 4]))
+    q, k, v = (net.op("MatMul", x, net.weight(c, d)) for _ in range(3))
+    scores = net.op("Softmax", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1])), axis=2)
+    pool.add(net.op("MatMul", net.op("MatMul", scores, v), net.weight(d, c)), n, t, c)
+
+
+@step(None)
+def softmax(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    pool.add(net.op("Softmax", x, axis=int(rng.integers(1, len(shape)))), *shape)
+
+
+@step(4)
+def reduce(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    keep = int(rng.integers(2))
+    operator = str(rng.choice(["ReduceMean", "ReduceMax"]))
+    y = net.op(operator, x, axes=[2, 3], keepdims=keep) if net.opset < 18 else net.op(operator, x, net.ints(2, 3), keepdims=keep)
+    pool.add(y, *shape[:2], *((1, 1) if keep else ()))
+
+
+@step(4)
+def squeeze(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    if shape[2:] == (1, 1):
+        pool.add(net.op("Squeeze", x, axes=[2, 3]) if net.opset < 13 else net.op("Squeeze", x, net.ints(2, 3)), *shape[:2])
+
+
+@step(2)
+def unsqueeze(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    pool.add(net.op("Unsqueeze", x, axes=[2, 3]) if net.opset < 13 else net.op("Unsqueeze", x, net.ints(-1, -2)), *shape, 1, 1)
+
+
+@step(4)
+def pad(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    pads = [0, 0, 1, 0, 0, int(rng.random() < 0.1), 0, 1]
+    y = net.op("Pad", x, pads=pads, value=0.5) if net.opset < 11 else net.op("Pad", x, net.ints(*pads), net.constant(np.float32(0.5)))
+    pool.add(y, n, c + pads[5], h + 1, w + 1)
+
+
+@step(4)
+def resize(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    n, c, h, w = shape
+    scales = net.constant(np.asarray([1, 1, 2, 2], np.float32))
+    if h <= 4 and net.opset >= 11:
+        pool.add(net.op("Resize", x, net.constant(np.zeros(0, np.float32)), scales, mode="nearest"), n, c, 2 * h, 2 * w)
+    elif h <= 4:
+        pool.add(net.op("Upsample", x, scales, mode="nearest"), n, c, 2 * h, 2 * w)
+
+
+@step(None)
+def sliced(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A barrier."""
+    if shape[1] > 1:
+        given = [net.ints(1), net.ints(shape[1]), net.ints(1)] if net.opset >= 10 else []
+        values = {} if given else {"starts": [1], "ends": [shape[1]], "axes": [1]}
+        pool.add(net.op("Slice", x, *given, **values), shape[0], shape[1] - 1, *shape[2:])
+
+
+@step(4)
+def depth_to_space(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    """A barrier."""
+    n, c, h, w = shape
+    if c % 4 == 0 and h <= 4:
+        pool.add(net.op("DepthToSpace", x, blocksize=2), n, c // 4, 2 * h, 2 * w)
+
+
+@step(None)
+def also_an_output(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
+    if x not in net.outputs and x != "x1":
+        net.outputs.append(x)
+
+
+def build(steps: list[tuple[int, int]], opset: int, image: bool, dynamic: bool) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """A model from (step number, seed) pairs, ended by a layer, and a feed for it."""
+    net = Net(seed=1, opset=opset, ir_version={9: 3, 11: 6}.get(opset, 8 if opset < 19 else 9))
+    shape = (BATCH, 3, 6, 5) if image else (BATCH, 6)
+    x = net.input("N" if dynamic else BATCH, *shape[1:])
+    pool = Pool(net)
+    first = np.random.default_rng(steps[0][1])
+    pool.add(x, *shape)
+    (conv if image else gemm)(net, pool, first)
+    for number, seed in steps:
+        STEPS[number % len(STEPS)](net, pool, np.random.default_rng(seed))
+    last, dims = list(pool.tensors.items())[-1]
+    if len(dims) == 4:
+        last = net.op("Conv", last, net.weight(3, dims[1], 1, 1), net.bias(3))
+    elif len(dims) == 3:
+        last = net.op("MatMul", last, net.weight(dims[2], 3))
+    elif last == x:
+        last = net.op("Identity", last)
+    else:
+        last = net.op("Gemm", last, net.weight(dims[1], 3), net.bias(3))
+    feed = {x: np.random.default_rng(5).standard_normal(shape).astype(np.float32)}
+    return net.model(last), feed

@@ -1,0 +1,407 @@
+"""Every bad input ends with its exit code, one sentence that names the file and the fix, and nothing at OUT."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import LENET, digits, lenet, program, run
+from onnx import TensorProto, helper, numpy_helper
+
+from relief_onnx import pipeline, surgery
+from relief_onnx.errors import RecipeError
+
+Make = Callable[[Path], object]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a good model and good data, which is also the working folder: messages then name short paths."""
+    shutil.copy(LENET, tmp_path / "m.onnx")
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "a.npy", digits(8))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(arguments: str, code: int, sentence: str) -> None:
+    """Run the command; `...` in the sentence stands for words of another library."""
+    result = run(*arguments.split())
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    pattern = ".+?".join(re.escape(part) for part in f"Error: {sentence}\n".split("..."))
+    assert re.fullmatch(pattern, result.stderr), result.stderr
+    assert not Path("out.onnx").exists()
+    assert not list(Path().glob(".*"))  # and no half-written file beside it
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def _external(edit: Callable[[Path, onnx.ModelProto], None]) -> Make:
+    def make(folder: Path) -> None:
+        path = folder / "m.onnx"
+        onnx.save_model(lenet(), str(path), save_as_external_data=True, location="m.bin", size_threshold=0)
+        model = onnx.load(str(path), load_external_data=False)
+        edit(folder, model)
+        path.write_bytes(model.SerializeToString())
+
+    return make
+
+
+def _outside(location: str) -> Callable[[Path, onnx.ModelProto], None]:
+    def edit(folder: Path, model: onnx.ModelProto) -> None:
+        next(item for item in model.graph.initializer[0].external_data if item.key == "location").value = location
+
+    return edit
+
+
+def _custom(folder: Path) -> None:
+    model = lenet()
+    model.graph.node.insert(0, helper.make_node("Magic", ["image"], ["seen"], name="trick", domain="com.acme"))
+    model.graph.node[1].input[0] = "seen"
+    model.opset_import.append(helper.make_opsetid("com.acme", 1))
+    onnx.save(model, str(folder / "m.onnx"))
+
+
+def _damaged(folder: Path) -> None:
+    model = lenet()
+    model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
+    onnx.save(model, str(folder / "m.onnx"))
+
+
+def _sequence_input(folder: Path) -> None:
+    model = lenet()
+    model.graph.input.append(helper.make_tensor_sequence_value_info("words", TensorProto.FLOAT, None))
+    onnx.save(model, str(folder / "m.onnx"))
+
+
+MODELS: dict[str, tuple[Make, str]] = {
+    "missing": (lambda f: (f / "m.onnx").unlink(), "m.onnx does not exist; check the path of the model."),
+    "empty": (lambda f: (f / "m.onnx").write_bytes(b""), "m.onnx is empty; export or copy the model again."),
+    "cut in half": (
+        lambda f: (f / "m.onnx").write_bytes(LENET.read_bytes()[: LENET.stat().st_size // 2]),
+        "m.onnx is truncated or not an ONNX model; export or copy it again.",
+    ),
+    "last byte lost": (
+        lambda f: (f / "m.onnx").write_bytes(LENET.read_bytes()[:-1]),
+        "m.onnx is truncated or not an ONNX model; export or copy it again.",
+    ),
+    "text": (lambda f: (f / "m.onnx").write_text("weights: 3\n"), "m.onnx is truncated or not an ONNX model; export or copy it again."),
+    "another protobuf": (
+        lambda f: (f / "m.onnx").write_bytes(helper.make_opsetid("", 1).SerializeToString()),
+        "m.onnx is truncated or not an ONNX model...; export or copy it again.",
+    ),
+    "a folder": (lambda f: ((f / "m.onnx").unlink(), (f / "m.onnx").mkdir()), "m.onnx is a folder; give the .onnx file inside it."),
+    "damaged initializer": (
+        _damaged,
+        "m.onnx is damaged: initializer features.0.weight does not hold what its shape says; export it again.",
+    ),
+    "external data missing": (
+        _external(lambda f, _: (f / "m.bin").unlink()),
+        "m.onnx: external data file m.bin of initializer features.0.weight is missing; put it beside the model.",
+    ),
+    "external data above": (
+        _external(_outside("../m.bin")),
+        "m.onnx: initializer features.0.weight points to external data outside the model's folder (../m.bin); "
+        "save the model again with its data beside it.",
+    ),
+    "external data absolute": (
+        _external(_outside("/etc/hostname")),
+        "m.onnx: initializer features.0.weight points to external data outside the model's folder (/etc/hostname); "
+        "save the model again with its data beside it.",
+    ),
+    "external data short": (
+        _external(lambda f, _: os.truncate(f / "m.bin", 100)),
+        "m.onnx: external data file m.bin is too short for initializer features.0.weight; copy it again.",
+    ),
+    "unknown operator": (
+        _custom,
+        "m.onnx: onnxruntime ... cannot load the probe model (...com.acme:Magic(-1) is not a registered function/op); "
+        "export it again with standard ONNX operators only, so that it loads there without relief-onnx too.",
+    ),
+    "not a tensor": (_sequence_input, "input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str, here: Path) -> None:
+    make, sentence = MODELS[name]
+    make(here)
+    check("prune m.onnx --data data -o out.onnx", 1, sentence)
+
+
+def test_unknown_operator_without_a_calibration_pass(here: Path) -> None:
+    _custom(here)
+    result = run(*["prune", "m.onnx", "--data", "data", "-o", "out.onnx", "--criterion", "magnitude"])
+    assert result.exit_code == 1
+    assert "com.acme:Magic" in result.stderr
+    assert not Path("out.onnx").exists()
+
+
+# --- the data -------------------------------------------------------------------------------------------------------
+
+
+def _saved(array: Any, name: str = "a.npy") -> Make:
+    def make(folder: Path) -> None:
+        shutil.rmtree(folder / "data")
+        (folder / "data").mkdir()
+        target = folder / "data" / name
+        if name.endswith(".npz"):
+            np.savez(target, **array)
+        elif isinstance(array, bytes):
+            target.write_bytes(array)
+        else:
+            np.save(target, array, allow_pickle=True)
+
+    return make
+
+
+def _with(value: float) -> Any:
+    values = digits(8).copy()
+    values[3, 0, 5, 5] = value
+    return values
+
+
+FORMATS = ".npy, .npz, .csv, images (.png .jpg .jpeg .bmp .webp .gif .tif .tiff) and ONNX test_data_set_*/input_*.pb"
+INPUT = "'image' (float32 [batch, 1, 28, 28])"
+
+DATA: dict[str, tuple[Make, str]] = {
+    "missing": (lambda f: shutil.rmtree(f / "data"), "'data' does not exist; check the path of the data."),
+    "empty": (lambda f: (f / "data" / "a.npy").unlink(), f"'data' is empty; put the samples there as {FORMATS}."),
+    "nothing readable": (
+        _saved(b"hello", "notes.txt"),
+        f"'data' holds nothing that relief-onnx reads (found .txt); it understands {FORMATS}.",
+    ),
+    "wrong shape": (
+        _saved(np.zeros((4, 1, 32, 32), np.float32)),
+        f"'data/a.npy' has 32 on axis 2 of shape [4, 1, 32, 32] for input {INPUT}, which needs 28 there; "
+        "resize, transpose or crop the data to fit the model.",
+    ),
+    "wrong rank": (
+        _saved(np.zeros((28, 28), np.float32)),
+        f"'data/a.npy' has an array of shape [28, 28] for input {INPUT}, which needs 4 axes (a batch) or 3 (one sample); "
+        "reshape the array before you save it.",
+    ),
+    "wrong type": (
+        _saved(np.zeros((4, 1, 28, 28), np.complex64)),
+        f"'data/a.npy' has complex64 values for input {INPUT}, and they cannot become float32 without loss; "
+        "save them with .astype('float32') if that is what you mean.",
+    ),
+    "wrong name": (
+        _saved({"imagE": digits(4)}, "a.npz"),
+        f"'data/a.npz' has no array for input 'image' (found 'imagE'); the model's inputs are {INPUT}; "
+        "rename 'imagE', which is the nearest.",
+    ),
+    "NaN": (
+        _saved(_with(np.nan)),
+        f"'data/a.npy' has the value nan in sample 3 of input {INPUT}, which needs only finite numbers; clean the data.",
+    ),
+    "infinity": (
+        _saved(_with(np.inf)),
+        f"'data/a.npy' has the value inf in sample 3 of input {INPUT}, which needs only finite numbers; clean the data.",
+    ),
+    "unreadable image": (
+        _saved(b"\x89PNG\r\n\x1a\nbroken", "a.png"),
+        "'data/a.png' cannot be read as an image (...); replace or remove the file.",
+    ),
+    "pickle": (
+        _saved(np.array([{"a": 1}], dtype=object)),
+        "'data/a.npy' holds Python objects in its array that only pickle can read, and relief-onnx never unpickles because a pickle "
+        "can run code; save a plain array, for example np.save(file, array.astype('float32')).",
+    ),
+    "cut short": (
+        lambda f: os.truncate(f / "data" / "a.npy", 1000),
+        "'data/a.npy' is cut short: 872 bytes of values where its header asks for 25088; copy it again.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data(name: str, here: Path) -> None:
+    make, sentence = DATA[name]
+    make(here)
+    check("prune m.onnx --data data -o out.onnx", 1, sentence)
+
+
+@pytest.mark.parametrize("command", ["score m.onnx --data data -o out.onnx", "compare m.onnx m.onnx --data data", "check-data m.onnx data"])
+def test_every_command_names_the_bad_file(command: str, here: Path) -> None:
+    DATA["NaN"][0](here)
+    check(command, 1, DATA["NaN"][1])
+
+
+# --- options and recipes --------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, str] = {
+    "--alpha 0": "alpha is 0.0; it is the share of contribution to keep, above 0 and at most 1.",
+    "--alpha-conv 1.5": "alpha_conv is 1.5; it is the share of contribution to keep, above 0 and at most 1.",
+    "--alpha-fc nan": "alpha_fc is nan; it is the share of contribution to keep, above 0 and at most 1.",
+    "--skip (": "skip '(' is not a regular expression (...); escape special characters with a backslash.",
+    "--only [a": "only '[a' is not a regular expression (...); escape special characters with a backslash.",
+    "--samples 0": "samples is 0; give 1 or more.",
+    "--threads -1": "threads is -1; give 0 or more.",
+    "--seed -1": "seed is -1; give 0 or more.",
+    "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
+    "--scores m.onnx": "m.onnx is not a score file (.npz); measure it with relief-onnx score.",
+    "--recipe none.toml": "none.toml does not exist; check the path of the recipe.",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("here")
+def test_option(options: str) -> None:
+    check(f"prune m.onnx --data data -o out.onnx {options}", 1, OPTIONS[options])
+
+
+RECIPES: dict[str, str] = {
+    "alpa = 0.9": "r.toml has an unknown key 'alpa'; did you mean 'alpha'?",
+    "alpha_cov = 0.9": "r.toml has an unknown key 'alpha_cov'; did you mean 'alpha-conv'?",
+    "granulrity = 'connection'": "r.toml has an unknown key 'granulrity'; did you mean 'granularity'?",
+    "alpha = 'much'": "r.toml: alpha is 'much'; it must be a number.",
+    "criterion = 3": "r.toml: criterion is 3; it must be a string.",
+    "criterion = 'taylor'": "criterion is 'taylor'; choose one of relief, relief-fast, magnitude, wanda.",
+    "repair = 'least-squares'": "repair is 'least-squares'; choose one of none.",
+    "preset = 'papr'": "there is no preset papr; the presets are paper.",
+    "alpha =": "r.toml is not valid TOML (...); correct that line.",
+    "layers = 3": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
+    "[layers]\n'fc' = 1.2": "alpha of a layer is 1.2; it is the share of contribution to keep, above 0 and at most 1.",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_recipe(text: str, here: Path) -> None:
+    (here / "r.toml").write_text(text)
+    check("prune m.onnx --data data -o out.onnx --recipe r.toml", 1, RECIPES[text])
+
+
+@pytest.mark.usefixtures("here")
+def test_unknown_keyword_from_python() -> None:
+    with pytest.raises(RecipeError, match=r"^there is no option 'aplha'; did you mean 'alpha'\?$"):
+        pipeline.prune("m.onnx", "data", aplha=0.9)
+
+
+# --- where results go -----------------------------------------------------------------------------------------------
+
+TARGETS: dict[str, str] = {
+    "-o m.onnx": "m.onnx exists already; choose another name with -o or overwrite it with --force.",
+    "-o data": "data is a folder; give the name of a file in it.",
+    "-o none/out.onnx": "none is not a folder, so out.onnx cannot be written there; create it or choose another place.",
+    "-o m.onnx/out.onnx": "m.onnx is not a folder, so out.onnx cannot be written there; create it or choose another place.",
+    "-o /proc/out.onnx": "/proc cannot be written to (...); choose another place.",
+    "-o out.onnx --json none/r.json": "none is not a folder, so r.json cannot be written there; create it or choose another place.",
+    "-o out.onnx --json /proc/r.json": "/proc cannot be written to (...); choose another place.",
+    "-o out.onnx --json m.onnx": "m.onnx is given for two things at once; choose another name for one of them.",
+    "-o out.onnx --json out.onnx": "out.onnx is given for two things at once; choose another name for one of them.",
+    "-o out.onnx --save-masks m.onnx": "m.onnx is given for two things at once; choose another name for one of them.",
+    "-o out.onnx --save-masks none/m.npz": "none is not a folder, so m.npz cannot be written there; create it or choose another place.",
+    "-o out.onnx --work-dir m.onnx": "m.onnx cannot be made (...); choose another --work-dir.",
+}
+
+
+@pytest.mark.parametrize("options", TARGETS)
+@pytest.mark.usefixtures("here")
+def test_target(options: str) -> None:
+    check(f"prune m.onnx --data data {options}", 1, TARGETS[options])
+    assert Path("m.onnx").read_bytes() == LENET.read_bytes()
+
+
+@pytest.mark.usefixtures("here")
+def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    check(
+        "prune m.onnx --data data -o out.onnx", 1,
+        "out.onnx cannot be written (No space left on device); free some space or choose another place.",
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("here")
+def test_disk_that_fills_while_writing() -> None:
+    """A real process whose files may not grow over 20 kB: the write stops in the middle."""
+    limit = (20_000, 20_000)
+    command = [*program(), *["prune", "m.onnx", "--data", "data", "-o", "out.onnx"]]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    assert found.returncode == 1
+    assert found.stderr == "Error: out.onnx cannot be written (File too large); free some space or choose another place.\n"
+    assert sorted(path.name for path in Path().iterdir()) == ["data", "m.onnx"]
+
+
+@pytest.mark.usefixtures("here")
+def test_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("old.onnx").write_bytes(b"old")
+
+    def replace(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", replace)
+    check(
+        "prune m.onnx --data data -o old.onnx --force", 1,
+        "old.onnx cannot be written (No space left on device); free some space or choose another place.",
+    )  # fmt: skip
+    assert Path("old.onnx").read_bytes() == b"old"
+
+
+# --- exit codes 3 and 4 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("here")
+def test_result_that_does_not_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    def corrupted(model: onnx.ModelProto) -> surgery.Operation:
+        operation = surgery.operate(model)
+        weight = next(item for item in operation.model.graph.initializer if item.name == "classifier.4.weight")
+        surgery.set_initializer(operation.model, weight.name, numpy_helper.to_array(weight) * np.float32(1.01))
+        return operation
+
+    monkeypatch.setattr(pipeline, "operate", corrupted)
+    check(
+        "prune m.onnx --data data -o out.onnx --work-dir work --save-masks k.npz", 3,
+        "the pruned model differs from the masked one by ... of the largest output (allowed 0.0001); "
+        "nothing was written, please report this model.",
+    )  # fmt: skip
+    assert not Path("k.npz").exists()
+    assert not Path("work/pruned.onnx").exists()
+
+
+def test_model_without_layers(here: Path) -> None:
+    node = helper.make_node("Relu", ["image"], ["y"])
+    shape = ["batch", 1, 28, 28]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph([node], "g", [value("image", TensorProto.FLOAT, shape)], [value("y", TensorProto.FLOAT, shape)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(here / "m.onnx"))
+    sentence = "nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight."
+    check("prune m.onnx --data data -o out.onnx", 4, sentence)
+    check("score m.onnx --data data -o out.onnx", 4, sentence)
+
+
+@pytest.mark.usefixtures("here")
+def test_everything_skipped() -> None:
+    result = run(*["prune", "m.onnx", "--data", "data", "-o", "out.onnx", "--skip", "."])
+    assert result.exit_code == 4
+    first, *reasons = result.stderr.splitlines()
+    assert first == "Error: nothing could be pruned: features.0.weight: --skip . names it (and 4 more)."
+    weights = ["features.0", "features.3", "classifier.0", "classifier.2", "classifier.4"]
+    assert reasons == [f"  {name}.weight: --skip . names it" for name in weights]
+    assert not Path("out.onnx").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_scores_of_another_model() -> None:
+    assert run("score", LENET.with_name("lenet300.onnx"), "--data", "data", "-o", "s.npz").exit_code == 0
+    check(
+        "prune m.onnx --data data -o out.onnx --scores s.npz", 1,
+        "s.npz has no features.0.weight/score; it was measured on another model, measure again with relief-onnx score.",
+    )  # fmt: skip
