@@ -26,6 +26,7 @@ __all__ = [
     "cast",
     "check_headers",
     "check_label_header",
+    "check_names",
     "family",
     "label_key",
     "lift",
@@ -115,7 +116,7 @@ def label_key(names: Iterable[str], inputs: Sequence[InputSpec], source: str) ->
 
 def check_headers(headers: Mapping[str, Header], inputs: Sequence[InputSpec], axis: BatchAxis, source: str) -> int:
     """Check names, types and shapes; return the number of samples (1 for a whole feed)."""
-    _check_names(headers, inputs, source)
+    check_names(headers, inputs, source)
     for spec in inputs:
         _check_kind(headers[spec.name].dtype, spec, source)
     rows = {spec.name: _rows(headers[spec.name].shape, spec, axis, source) for spec in inputs}
@@ -132,7 +133,8 @@ def check_headers(headers: Mapping[str, Header], inputs: Sequence[InputSpec], ax
     return count
 
 
-def _check_names(names: Iterable[str], inputs: Sequence[InputSpec], source: str) -> None:
+def check_names(names: Iterable[str], inputs: Sequence[InputSpec], source: str) -> None:
+    """Exactly the model's inputs, in any order; labels have been taken out before."""
     present = list(names)
     expected = [spec.name for spec in inputs]
     missing = [name for name in expected if name not in present]

@@ -26,6 +26,7 @@ from relief_onnx.data_checks import (
     batch_axis,
     check_headers,
     check_label_header,
+    check_names,
     label_key,
     lift,
     specs_text,
@@ -149,8 +150,9 @@ def read_npy(files: Sequence[Path], want: Want) -> Parts:
 
 
 def _named_npy(paths: Mapping[str, Path], folder: str, want: Want) -> Part:
-    headers = {name: _npy_file_header(path) for name, path in paths.items()}
     source = f"'{next(iter(paths.values()))}'" if len(paths) == 1 else folder
+    check_names(paths, want.inputs, source)
+    headers = {name: _npy_file_header(path) for name, path in paths.items()}
     rows = check_headers(headers, want.inputs, want.axis, source)
 
     def read() -> tuple[Feed, None]:

@@ -99,7 +99,7 @@ def _scan(path: Path, spec: InputSpec) -> _Table:
     first = next(lines, None)
     if first is None:
         raise DataError(f"'{path}' is empty; give one row of values per sample.")
-    has_header = not all(_is_number(cell) for cell in first.cells)
+    has_header = any(cell and not _is_number(cell) for cell in first.cells)  # an empty cell is a hole in the data
     columns = [index for index, cell in enumerate(first.cells) if has_header and cell.lower() in LABEL_KEYS]
     if len(columns) > 1:
         raise DataError(f"'{path}' has more than one label column; keep one.")
@@ -155,15 +155,15 @@ def _block_part(table: _Table, block: tuple[int, int, int], labels: Array | None
 
 def _values(table: _Table, block: tuple[int, int, int], spec: InputSpec) -> Array:
     offset, number, rows = block
-    values = np.empty((rows, math.prod(table.shape)))
+    values = np.full((rows, math.prod(table.shape)), np.nan)  # NaN is refused later, should the file shrink meanwhile
     lines = _lines(table.path, offset, number, table.delimiter)
     for row, line in zip(values, lines, strict=False):
         cells = [cell for index, cell in enumerate(line.cells) if index != table.label_column]
         bad = next((cell for cell in cells if not _is_number(cell)), None)
-        if bad is not None or len(cells) != row.size:
+        if bad is not None:
+            found = f"'{bad}'" if bad else "an empty cell"
             raise DataError(
-                f"'{table.path}' has '{bad or len(cells)}' in line {line.number} where input {spec_text(spec)} needs "
-                "numbers; "
+                f"'{table.path}' has {found} in line {line.number} where input {spec_text(spec)} needs numbers; "
                 "fill in or remove the row."
             )
         row[:] = [float(cell) for cell in cells]
