@@ -416,7 +416,7 @@ def untoken(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape
 @step(3)
 def heads(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """Channels split into heads and put together again in another order of axes."""
-    n, t, c = shape
+    _, t, c = shape
     if c % 2 == 0:
         y = net.op("Transpose", net.op("Reshape", x, net.ints(0, t, 2, c // 2)), perm=[0, 2, 1, 3])
         y = net.op("Relu", y)
