@@ -218,7 +218,10 @@ def _shapes(model: onnx.ModelProto) -> Shapes:
 
 
 def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, before: Shapes) -> dict[str, dict[int, int]]:
-    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor; a Reshape that names an old size is rewritten."""
+    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor.
+
+    A Reshape that names an old size is rewritten.
+    """
     after = _shapes(model)
     for index in sorted(coupling.constants):
         node = model.graph.node[index]

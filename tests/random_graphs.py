@@ -172,7 +172,12 @@ def concat(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape)
     total = shape[axis] + dims[axis]
     if total <= 32:
         order = [x, other] if rng.random() < 0.5 else [other, x]
-        pool.add(net.op("Concat", *order, axis=axis - (len(shape) if net.opset >= 11 and rng.random() < 0.3 else 0)), *shape[:axis], total, *shape[axis + 1 :])
+        pool.add(
+            net.op("Concat", *order, axis=axis - (len(shape) if net.opset >= 11 and rng.random() < 0.3 else 0)),
+            *shape[:axis],
+            total,
+            *shape[axis + 1 :],
+        )
 
 
 @step(None)
@@ -233,7 +238,9 @@ def constant(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shap
         dims = [1, *dims]
     while dims and rng.random() < 0.2:
         dims = dims[1:]
-    pool.add(net.op(str(rng.choice(["Add", "Mul", "Sub"])), *([x, net.bias(*dims)] if rng.random() < 0.7 else [net.bias(*dims), x])), *shape)
+    pool.add(
+        net.op(str(rng.choice(["Add", "Mul", "Sub"])), *([x, net.bias(*dims)] if rng.random() < 0.7 else [net.bias(*dims), x])), *shape
+    )
 
 
 @step(4)
@@ -248,7 +255,7 @@ def nhwc(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -
 
 @step(4)
 def shuffle(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
-    n, c, h, w = shape
+    _, c, h, w = shape
     if c % 2 == 0:
         y = net.op("Transpose", net.op("Reshape", x, net.ints(0, 2, c // 2, h, w)), perm=[0, 2, 1, 3, 4])
         pool.add(net.op("Reshape", y, net.ints(*([0, -1, h, w] if rng.random() < 0.5 else [0, c, h, w]))), *shape)
@@ -409,7 +416,7 @@ def untoken(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape
 @step(3)
 def heads(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """Channels split into heads and put together again in another order of axes."""
-    n, t, c = shape
+    _, t, c = shape
     if c % 2 == 0:
         y = net.op("Transpose", net.op("Reshape", x, net.ints(0, t, 2, c // 2)), perm=[0, 2, 1, 3])
         y = net.op("Relu", y)
