@@ -15,8 +15,9 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, Source, readers, trace_constant
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.ops import Barrier, OperatorRow, row_of
+from relief_onnx.sources import Source, readers, trace_constant
 from relief_onnx.views import View
 
 __all__ = ["Coupling", "Tie", "trace"]

@@ -17,8 +17,9 @@ from onnx.reference import ReferenceEvaluator
 
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
-from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, Source, trace_constant
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.sources import Source, trace_constant
 
 __all__ = ["Fold", "Removal", "find_dead"]
 

@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 
 from relief_onnx.coupling import Coupling, trace
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.layers import LAYER_OPERATORS, VIEW_OPERATORS, Layer, Plan, find
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
+from relief_onnx.sources import VIEW_OPERATORS
 from relief_onnx.views import View
 
 __all__ = ["Operation", "apply_weights", "operate", "set_initializer"]
@@ -218,7 +219,10 @@ def _shapes(model: onnx.ModelProto) -> Shapes:
 
 
 def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, before: Shapes) -> dict[str, dict[int, int]]:
-    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor; a Reshape to an old size is rewritten."""
+    """New shapes of weights on their way through Transpose, Reshape and the like, by tensor.
+
+    A Reshape that names an old size is rewritten.
+    """
     after = _shapes(model)
     for index in sorted(coupling.constants):
         node = model.graph.node[index]

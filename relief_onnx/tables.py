@@ -163,8 +163,7 @@ def _values(table: _Table, block: tuple[int, int, int], spec: InputSpec) -> Arra
         if bad is not None:
             found = f"'{bad}'" if bad else "an empty cell"
             raise DataError(
-                f"'{table.path}' has {found} in line {line.number} where input {spec_text(spec)} needs numbers; "
-                "fill in or remove the row."
+                f"'{table.path}' has {found} in line {line.number} where input {spec_text(spec)} needs numbers; fill in or remove the row."
             )
         row[:] = [float(cell) for cell in cells]
     if family(spec.dtype) == "int" and np.array_equal(values, np.rint(values)):

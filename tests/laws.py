@@ -50,9 +50,21 @@ def check_mask_is_surgery(model: onnx.ModelProto, feed: Feed, rng: np.random.Gen
     again = operate(operation.model)
     assert again.units_removed == 0
     assert again.model.SerializeToString(deterministic=True) == operation.model.SerializeToString(deterministic=True)
+    assert_surviving_is_what_is_left(operation)
     assert_same_frame(model, operation.model)
     assert_inferred_dims(operation.model)
     return operation
+
+
+def assert_surviving_is_what_is_left(operation: Operation) -> None:
+    """As many connections as `surviving` counts are in the cut model, and each layer has the channels that `channels` says."""
+    graph = Graph(operation.model)
+    for weight, layers in find(graph).by_weight().items():
+        array = layers[-1].view.apply(graph.array(weight))
+        left = array.reshape(*array.shape[:2], -1).any(-1)
+        assert int(operation.surviving[weight].sum()) == int(left.sum()), weight
+        for layer in layers:
+            assert operation.channels[layer.name][1] == layer.out_channels, layer.name
 
 
 def assert_same_outputs(first: onnx.ModelProto, second: onnx.ModelProto, feed: Feed, tolerance: float) -> None:

@@ -255,7 +255,7 @@ def nhwc(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -
 
 @step(4)
 def shuffle(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
-    _n, c, h, w = shape
+    _, c, h, w = shape
     if c % 2 == 0:
         y = net.op("Transpose", net.op("Reshape", x, net.ints(0, 2, c // 2, h, w)), perm=[0, 2, 1, 3, 4])
         pool.add(net.op("Reshape", y, net.ints(*([0, -1, h, w] if rng.random() < 0.5 else [0, c, h, w]))), *shape)

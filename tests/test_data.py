@@ -50,9 +50,7 @@ def sizes(data: Dataset, batch_size: int, **options: int) -> list[int]:
 
 
 def labels(data: Dataset, **options: int) -> list[Any]:
-    return [
-        label for batch in data.batches(2, **options) if batch.labels is not None for label in batch.labels.tolist()
-    ]
+    return [label for batch in data.batches(2, **options) if batch.labels is not None for label in batch.labels.tolist()]
 
 
 def save_image(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:
@@ -188,9 +186,7 @@ def test_every_layout_gives_the_same_samples(tmp_path: Path, layout: Callable[[P
     for _ in range(2):  # re-iterable
         batches = list(data.batches(2))
         assert [batch.size for batch in batches] == [2, 2, 1]
-        assert all(
-            batch.weight == 1.0 and batch.labels is None and not batch.repeats and batch.source for batch in batches
-        )
+        assert all(batch.weight == 1.0 and batch.labels is None and not batch.repeats and batch.source for batch in batches)
         result = joined(iter(batches))
         assert result.dtype == F32
         np.testing.assert_array_equal(result, rows(5))
@@ -241,9 +237,7 @@ def test_labels_beside_many_npy_files_follow_their_order(tmp_path: Path) -> None
         (np.array([[0.5, 1], [2, 3]], np.float32), F32, (2, 2)),
     ],
 )
-def test_label_kinds(
-    tmp_path: Path, key: str, stored: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> None:
+def test_label_kinds(tmp_path: Path, key: str, stored: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     np.savez(tmp_path / "d.npz", x=rows(2), **{key: stored})
     (batch,) = read_all(tmp_path, VEC)
     assert batch.labels is not None
@@ -475,9 +469,7 @@ def test_rgb_values_and_order(tmp_path: Path) -> None:
         (batch,) = read_all(tmp_path, target, **options)
         assert batch.feed["x"].dtype == target.dtype
         tolerance = 1e-3 if target.dtype == F16 else 2e-6
-        np.testing.assert_allclose(
-            batch.feed["x"].astype(np.float64), expected, rtol=tolerance, atol=tolerance, err_msg=str(options)
-        )
+        np.testing.assert_allclose(batch.feed["x"].astype(np.float64), expected, rtol=tolerance, atol=tolerance, err_msg=str(options))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "1", "LA", "CMYK"])
@@ -753,8 +745,7 @@ FILE_ERRORS: dict[str, tuple[Callable[[Path], Path], tuple[InputSpec, ...], str]
     "missing name": (
         bad_npz(a=rows(1), bb=np.ones((1, 2), int)),
         PAIR,
-        "no array for input 'b' (found 'a', 'bb'); the model's inputs are 'a' (float32 [N, 3]), 'b' (int64 [N, T]); "
-        "rename 'bb'",
+        "no array for input 'b' (found 'a', 'bb'); the model's inputs are 'a' (float32 [N, 3]), 'b' (int64 [N, T]); rename 'bb'",
     ),
     "nothing near": (bad_npz(a=rows(1)), PAIR, "no array for input 'b' (found 'a'); the model's inputs are"),
     "extra name": (bad_npz(x=rows(1), y=rows(1)), ONE, "has an array 'y' that is no input of the model"),
@@ -1048,8 +1039,7 @@ def test_a_source_that_fails_midway_never_passes_as_short() -> None:
         (
             rows(2),
             ONE,
-            "The data is a ndarray; give a path, or an iterable of dicts from input name to array, for example "
-            "[{'x': array}]",
+            "The data is a ndarray; give a path, or an iterable of dicts from input name to array, for example [{'x': array}]",
         ),
         (3, ONE, "The data is a int; give a path"),
         ([rows(2)], ONE, "Feed 0 is a ndarray; give a dict"),
@@ -1114,9 +1104,7 @@ def test_summary_of_plain_data() -> None:
         (),
     )
     assert (found.name, found.dtype, found.shapes) == ("x", "float32", ((3,),))
-    np.testing.assert_allclose(
-        [found.min, found.max, found.mean], [values.min(), values.max(), values.mean(dtype=np.float64)], rtol=1e-6
-    )
+    np.testing.assert_allclose([found.min, found.max, found.mean], [values.min(), values.max(), values.mean(dtype=np.float64)], rtol=1e-6)
 
 
 def test_summary_counts_samples_once_for_a_fixed_batch() -> None:
