@@ -35,7 +35,7 @@ SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).parent / "results"
 CRITERIA = ("relief", "relief-fast")
 THREADS = 2
-ROUNDS = 7
+ROUNDS = 5
 
 
 def resnet18(path: Path) -> None:
@@ -85,10 +85,10 @@ def cases(folder: Path) -> list[tuple[str, Path, int, int]]:
     """(name, model, samples, batch)."""
     resnet18(folder / "resnet18_96.onnx")
     found = [
-        ("lenet5", ROOT / "sample_models" / "lenet5.onnx", 2048, 256),
-        ("resnet20", SHARED / "models" / "resnet20_cifar10_folded.onnx", 512, 32),
-        ("resnet20 with BN", SHARED / "models" / "resnet20_cifar10_bn.onnx", 512, 32),
-        ("resnet18 at 96x96", folder / "resnet18_96.onnx", 128, 32),
+        ("lenet5", ROOT / "sample_models" / "lenet5.onnx", 4096, 256),
+        ("resnet20", SHARED / "models" / "resnet20_cifar10_folded.onnx", 1024, 32),
+        ("resnet20 with BN", SHARED / "models" / "resnet20_cifar10_bn.onnx", 1024, 32),
+        ("resnet18 at 96x96", folder / "resnet18_96.onnx", 512, 32),
     ]
     for name, path, *_ in found:
         if not path.exists():

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.probes import Probe
@@ -81,15 +82,31 @@ def feed(
     names = sorted({probe.taps[item.tensor] for item in measurements})
     samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
-    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
+    with ThreadPoolExecutor(threads) as pool, _blas().limit(limits=1, user_api="blas"):
         for batch in dataset.batches(batch_size, limit=limit, seed=seed):
-            values = _values(session, names, batch)
-            jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
-            for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
-                pass
+            _add(pool, measurements, probe, _values(session, names, batch), batch.weight)
             samples += batch.size * batch.weight
             progress("calibrate", round(samples), total)
     return round(samples)
+
+
+def _add(
+    pool: ThreadPoolExecutor,
+    measurements: Sequence[Measurement],
+    probe: Probe,
+    values: Mapping[str, NDArray[Any]],
+    weight: float,
+) -> None:
+    """One batch into every statistic. A function of its own, so that the activations are gone before the next batch runs."""
+    jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], weight) for item in measurements)
+    for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
+        pass
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Numpy's matrix library, whose own threads would compete with the pool's. Found once: looking costs a millisecond."""
+    return ThreadpoolController()
 
 
 def _values(session: Session, names: Sequence[str], batch: Batch) -> Mapping[str, NDArray[Any]]:

@@ -22,6 +22,9 @@ __all__ = ["Graph", "Use", "attributes", "subgraphs"]
 Shape = tuple[int | str | None, ...]
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
 
+# Initializers with more elements hold weights, never the target of a Reshape or the like.
+LARGEST_SHAPE_CONSTANT = 1024
+
 
 @dataclass(frozen=True)
 class Use:
@@ -128,7 +131,7 @@ class Graph:
     def types(self) -> dict[str, tuple[int, Shape | None]]:
         """Element type and shape of every tensor that ONNX shape inference knows; None for an unknown rank."""
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
+            inferred = onnx.shape_inference.infer_shapes(self._without_values(), data_prop=True).graph
         except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
             # Over 2 GB, or an operator with a broken annotation: what the file itself says remains.
             inferred = self.proto
@@ -140,6 +143,21 @@ class Graph:
         for name, item in self.initializers.items():
             found[name] = (item.data_type, tuple(item.dims))
         return found
+
+    def _without_values(self) -> onnx.ModelProto:
+        """The model with large initializers as inputs of the same shape: inference needs no weights, and would copy them twice."""
+        light = onnx.ModelProto(ir_version=max(self.model.ir_version, 4))
+        light.opset_import.extend(self.model.opset_import)
+        light.functions.extend(self.model.functions)
+        for field in ("node", "input", "output", "value_info", "sparse_initializer"):
+            getattr(light.graph, field).extend(getattr(self.proto, field))
+        listed = {info.name for info in self.proto.input}
+        for name, item in self.initializers.items():
+            if int(np.prod(item.dims)) <= LARGEST_SHAPE_CONSTANT:
+                light.graph.initializer.append(item)
+            elif name not in listed:
+                light.graph.input.append(helper.make_tensor_value_info(name, item.data_type, item.dims))
+        return light
 
     def shape(self, name: str) -> Shape | None:
         """A tensor's shape, or None where its rank is unknown."""

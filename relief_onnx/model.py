@@ -105,8 +105,10 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name.
 
-    The function computed is the same; everything after this sees one kind of weight.
+    The function computed is the same; everything after this sees one kind of weight. The model itself where there is none.
     """
+    if not any(_held_tensor(node) is not None for node in model.graph.node):
+        return model
     prepared = onnx.ModelProto()
     prepared.CopyFrom(model)
     graph = prepared.graph

@@ -34,12 +34,12 @@ def norms_name(layer: Layer) -> str:
     return f"{layer.name}/probe/norms"
 
 
-def _kernel_norms(graph: Graph, model: onnx.ModelProto, layer: Layer, magnitude: NDArray[Any]) -> str:
+def _kernel_norms(graph: Graph, model: onnx.ModelProto, layer: Layer, weight: NDArray[Any]) -> str:
     geometry, name = layer.geometry, f"{layer.name}/probe"
     if geometry is None:
         raise ValueError(f"{layer.name} is not a convolution")
     per_group = layer.out_channels // layer.groups
-    apart = magnitude.reshape(layer.groups, per_group, layer.in_per_group, *geometry.kernel).swapaxes(1, 2)
+    apart = np.abs(weight).reshape(layer.groups, per_group, layer.in_per_group, *geometry.kernel).swapaxes(1, 2)
     kernels = np.ascontiguousarray(apart.reshape(-1, 1, *geometry.kernel).astype(np.float32))
     axes = list(range(2, 2 + len(geometry.kernel)))
     padding: dict[str, Any] = {"pads": geometry.pads} if geometry.auto_pad == "NOTSET" else {"auto_pad": geometry.auto_pad}
@@ -69,7 +69,7 @@ def _kernel_norms(graph: Graph, model: onnx.ModelProto, layer: Layer, magnitude:
 
 
 def instrument(graph: Graph, tensors: Iterable[str], inside: Mapping[str, tuple[Layer, NDArray[Any]]] | None = None) -> Probe:
-    """Expose `tensors` as outputs, and measure the layers in `inside` (by `norms_name`, with their |W|) in the graph.
+    """Expose `tensors` as outputs, and measure the layers in `inside` (by `norms_name`, with their W in canonical layout) in the graph.
 
     Tensors that are not float32 pass a Cast on the way; model inputs need no output.
     """

@@ -50,7 +50,7 @@ class LayerScore:
 Scores = Mapping[str, LayerScore]  # by node name
 
 
-def _fast(layer: Layer, magnitude: NDArray[Any]) -> Contribution:
+def _fast(layer: Layer, weight: NDArray[Any]) -> Contribution:
     return MeanImage(layer.geometry) if layer.geometry is not None else MeanAbsolute(layer.input_axis)
 
 
@@ -58,7 +58,7 @@ def _fast(layer: Layer, magnitude: NDArray[Any]) -> Contribution:
 CRITERIA: Mapping[str, Callable[[Layer, NDArray[Any]], Contribution] | None] = {
     "relief": kernel_statistic,
     "relief-fast": _fast,
-    "wanda": lambda layer, magnitude: RootMeanSquare(layer.input_axis),
+    "wanda": lambda layer, weight: RootMeanSquare(layer.input_axis),
     "magnitude": None,
 }
 
@@ -83,15 +83,15 @@ def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measure
     inside: Inside = {}
     shared: dict[tuple[Any, ...], Contribution] = {}
     for layer in plan.layers if make is not None else ():
-        magnitude = magnitudes(graph, layer)
+        weight = layer.view.apply(graph.array(layer.weight))
         element, shape = graph.types.get(layer.input, (0, None))
         positions = response_positions(layer, shape, element == 1) if criterion == "relief" else None
         if positions is not None:
             statistics[layer.name] = ResponseNorm(layer, positions)
-            inside[norms_name(layer)] = (layer, magnitude)
+            inside[norms_name(layer)] = (layer, weight)
             wanted.append(Measurement(norms_name(layer), statistics[layer.name]))
             continue
-        made = make(layer, magnitude) if make is not None else None
+        made = make(layer, weight) if make is not None else None
         key = (layer.input, layer.input_axis, layer.geometry, layer.name if isinstance(made, KernelNorm) else "")
         if made is not None and key not in shared:
             shared[key] = made

@@ -32,6 +32,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # Idle threads must not spin on the cores that the statistics need between runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)

@@ -143,11 +143,12 @@ class ImageNorm:
 class KernelNorm:
     """mean_n || |K_ij| * |x_ni| ||_F for every kernel of one layer: the paper's convolution score, in closed form."""
 
-    def __init__(self, layer: Layer, magnitude: NDArray[Any]) -> None:
+    def __init__(self, layer: Layer, weight: NDArray[Any]) -> None:
         assert layer.geometry is not None
         self._geometry = layer.geometry
         self._positions = _Positions(layer.geometry)
-        self._magnitude = magnitude.astype(np.float32).reshape(layer.groups, layer.out_channels // layer.groups, *magnitude.shape[1:])
+        # A view, not a copy: the copies of all layers together would weigh as much as the model.
+        self._weight = weight.reshape(layer.groups, layer.out_channels // layer.groups, *weight.shape[1:])
         # Coefficients are needed as [in channel, S, filter of its group].
         self._plans: dict[tuple[int, ...], tuple[PatchStatistics, Floats]] = {}
         channels = layer.groups * layer.in_per_group
@@ -156,7 +157,7 @@ class KernelNorm:
     def _plan(self, space: tuple[int, ...]) -> tuple[PatchStatistics, Floats]:
         if space not in self._plans:
             found = statistics(self._geometry, space)
-            coefficients = np.moveaxis(found.coefficients(self._magnitude), 1, 3)
+            coefficients = np.moveaxis(found.coefficients(np.abs(self._weight).astype(np.float32, copy=False)), 1, 3)
             self._plans = {space: (found, np.ascontiguousarray(coefficients.reshape(-1, *coefficients.shape[2:])))}
         return self._plans[space]
 
@@ -274,11 +275,11 @@ def response_positions(layer: Layer, shape: tuple[int | str | None, ...] | None,
     return positions if positions * layer.out_channels * layer.in_per_group <= LARGEST_RESPONSE else None
 
 
-def kernel_statistic(layer: Layer, magnitude: NDArray[Any]) -> Contribution:
-    """The paper's statistic for a layer: dense, 1x1 or kernel."""
+def kernel_statistic(layer: Layer, weight: NDArray[Any]) -> Contribution:
+    """The paper's statistic for a layer: dense, 1x1 or kernel. `weight` is in canonical layout."""
     if layer.geometry is None:
         return MeanAbsolute(layer.input_axis)
     one_weight = layer.geometry.positions == 1 and all(
         begin >= 0 and end >= 0 for begin, end in padding(layer.geometry, (1,) * len(layer.geometry.kernel))
     )
-    return ImageNorm(layer.geometry) if one_weight else KernelNorm(layer, magnitude)
+    return ImageNorm(layer.geometry) if one_weight else KernelNorm(layer, weight)
