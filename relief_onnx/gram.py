@@ -17,6 +17,7 @@ Two ways to G, chosen by geometry:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Protocol
@@ -174,7 +175,34 @@ def _shift_cases() -> tuple[dict[tuple[int, int, int, int], int], NDArray[np.int
     return numbers, table
 
 
-_ALL_BANDS = {0: slice(None), 1: slice(1, None), -1: slice(None, -1)}
+@dataclass(frozen=True)
+class _Part:
+    """A sum of products at one shift over one band of rows and one of columns: 0 the first, 1 the middle, 2 the last.
+
+    A band matters only on an axis without a shift (there a border may be left out); on the other axis there is just band 1, the whole.
+    """
+
+    dy: int
+    dx: int
+    rows: int
+    columns: int
+
+
+_WITHOUT = {0: (0, 1, 2), 1: (1, 2), -1: (0, 1)}
+
+
+@lru_cache(maxsize=1)
+def _parts() -> tuple[tuple[_Part, ...], Floats]:
+    """All parts, and the matrix [part, case] of ones that adds them up to the cases."""
+    cases, _ = _shift_cases()
+    found: dict[_Part, int] = {}
+    pairs = []
+    for (dy, dx, by, bx), number in cases.items():
+        for rows, columns in product(_WITHOUT[by] if dy == 0 else (1,), _WITHOUT[bx] if dx == 0 else (1,)):
+            pairs.append((found.setdefault(_Part(dy, dx, rows, columns), len(found)), number))
+    matrix = np.zeros((len(found), len(cases)), np.float32)
+    matrix[tuple(zip(*pairs, strict=True))] = 1
+    return tuple(found), matrix
 
 
 class Shifts:
@@ -185,7 +213,6 @@ class Shifts:
         # Rows end in two zeros, and the image in a row of them, so that a shift never meets a neighbour's pixels.
         self._pitch = self._width + 2
         self._cases, self._table = _shift_cases()
-        self._moves = sorted({case[:2] for case in self._cases})
 
     def features(self, x: Floats) -> Floats:
         n, c, height, width = x.shape
@@ -195,21 +222,26 @@ class Shifts:
         image[..., width:] = 0
         np.abs(x, out=image[..., :width])
         left, right = (np.ascontiguousarray(image[..., column]) for column in (0, width - 1))
-        parts = {(dy, dx): self._parts([(flat, self._pitch)], dy, dx) for dy, dx in self._moves if dx}
+        parts, matrix = _parts()
+        sums = np.empty((len(parts), n, c), np.float32)
+        for part, total in zip(parts, sums, strict=True):
+            if part.dx:
+                self._sum(part, flat, self._pitch, total)
         # Shifts within a column need the border columns apart; nothing else reads them any more.
         image[..., 0] = image[..., width - 1] = 0
-        columns = [(left, 1), (flat, self._pitch), (right, 1)]
-        parts |= {(dy, dx): self._parts(columns, dy, dx) for dy, dx in self._moves if not dx}
-        result = np.empty((n, c, len(self._cases)), np.float32)
-        for (dy, dx, by, bx), number in self._cases.items():
-            result[..., number] = sum(part for band in parts[dy, dx][_ALL_BANDS[by]] for part in band[_ALL_BANDS[bx]])
-        return result
+        columns = ((left, 1), (flat, self._pitch), (right, 1))
+        for part, total in zip(parts, sums, strict=True):
+            if not part.dx:
+                view, pitch = columns[part.columns]
+                self._sum(part, view, pitch, total)
+        return (sums.reshape(len(parts), -1).T @ matrix).reshape(n, c, -1)
 
-    def _parts(self, views: list[tuple[Floats, int]], dy: int, dx: int) -> list[list[Floats]]:
-        """Sums of products at one shift, [row bands][column bands] of [n, c]; three bands where a border may be left out, else one."""
+    def _sum(self, part: _Part, view: Floats, pitch: int, total: Floats) -> None:
+        """Rows of each image in `view` times the same rows moved by (dy, dx), summed into `total` [n, c]."""
         last = self._height - 1
-        bands = ((0, 1), (1, last), (last, last + 1)) if dy == 0 else ((0, max(self._height - dy, 0)),)
-        return [[_dot(view, pitch, *band, dy, dx) for view, pitch in views] for band in bands]
+        top, end = ((0, 1), (1, last), (last, last + 1))[part.rows] if part.dy == 0 else (0, max(self._height - part.dy, 0))
+        start, stop, shift = top * pitch, end * pitch, part.dy * pitch + part.dx
+        np.vecdot(view[..., start:stop], view[..., start + shift : stop + shift], out=total)
 
     def coefficients(self, k: Floats) -> Floats:
         weights = np.ascontiguousarray(np.moveaxis(k.reshape(*k.shape[:-2], 9), -1, 0))
@@ -219,13 +251,6 @@ class Shifts:
                 product = weights[i] * weights[j]
                 result[self._table[i, j]] += product if i == j else 2 * product
         return np.moveaxis(result, 0, -1)
-
-
-def _dot(view: Floats, pitch: int, top: int, end: int, dy: int, dx: int) -> Floats:
-    """Rows top to end of each image in `view` times the same rows moved by (dy, dx), summed."""
-    start, stop, shift = top * pitch, end * pitch, dy * pitch + dx
-    result: Floats = np.vecdot(view[..., start:stop], view[..., start + shift : stop + shift])
-    return result
 
 
 def statistics(geometry: Geometry, space: tuple[int, ...]) -> PatchStatistics:
