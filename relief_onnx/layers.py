@@ -207,16 +207,20 @@ def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none)."""
+    """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none).
+
+    `needs_weight`: input 1 is always a weight, never another activation.
+    """
 
     slots: tuple[int, ...]
     describe: Describe
     bias_slot: int | None
+    needs_weight: bool = False
 
 
 LAYER_OPERATORS: Mapping[str, LayerRow] = {
-    "Conv": LayerRow((1,), _convolution, 2),
-    "ConvTranspose": LayerRow((1,), _transposed_convolution, 2),
+    "Conv": LayerRow((1,), _convolution, 2, needs_weight=True),
+    "ConvTranspose": LayerRow((1,), _transposed_convolution, 2, needs_weight=True),
     "Gemm": LayerRow((1, 0), _gemm, 2),
     "MatMul": LayerRow((1, 0), _matmul, None),
 }
@@ -317,7 +321,7 @@ def find(graph: Graph) -> Plan:
             skipped.append(Skipped(graph.names[use.node], graph.nodes[use.node].op_type, name, shape, refusal.reason))
         else:
             layers += [item for item in found if isinstance(item, Layer)]
-    skipped += _inner(graph)
+    skipped += _without_initializer(graph) + _inner(graph)
     return Plan(tuple(sorted(layers, key=lambda layer: layer.node)), tuple(skipped))
 
 
@@ -326,6 +330,30 @@ def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
     if isinstance(source, Source):
         return _describe(graph, use, source)
     return source or Refusal("its value is computed at run time")
+
+
+def _without_initializer(graph: Graph) -> list[Skipped]:
+    """Layers whose weight is not stored in the file but computed by other nodes."""
+    found = []
+    for i, node in enumerate(graph.nodes):
+        row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if row is None or not row.needs_weight or isinstance(trace_constant(graph, node.input[1]), Source):
+            continue
+        maker = graph.nodes[graph.producer[node.input[1]]].op_type if node.input[1] in graph.producer else "a model input"
+        shape = tuple(size for size in graph.shape(node.input[1]) or () if isinstance(size, int))
+        stored = (graph.initializers[name] for name in _origins(graph, node.input[1]) if name in graph.initializers)
+        if not any(_candidate(item) for item in stored):
+            reason = f"its weight is not stored in the file but computed by {maker} when the model runs"
+            found.append(Skipped(graph.names[i], node.op_type, node.input[1], shape, reason))
+    return found
+
+
+def _origins(graph: Graph, tensor: str) -> list[str]:
+    """The tensors that the first inputs of nodes lead back to: those that `find` has rows for already."""
+    path = [tensor]
+    while path[-1] in graph.producer and graph.nodes[graph.producer[path[-1]]].input:
+        path.append(graph.nodes[graph.producer[path[-1]]].input[0])
+    return path
 
 
 def _inner(graph: Graph) -> list[Skipped]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.coupling import trace
 from relief_onnx.graph import Graph
@@ -106,3 +106,20 @@ def test_a_residual_add_ties_channel_to_channel() -> None:
     coupling = trace(graph, find(graph))
     assert np.array_equal(coupling.outputs[0], coupling.outputs[1])
     assert len(set(coupling.outputs[0].tolist())) == C
+
+
+def test_a_weight_that_is_computed_is_a_row_with_its_reason() -> None:
+    weight = helper.make_node("ConstantOfShape", ["shape"], ["w"], value=numpy_helper.from_array(np.array([0.5], np.float32)))
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], name="conv")
+    graph = helper.make_graph(
+        [weight, conv],
+        "computed",
+        [helper.make_tensor_value_info("x", 1, [1, 2, 8, 8])],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [numpy_helper.from_array(np.array([4, 2, 3, 3]), "shape")],
+    )
+    plan = find(Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)))
+    assert not plan.layers
+    (row,) = plan.skipped
+    assert (row.node, row.weight, row.shape) == ("conv", "w", (4, 2, 3, 3))
+    assert row.reason == "its weight is not stored in the file but computed by ConstantOfShape when the model runs"
