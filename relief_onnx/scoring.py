@@ -22,12 +22,11 @@ from relief_onnx.layers import Layer, Plan
 from relief_onnx.model import write_atomically
 from relief_onnx.probes import norms_name
 from relief_onnx.streaming import (
+    ChannelMean,
     Contribution,
     KernelNorm,
-    MeanAbsolute,
     MeanImage,
     ResponseNorm,
-    RootMeanSquare,
     kernel_statistic,
     response_positions,
 )
@@ -51,14 +50,14 @@ Scores = Mapping[str, LayerScore]  # by node name
 
 
 def _fast(layer: Layer, weight: NDArray[Any]) -> Contribution:
-    return MeanImage(layer.geometry) if layer.geometry is not None else MeanAbsolute(layer.input_axis)
+    return MeanImage(layer.geometry) if layer.geometry is not None else ChannelMean(layer.input_axis)
 
 
 # name -> what to measure for a layer; None needs no data.
 CRITERIA: Mapping[str, Callable[[Layer, NDArray[Any]], Contribution] | None] = {
     "relief": kernel_statistic,
     "relief-fast": _fast,
-    "wanda": lambda layer, weight: RootMeanSquare(layer.input_axis),
+    "wanda": lambda layer, weight: ChannelMean(layer.input_axis, 2),
     "magnitude": None,
 }
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from relief_onnx.gram import PatchStatistics, Shifts, output_positions, padding, statistics
 from relief_onnx.layers import Geometry, Layer
 
-__all__ = ["ChannelMaximum", "ImageNorm", "KernelNorm", "MeanAbsolute", "MeanImage", "ResponseNorm", "RootMeanSquare", "Statistic"]
+__all__ = ["ChannelMaximum", "ChannelMean", "ImageNorm", "KernelNorm", "MeanImage", "ResponseNorm", "Statistic"]
 
 Job = Callable[[], None]
 Floats = NDArray[np.float32]
@@ -57,31 +57,14 @@ def _per_unit(layer: Layer, magnitude: NDArray[Any], vector: Doubles) -> Doubles
     return result
 
 
-class MeanAbsolute:
-    """mean |x_i| per channel, over every other axis. The score of a dense layer needs no more."""
+class ChannelMean:
+    """(mean |x_i|^power)^(1/power) per channel over every other axis.
 
-    def __init__(self, axis: int) -> None:
-        self._axis = axis
-        self._sum: Any = 0.0
-        self._count = 0.0
+    Power 1 is all that the score of a dense layer needs; power 2 is Wanda's input norm (Sun et al. 2023), up to a constant.
+    """
 
-    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
-        yield partial(self._add, x, weight)
-
-    def _add(self, x: Floats, weight: float) -> None:
-        rows = np.moveaxis(x, self._axis, -1).reshape(-1, x.shape[self._axis])
-        self._sum = self._sum + weight * np.abs(rows).sum(0, dtype=np.float64)
-        self._count += weight * len(rows)
-
-    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        return _per_unit(layer, magnitude, self._sum / max(self._count, 1e-300)), 1.0
-
-
-class RootMeanSquare:
-    """sqrt(mean x_i^2) per channel over every other axis: Wanda's input norm (Sun et al. 2023), up to a constant."""
-
-    def __init__(self, axis: int) -> None:
-        self._axis = axis
+    def __init__(self, axis: int, power: int = 1) -> None:
+        self._axis, self._power = axis, power
         self._sum: Any = 0.0
         self._count = 0.0
 
@@ -90,11 +73,12 @@ class RootMeanSquare:
 
     def _add(self, x: Floats, weight: float) -> None:
         others = tuple(i for i in range(x.ndim) if i != self._axis % x.ndim)
-        self._sum = self._sum + weight * np.square(x, dtype=np.float64).sum(others)
+        powers = np.abs(x) if self._power == 1 else np.square(x, dtype=np.float64)
+        self._sum = self._sum + weight * powers.sum(others, dtype=np.float64)
         self._count += weight * x.size / max(x.shape[self._axis], 1)
 
     def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        return _per_unit(layer, magnitude, np.sqrt(self._sum / max(self._count, 1e-300))), 1.0
+        return _per_unit(layer, magnitude, (self._sum / max(self._count, 1e-300)) ** (1 / self._power)), 1.0
 
 
 class _Positions:
@@ -278,7 +262,7 @@ def response_positions(layer: Layer, shape: tuple[int | str | None, ...] | None,
 def kernel_statistic(layer: Layer, weight: NDArray[Any]) -> Contribution:
     """The paper's statistic for a layer: dense, 1x1 or kernel. `weight` is in canonical layout."""
     if layer.geometry is None:
-        return MeanAbsolute(layer.input_axis)
+        return ChannelMean(layer.input_axis)
     one_weight = layer.geometry.positions == 1 and all(
         begin >= 0 and end >= 0 for begin, end in padding(layer.geometry, (1,) * len(layer.geometry.kernel))
     )
