@@ -88,14 +88,17 @@ def pack(model: onnx.ModelProto, weights: Mapping[str, int] | Sequence[str]) -> 
     innermost elements are zero or not zero together (kh * kw of a kernel [out, in, kh, kw]). As a sequence, the
     product of the axes after the second is tried. Single elements are tried in any case.
     A weight that is already packed is unpacked first. Below IR version 4 a model is raised to 4 when something is
-    packed; a packed weight is no longer listed in the graph's inputs.
+    packed, and no initializer is listed in the graph's inputs any more.
 
     Raises ModelError where a name is not an initializer of the main graph or a unit length does not divide its size.
     """
-    source = _unpacked(model, set(weights))
     ir_version = _first_ir_version(model)
+    # One weight remembers all inputs of an old file, so there all are packed anew together.
+    again = [name for name in packed_names(model) if name not in weights] if ir_version < 4 else []
+    source = _unpacked(model, {*weights, *again})
     index = {t.name: t for t in source.graph.initializer}
     units = {name: _unit(index, name, weights) for name in dict.fromkeys(weights)}
+    units |= {name: _unit(index, name, again) for name in again}
     opset = _opset(source)
     outputs = {v.name for v in source.graph.output}
     names = _all_names(source.graph)
@@ -103,7 +106,7 @@ def pack(model: onnx.ModelProto, weights: Mapping[str, int] | Sequence[str]) -> 
     chosen: dict[str, Emitter] = {}
     for name, unit in units.items():
         row, emitter = _choose(index[name], unit, opset, outputs, names)
-        rows.append(row)
+        rows += [row] if name in weights else []
         if emitter is not None:
             _mark(emitter, source, name, ir_version)
             chosen[name] = emitter
@@ -253,8 +256,16 @@ def _mark(emitter: Emitter, model: onnx.ModelProto, name: str, ir_version: int) 
     """Note what else changes in the model, so that unpack can restore it."""
     notes: dict[str, Any] = {"ir": ir_version} if ir_version < 4 else {}
     for position, value in enumerate(_all_inputs(model)):
-        if value.name == name:
-            notes["input"] = [position, base64.b64encode(value.SerializeToString(deterministic=True)).decode()]
+        if value.name == name and any(listed.name == name for listed in model.graph.input):
+            notes["input"] = _entry(position, value)
+    _note(emitter, notes)
+
+
+def _entry(position: int, value: onnx.ValueInfoProto) -> list[Any]:
+    return [position, base64.b64encode(value.SerializeToString(deterministic=True)).decode()]
+
+
+def _note(emitter: Emitter, notes: Mapping[str, Any]) -> None:
     if notes:
         last = emitter.nodes[-1]
         last.doc_string = json.dumps({**json.loads(last.doc_string), **notes}, separators=(",", ":"))
@@ -265,12 +276,19 @@ def _apply(source: onnx.ModelProto, chosen: Mapping[str, Emitter]) -> onnx.Model
     result.CopyFrom(source)
     if not chosen:
         return result
-    result.ir_version = max(result.ir_version, 4)  # before 4 each initializer had to be an input
+    dropped = set(chosen)
+    if source.ir_version < 4:
+        # Before 4 each initializer had to be an input. From 4 on such an input can be overridden, which would keep onnxruntime
+        # from fusing what reads it: all initializers stop being inputs, and the first packed weight remembers them.
+        result.ir_version = 4
+        dropped |= {t.name for t in source.graph.initializer}
+        others = [_entry(i, v) for i, v in enumerate(_all_inputs(source)) if v.name in dropped and v.name not in chosen]
+        _note(next(iter(chosen.values())), {"inputs": others} if others else {})
     graph = result.graph
     pieces = [p for t in source.graph.initializer for p in (chosen[t.name].initializers if t.name in chosen else [t])]
     _replace(graph.initializer, pieces)
     _replace(graph.node, [*(n for e in chosen.values() for n in e.nodes), *source.graph.node])
-    _replace(graph.input, [v for v in source.graph.input if v.name not in chosen])
+    _replace(graph.input, [v for v in source.graph.input if v.name not in dropped])
     return result
 
 
@@ -384,9 +402,10 @@ def _decode(node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, 
 
 
 def _all_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The graph's inputs and, at their first places, the packed weights that were inputs."""
+    """The graph's inputs and, at their first places, the initializers that were inputs before packing."""
     inputs = list(model.graph.input)
-    listed = (notes["input"] for _, notes in _marks(model.graph) if "input" in notes)
+    listed = [notes["input"] for _, notes in _marks(model.graph) if "input" in notes]
+    listed += [entry for _, notes in _marks(model.graph) for entry in notes.get("inputs", [])]
     for position, text in sorted(listed, key=lambda entry: int(entry[0])):
         inputs.insert(int(position), onnx.ValueInfoProto.FromString(base64.b64decode(text)))
     return inputs
