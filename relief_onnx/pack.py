@@ -5,7 +5,7 @@ folds the decode nodes at load (graph optimisation BASIC and up); with optimisat
 the same result. Opset and operators stay standard. Per tensor the smallest of all codecs and of the dense initializer
 is chosen, by serialized bytes with nodes and names. -0.0 counts as zero and becomes +0.0 where its block is dropped.
 
-The last decode node is named `<weight>/packed` and carries in its doc_string what `unpack` needs, as JSON.
+The last decode node has the weight as its output, is named `p<number>/packed` and carries in its doc_string what `unpack` needs, as JSON.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def pack(model: onnx.ModelProto, weights: Mapping[str, int] | Sequence[str]) -> 
     names = _all_names(source.graph)
     rows: list[PackedTensor] = []
     chosen: dict[str, Emitter] = {}
-    for name, unit in units.items():
-        row, emitter = _choose(index[name], unit, opset, outputs, names)
+    for number, (name, unit) in enumerate(units.items()):
+        row, emitter = _choose(index[name], unit, opset, outputs, _free_prefix(number, names))
         rows += [row] if name in weights else []
         if emitter is not None:
             _mark(emitter, source, name, ir_version)
@@ -141,7 +141,7 @@ def _unit(index: Mapping[str, TensorProto], name: str, weights: Mapping[str, int
     return max(unit, 1)
 
 
-def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], names: Iterable[str]) -> tuple[PackedTensor, Emitter | None]:
+def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], prefix: str) -> tuple[PackedTensor, Emitter | None]:
     dense = _wire(tensor)
 
     def keep(reason: str, entropy: float = float(dense)) -> tuple[PackedTensor, None]:
@@ -155,7 +155,6 @@ def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], names
     kept = [_kept_blocks(grid) for grid in grids]
     width = 8 * bits.itemsize
     entropy = min(entropy_bound(len(k), len(g), g.shape[1] * width) for g, k in zip(grids, kept, strict=True))
-    prefix = _free_prefix(tensor.name, names)
     candidates = [c for g, k in zip(grids, kept, strict=True) for c in _candidates(tensor, prefix, opset, g, k)]
     if not candidates:
         return keep(f"opset {opset} cannot rebuild a weight of {bits.size} elements; opset 11 or newer can", entropy)
@@ -314,9 +313,9 @@ def _all_names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def _free_prefix(name: str, names: Iterable[str]) -> str:
-    """The weight's name, with underscores where other names already start with it and a slash."""
-    prefix = name
+def _free_prefix(number: int, names: Iterable[str]) -> str:
+    """A short name for what rebuilds a weight: it is written some twenty times, so the weight's own would cost more than many weights."""
+    prefix = f"p{number}"
     while any(other.startswith(prefix + "/") for other in names):
         prefix += "_"
     return prefix
