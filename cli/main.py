@@ -209,9 +209,10 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     from . import render
 
     check_target(output, force)
+    _writable(output, model)
     with render.progress(quiet) as progress:
         found = pipeline.score(model, data, images=_images(values), progress=progress, **values)
-    write_scores(found, pipeline.prepare(model).plan, output)
+    write_scores(found, output)
     if not quiet:
         click.echo(
             f"Scores of {len(found)} layers are in {output}; use them with: relief-onnx prune {model} --data {data} --scores {output}"

@@ -68,7 +68,6 @@ class Layer:
     name: str
     op: str
     weight: str
-    weight_slot: int
     view: View
     groups: int
     input: str
@@ -124,9 +123,9 @@ class Plan:
 Describe = Callable[[Graph, int, int, View], Layer | Refusal]
 
 
-def _layer(graph: Graph, index: int, slot: int, view: View, **fields: Any) -> Layer:
+def _layer(graph: Graph, index: int, view: View, **fields: Any) -> Layer:
     node = graph.nodes[index]
-    return Layer(index, graph.names[index], node.op_type, "", slot, view, output=node.output[0], **fields)
+    return Layer(index, graph.names[index], node.op_type, "", view, output=node.output[0], **fields)
 
 
 def _geometry(values: Mapping[str, Any], kernel: tuple[int, ...], transposed: bool) -> Geometry:
@@ -151,7 +150,7 @@ def _convolution(graph: Graph, index: int, slot: int, view: View) -> Layer | Ref
     geometry = _geometry(values, view.shape[2:], transposed=False)
     groups = values.get("group", 1)
     return _layer(
-        graph, index, slot, view, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
+        graph, index, view, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
         geometry=geometry,
     )  # fmt: skip
 
@@ -170,7 +169,7 @@ def _transposed_convolution(graph: Graph, index: int, slot: int, view: View) -> 
         else view.transpose(1, 0, *(axis - 1 for axis in spatial))
     )
     return _layer(
-        graph, index, slot, canonical, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
+        graph, index, canonical, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
         geometry=_geometry(values, tuple(kernel), transposed=True),
     )  # fmt: skip
 
@@ -185,7 +184,7 @@ def _gemm(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
     canonical = view.transpose(1, 0) if bool(flip[slot]) != (slot == 1) else view
     input_axis = (0 if flip[0] else 1) if slot == 1 else (1 if flip[1] else 0)
     return _layer(
-        graph, index, slot, canonical, groups=1, input=graph.nodes[index].input[1 - slot], input_axis=input_axis,
+        graph, index, canonical, groups=1, input=graph.nodes[index].input[1 - slot], input_axis=input_axis,
         output_axis=slot, scale=float(values.get("alpha", 1.0)),
     )  # fmt: skip
 
@@ -200,7 +199,7 @@ def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
     if slot == 1:
         canonical = canonical.transpose(1, 0)
     return _layer(
-        graph, index, slot, canonical, groups=1, input=graph.nodes[index].input[1 - slot],
+        graph, index, canonical, groups=1, input=graph.nodes[index].input[1 - slot],
         input_axis=-1 if slot == 1 else -2, output_axis=-1 if slot == 1 else -2,
     )  # fmt: skip
 

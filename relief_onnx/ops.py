@@ -40,14 +40,12 @@ class OperatorRow:
     """One operator's effect on channels. `data` are the inputs that carry pictures (None: all).
 
     `absorbs_zero`: one input that is 0 makes the result 0, whatever the others are (finite, as activations are).
-    `nonnegative`: its output is never below 0.
     """
 
     kind: str
     carry: Carry | None = None
     data: tuple[int, ...] | None = (0,)
     constant: str = "lost"
-    nonnegative: bool = False
     absorbs_zero: bool = False
 
 
@@ -266,10 +264,10 @@ def _rows(names: str, row: OperatorRow) -> dict[str, OperatorRow]:
 OPERATORS: Mapping[str, OperatorRow] = {
     **_rows(
         "LeakyRelu Elu Selu Celu Tanh Softsign HardSwish Mish Gelu Erf Neg Floor Ceil Round Sign Sin Cos Atan Asin Acos "
-        "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish",
+        "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish "
+        "Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt",
         OperatorRow("mix", constant="computed"),
     ),
-    **_rows("Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt", OperatorRow("mix", constant="computed", nonnegative=True)),
     **_rows("Clip Cast", OperatorRow("mix", constant="computed")),
     **_rows("Add Sub Div Pow Max Min Sum Mean", OperatorRow("mix", data=None, constant="computed")),
     **_rows("Mul", OperatorRow("mix", data=None, constant="computed", absorbs_zero=True)),

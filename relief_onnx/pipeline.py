@@ -239,7 +239,7 @@ def _measure(
         )
     scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name)) for layer in ready.plan.layers}
     if stored is not None:
-        write_scores(scores, ready.plan, stored)
+        write_scores(scores, stored)
         files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
     return scores, samples
 

@@ -117,14 +117,12 @@ def normalise(graph: Graph, layer: Layer, statistic: Contribution | None) -> Lay
     return LayerScore(layer.weight, layer.name, contribution / safe[:, None], bias / safe)
 
 
-def write_scores(scores: Scores, plan: Plan, path: Path) -> None:
-    """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`."""
+def write_scores(scores: Scores, path: Path) -> None:
+    """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`. Raises OutputError."""
     arrays: dict[str, NDArray[Any]] = {}
-    for weight, layers in plan.by_weight().items():
-        for i, layer in enumerate(layers):
-            key = weight if i == 0 else f"{weight}@{layer.name}"
-            arrays[f"{key}/score"] = scores[layer.name].score
-            arrays[f"{key}/bias_score"] = scores[layer.name].bias_score
+    for layer in scores.values():
+        key = f"{layer.weight}@{layer.node}" if f"{layer.weight}/score" in arrays else layer.weight
+        arrays[f"{key}/score"], arrays[f"{key}/bias_score"] = layer.score, layer.bias_score
     write_arrays(arrays, path)
 
 

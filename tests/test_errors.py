@@ -316,6 +316,12 @@ def test_target(options: str) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_scores_never_replace_the_model() -> None:
+    check("score m.onnx --data data -o m.onnx --force", 1, TARGETS["-o out.onnx --json m.onnx"])
+    assert Path("m.onnx").read_bytes() == LENET.read_bytes()
+
+
+@pytest.mark.usefixtures("here")
 def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
