@@ -7,7 +7,6 @@ carries (metadata, docs, functions, dimension denotations) is never at risk. The
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +16,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from relief_onnx.nodes import STANDARD, attributes, captured, subgraphs
+from relief_onnx.shapes import Dim, Shapes, infer
+
 __all__ = ["Graph", "Use", "attributes", "subgraphs"]
 
 Shape = tuple[int | str | None, ...]
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
-
-# Initializers with more elements hold weights, never the target of a Reshape or the like.
-LARGEST_SHAPE_CONSTANT = 1024
 
 
 @dataclass(frozen=True)
@@ -32,32 +31,6 @@ class Use:
 
     node: int
     slot: int
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes as Python values; strings as str."""
-    values = {item.name: helper.get_attribute_value(item) for item in node.attribute if not item.ref_attr_name}
-    return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies of If, Loop, Scan and the like."""
-    for item in node.attribute:
-        if item.type == onnx.AttributeProto.GRAPH:
-            yield item.g
-        elif item.type == onnx.AttributeProto.GRAPHS:
-            yield from item.graphs
-
-
-def _captured(body: onnx.GraphProto) -> set[str]:
-    """Names that a body reads from the graphs around it."""
-    own = {item.name for item in body.input} | {item.name for item in body.initializer}
-    own |= {name for node in body.node for name in node.output}
-    read = {name for node in body.node for name in node.input if name} | {item.name for item in body.output}
-    for node in body.node:
-        for inner in subgraphs(node):
-            read |= _captured(inner)
-    return read - own
 
 
 class Graph:
@@ -77,9 +50,9 @@ class Graph:
                 if name:
                     self.uses.setdefault(name, []).append(Use(i, slot))
             for body in subgraphs(node):
-                for name in sorted(_captured(body)):
+                for name in sorted(captured(body)):
                     self.uses.setdefault(name, []).append(Use(i, -1))
-        self.opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=1)
+        self.opset = max((item.version for item in model.opset_import if item.domain in STANDARD), default=1)
         self._arrays: dict[str, NDArray[Any]] = {}
 
     @cached_property
@@ -103,7 +76,7 @@ class Graph:
         if name not in self.producer:
             return None
         node = self.nodes[self.producer[name]]
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "Constant" and node.domain in STANDARD:
             values = attributes(node)
             if "value" in values:
                 return numpy_helper.to_array(values["value"])
@@ -128,45 +101,27 @@ class Graph:
         return name in self.outputs
 
     @cached_property
-    def types(self) -> dict[str, tuple[int, Shape | None]]:
-        """Element type and shape of every tensor that ONNX shape inference knows; None for an unknown rank."""
-        try:
-            inferred = onnx.shape_inference.infer_shapes(self._without_values(), data_prop=True).graph
-        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-            # Over 2 GB, or an operator with a broken annotation: what the file itself says remains.
-            inferred = self.proto
-        found: dict[str, tuple[int, Shape | None]] = {}
-        for info in (*inferred.input, *inferred.value_info, *inferred.output):
-            tensor = info.type.tensor_type
-            if info.type.HasField("tensor_type"):
-                found[info.name] = (tensor.elem_type, _shape(tensor) if tensor.HasField("shape") else None)
-        for name, item in self.initializers.items():
-            found[name] = (item.data_type, tuple(item.dims))
-        return found
+    def _shapes(self) -> Shapes:
+        return infer(self.model)
 
-    def _without_values(self) -> onnx.ModelProto:
-        """The model with large initializers as inputs of the same shape: inference needs no weights, and would copy them twice."""
-        light = onnx.ModelProto(ir_version=max(self.model.ir_version, 4))
-        light.opset_import.extend(self.model.opset_import)
-        light.functions.extend(self.model.functions)
-        for field in ("node", "input", "output", "value_info", "sparse_initializer"):
-            getattr(light.graph, field).extend(getattr(self.proto, field))
-        listed = {info.name for info in self.proto.input}
-        for name, item in self.initializers.items():
-            if int(np.prod(item.dims)) <= LARGEST_SHAPE_CONSTANT:
-                light.graph.initializer.append(item)
-            elif name not in listed:
-                light.graph.input.append(helper.make_tensor_value_info(name, item.data_type, item.dims))
-        return light
+    @cached_property
+    def types(self) -> dict[str, tuple[int, Shape | None]]:
+        """Element type and shape of every tensor whose type is known; None for an unknown rank."""
+        return {name: (kind, self.shape(name)) for name, kind in self._shapes.types.items()}
 
     def shape(self, name: str) -> Shape | None:
-        """A tensor's shape, or None where its rank is unknown."""
-        return self.types.get(name, (0, None))[1]
+        """A tensor's shape, or None where its rank is unknown; equal strings are equal sizes, as `2*batch` is."""
+        dims = self.dims(name)
+        return None if dims is None else tuple(size.coefficient if not size.symbols else str(size) for size in dims)
+
+    def dims(self, name: str) -> tuple[Dim, ...] | None:
+        """A tensor's sizes in symbols, or None where its rank is unknown."""
+        return self._shapes.dims.get(name)
+
+    def values(self, name: str) -> tuple[Dim, ...] | None:
+        """What a small integer or bool tensor of rank 0 or 1 holds, in symbols, or None where that is unknown."""
+        return self._shapes.values.get(name)
 
     def is_float(self, name: str) -> bool:
         """Whether the tensor's elements are floating point, as far as is known."""
         return self.types.get(name, (0, None))[0] in FLOATS
-
-
-def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:
-    return tuple(item.dim_value if item.HasField("dim_value") else (item.dim_param or None) for item in tensor.shape.dim)
