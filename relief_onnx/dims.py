@@ -58,6 +58,7 @@ def _integer(size: int) -> Dim:
     return Dim(size)
 
 
+MEANINGLESS = frozenset({"", "none", "unknown", "-1", "*"})
 ZERO, ONE = Dim(0), Dim(1)
 
 
@@ -76,20 +77,18 @@ def _ordered(a: Dim, b: Dim) -> tuple[Dim, Dim]:
 class Symbols:
     """Makes symbols, knows which of them are sizes (never negative), and calculates with Dims."""
 
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self.taken = frozenset(taken)
-        self.sizes = set(self.taken)
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        # The file's own names that are trusted: where exporters write "?" or "None" they mean any size.
+        self.names = frozenset(name for name in names if not name.startswith("?") and name.lower() not in MEANINGLESS)
+        self.sizes = set(self.names)
         self._memo: dict[Hashable, Dim] = {}
         self._sums: dict[str, tuple[Dim, int]] = {}
         self._count = 0
 
     def fresh(self, size: bool = True) -> Dim:
         """A symbol that was never seen before; `size` promises that it is not negative."""
-        while True:
-            self._count += 1
-            name = f"?{self._count}"
-            if name not in self.taken:
-                break
+        self._count += 1
+        name = f"?{self._count}"
         if size:
             self.sizes.add(name)
         return Dim(1, (name,))

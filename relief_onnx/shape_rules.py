@@ -46,10 +46,10 @@ def _elementwise(step: Step) -> Dims | None:
     return _meet(step, (step.dims(slot) for slot in range(step.count)))
 
 
-def _shape(step: Step) -> Dims | None:
+def _shape(step: Step) -> Dims:
     dims = step.dims()
     if dims is None:
-        return None
+        return step.fresh(1)
     first, last = step.attributes.get("start", 0), step.attributes.get("end")
     return (Dim.of(len(dims[first:last])),)
 
@@ -173,13 +173,15 @@ def slices(step: Step) -> list[tuple[int, Dim, Dim, Dim]] | None:
     if dims is None:
         return None
     if "starts" in step.attributes:
-        starts, ends = ([Dim.of(value) for value in step.attributes[name]] for name in ("starts", "ends"))
+        bounds = [[Dim.of(value) for value in step.attributes[name]] for name in ("starts", "ends")]
     else:
-        starts, ends = step.vector(1) or [], step.vector(2) or []
-    axes = step.integers(3, "axes") if step.given(3, "axes") else list(range(len(starts)))
-    strides = step.vector(4) if step.has(4) else [ONE] * len(starts)
+        bounds = [row for row in (step.vector(1), step.vector(2)) if row is not None]
+    every = list(range(len(bounds[0]))) if bounds else None
+    axes = step.integers(3, "axes") if step.given(3, "axes") else every
     if axes is None:
         return None
+    starts, ends = bounds if len(bounds) == 2 else (None, None)
+    strides = step.vector(4) if step.has(4) else [ONE] * len(axes)
     lost = [step.symbols.fresh(size=False) for _ in axes]
     rows = zip(axes, starts or lost, ends or lost, strides or lost, strict=True)
     return [(axis % len(dims), start, end, stride) for axis, start, end, stride in rows]
@@ -292,10 +294,8 @@ def _matmul(step: Step) -> Dims | None:
     return _broadcast(step, a[:-2], b[:-2]) + rows + columns
 
 
-def _gemm(step: Step) -> Dims | None:
-    a, b = step.dims(0), step.dims(1)
-    if a is None or b is None:
-        return None
+def _gemm(step: Step) -> Dims:
+    a, b = step.dims(0) or step.fresh(2), step.dims(1) or step.fresh(2)
     return a[int(bool(step.attributes.get("transA")))], b[int(not step.attributes.get("transB"))]
 
 
@@ -357,7 +357,8 @@ def _nonzero(step: Step) -> Dims | None:
 SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf
 Exp Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu
 Log LogSoftmax LpNormalization MeanVarianceNormalization Mish Neg Not PRelu RMSNormalization Reciprocal Relu Round Scatter ScatterElements
-ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu"""
+ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu
+ai.onnx.ml.Binarizer ai.onnx.ml.Imputer ai.onnx.ml.Normalizer ai.onnx.ml.Scaler"""
 BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or
 Pow Sub Sum Where Xor"""
 REDUCE = "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.dims import Dim, Symbols, product
+from relief_onnx.nodes import STANDARD
 
-__all__ = ["BOOLS", "FLOATING", "INTEGERS", "LARGEST_CONTENT", "Content", "Dims", "Scope", "Step", "known", "read"]
+__all__ = ["BOOLS", "FLOATING", "INTEGERS", "LARGEST_CONTENT", "Content", "Dims", "Scope", "Step", "filled", "known", "read", "static"]
 
 Dims = tuple[Dim, ...]
 # The symbolic content of a small tensor: an object array of Dim with the tensor's shape; false and true are 0 and 1.
@@ -36,15 +38,29 @@ def known(content: Content | None) -> list[int] | None:
     return None if None in values else [value for value in values if value is not None]
 
 
+def filled(shape: tuple[int, ...], entries: Iterable[Dim | None]) -> Content:
+    """A content of that shape, from its entries in a row."""
+    content = np.empty(math.prod(shape), object)
+    content[:] = list(entries)
+    return content.reshape(shape)
+
+
+def static(dims: Dims | None) -> tuple[int, ...] | None:
+    """Sizes as integers, where they are known and few entries lie within."""
+    if dims is None or any(size.symbols for size in dims) or not 0 <= product(dims).coefficient <= LARGEST_CONTENT:
+        return None
+    return tuple(size.coefficient for size in dims)
+
+
 def read(array: NDArray[Any]) -> Content | None:
     """An array's content; None where it is large or holds fractions."""
     if array.size > LARGEST_CONTENT or array.dtype.kind not in "iubf":
         return None
-    if array.dtype.kind == "f" and not np.all((np.abs(array) <= LARGEST_EXACT) & (array == np.floor(array))):
-        return None
-    content = np.empty(array.shape, object)
-    content.flat = [Dim.of(int(value)) for value in array.flat]
-    return content
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64)
+        if not np.all((np.abs(array) <= LARGEST_EXACT) & (array == np.floor(array))):
+            return None
+    return filled(array.shape, (Dim.of(int(value)) for value in array.flat))
 
 
 class Scope:
@@ -76,10 +92,9 @@ class Scope:
             self.contents[name] = None if array is None else read(array)
         found = self.contents[name]
         if found is None and invent and self.types.get(name) in INTEGERS:
-            sizes = [size.value for size in self.dims.get(name) or ()]
-            if self.dims.get(name) is not None and None not in sizes and np.prod(sizes, dtype=int) <= LARGEST_CONTENT:
-                found = np.empty(sizes, object)
-                found.flat = [self.symbols.fresh(size=False) for _ in range(found.size)]
+            sizes = static(self.dims.get(name))
+            if sizes is not None:
+                found = filled(sizes, (self.symbols.fresh(size=False) for _ in range(math.prod(sizes))))
                 self.contents[name] = found
         return found
 
@@ -101,6 +116,7 @@ class Step:
         self.scope = scope
         self.symbols = scope.symbols
         self.count = len(node.input)
+        self.operator = node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
 
     @cached_property
     def attributes(self) -> dict[str, Any]:

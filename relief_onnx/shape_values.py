@@ -6,7 +6,7 @@ it is not known. Contents are whole numbers. Those of float tensors are kept as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from relief_onnx.dims import ONE, ZERO, Dim, Symbols, product
 from relief_onnx.shape_rules import folded_axes, slices
-from relief_onnx.shape_scope import BOOLS, FLOATING, INTEGERS, LARGEST_CONTENT, LARGEST_EXACT, Content, Dims, Step, known, read
+from relief_onnx.shape_scope import BOOLS, FLOATING, INTEGERS, LARGEST_CONTENT, LARGEST_EXACT, Content, Step, filled, known, read, static
 
 __all__ = ["VALUE_RULES", "ValueRule"]
 
@@ -38,20 +38,7 @@ def _map(function: Callable[..., Dim | None], *contents: Content) -> Content | N
     if np.prod(shape, dtype=int) > LARGEST_CONTENT:
         return None
     entries = [function(*row) for row in zip(*(np.broadcast_to(content, shape).flat for content in contents), strict=True)]
-    return None if None in entries else _filled(shape, entries)
-
-
-def _filled(shape: tuple[int, ...], entries: Iterable[Dim | None]) -> Content:
-    content = np.empty(shape, object)
-    content.flat = list(entries)
-    return content
-
-
-def _static(dims: Dims | None) -> tuple[int, ...] | None:
-    """Sizes as integers, where they are known and few entries lie within."""
-    if dims is None or any(size.symbols for size in dims) or not 0 <= product(dims).coefficient <= LARGEST_CONTENT:
-        return None
-    return tuple(size.coefficient for size in dims)
+    return None if None in entries else filled(shape, entries)
 
 
 def _fold(function: Pairwise) -> ValueRule:
@@ -132,10 +119,10 @@ def _where(step: Step) -> Content | None:
     if a is None or b is None:
         return None
     if condition is None:
-        sizes = _static(step.dims(0))
+        sizes = static(step.dims(0))
         if sizes is None:
             return None
-        condition = _filled(sizes, (step.symbols.fresh() for _ in range(int(np.prod(sizes)))))
+        condition = filled(sizes, (step.symbols.fresh() for _ in range(int(np.prod(sizes)))))
 
     def choose(test: Dim, yes: Dim, no: Dim) -> Dim:
         if yes == no or not test.symbols:
@@ -150,7 +137,7 @@ def _cast(step: Step) -> Content | None:
     if content is None:
         return None
     if kind in BOOLS:
-        return _map(lambda a: None if step.symbols.span(a, ZERO) == (0, np.inf) or a.symbols else Dim.of(int(a != ZERO)), content)
+        return _map(lambda a: None if a.symbols else Dim.of(int(a != ZERO)), content)
     largest = LARGEST_EXACT if kind in FLOATING else (1 << 31) - 1 if kind != step.kind() else (1 << 63) - 1
     return content if all(a.symbols or abs(a.coefficient) <= largest for a in content.flat) else None
 
@@ -160,17 +147,17 @@ def _shape(step: Step) -> Content | None:
     if dims is None:
         return None
     row = dims[step.attributes.get("start", 0) : step.attributes.get("end")]
-    return _filled((len(row),), row)
+    return filled((len(row),), row)
 
 
 def _size(step: Step) -> Content | None:
     dims = step.dims()
-    return None if dims is None else _filled((), [product(dims)])
+    return None if dims is None else filled((), [product(dims)])
 
 
 def _again(step: Step) -> Content | None:
     """The same entries in another shape."""
-    content, sizes = step.content(), _static(step.output())
+    content, sizes = step.content(), static(step.output())
     return None if content is None or sizes is None else content.reshape(sizes)
 
 
@@ -207,7 +194,7 @@ def _concat(step: Step) -> Content | None:
 
 
 def _split(step: Step) -> list[Content | None]:
-    content, parts = step.content(), [_static(step.output(slot)) for slot in range(len(step.node.output))]
+    content, parts = step.content(), [static(step.output(slot)) for slot in range(len(step.node.output))]
     axis = step.attributes.get("axis", 0)
     lengths = [part[axis] for part in parts if part is not None]
     if content is None or len(lengths) < len(parts):
@@ -216,36 +203,36 @@ def _split(step: Step) -> list[Content | None]:
 
 
 def _expand(step: Step) -> Content | None:
-    content, sizes = step.content(), _static(step.output())
+    content, sizes = step.content(), static(step.output())
     return None if content is None or sizes is None else np.broadcast_to(content, sizes)
 
 
 def _tile(step: Step) -> Content | None:
     content, repeats = step.content(), known(step.content(1))
-    return None if content is None or repeats is None or _static(step.output()) is None else np.tile(content, repeats)
+    return None if content is None or repeats is None or static(step.output()) is None else np.tile(content, repeats)
 
 
 def _range(step: Step) -> Content | None:
-    contents, sizes = _contents(step), _static(step.output())
+    contents, sizes = _contents(step), static(step.output())
     if contents is None or sizes is None:
         return None
     start, _, stride = (content.reshape(-1)[0] for content in contents)
-    return _filled(sizes, (step.symbols.add(start, stride * Dim.of(number)) for number in range(sizes[0])))
+    return filled(sizes, (step.symbols.add(start, stride * Dim.of(number)) for number in range(sizes[0])))
 
 
 def _constants(step: Step) -> Content | None:
-    sizes, value = _static(step.output()), step.attributes.get("value")
+    sizes, value = static(step.output()), step.attributes.get("value")
     if sizes is None:
         return None
     content = read(np.zeros(1) if value is None else numpy_helper.to_array(value))
-    return None if content is None else _filled(sizes, [content.reshape(-1)[0]] * int(np.prod(sizes)))
+    return None if content is None else filled(sizes, [content.reshape(-1)[0]] * int(np.prod(sizes)))
 
 
 def _folding(function: Pairwise, empty: Dim | None) -> ValueRule:
     """A Reduce operator."""
 
     def rule(step: Step) -> Content | None:
-        content, sizes = step.content(), _static(step.output())
+        content, sizes = step.content(), static(step.output())
         axes = None if content is None else folded_axes(step, content.ndim)
         if content is None or sizes is None or axes is None:
             return None
@@ -255,7 +242,7 @@ def _folding(function: Pairwise, empty: Dim | None) -> ValueRule:
         rows = content.transpose(rest + axes).reshape(int(np.prod(sizes)), -1)
         if not rows.shape[1] and empty is None:
             return None
-        return _filled(sizes, (reduce(lambda a, b: function(step.symbols, a, b), row or [empty]) for row in rows.tolist()))
+        return filled(sizes, (reduce(lambda a, b: function(step.symbols, a, b), row or [empty]) for row in rows.tolist()))
 
     return rule
 

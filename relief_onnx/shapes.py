@@ -10,6 +10,7 @@ Three tables know the operators: shape_rules, shape_values and, below, the eleme
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -76,11 +77,13 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
         "Cast": lambda step: int(step.attributes["to"]),
         "CastLike": _of_input(1),
         "Where": _of_input(1),
+        "ai.onnx.ml.Scaler": lambda step: TensorProto.FLOAT,
+        "ai.onnx.ml.Normalizer": lambda step: TensorProto.FLOAT,
         "ConstantOfShape": lambda step: step.attributes["value"].data_type if "value" in step.attributes else TensorProto.FLOAT,
     }
 )
 # Element types of further outputs, where they are not that of the first.
-SECOND_TYPES: Mapping[str, int] = {"TopK": TensorProto.INT64, "MaxPool": TensorProto.INT64, "Dropout": TensorProto.BOOL}
+SECOND_TYPES: Mapping[str, int] = {"TopK": TensorProto.INT64, "MaxPool": TensorProto.INT64}
 
 # What rules and readers raise on a node that breaks the standard, which is for the checker to report.
 _BROKEN = (ArithmeticError, LookupError, TypeError, ValueError)
@@ -108,19 +111,22 @@ class _Walk:
     def _constant(self, scope: Scope, name: str, item: TensorProto) -> None:
         scope.constants[name] = item
         scope.declare(name, item.data_type, tuple(map(Dim.of, item.dims)))
+        if item.data_type in INTEGERS | BOOLS:
+            with suppress(*_BROKEN):
+                scope.content(name)
 
     def _note(self, scope: Scope, name: str, kind: onnx.TypeProto) -> None:
         if kind.HasField("tensor_type"):
-            scope.declare(name, kind.tensor_type.elem_type, _from_proto(kind.tensor_type, scope.symbols, scope.symbols.taken))
+            scope.declare(name, kind.tensor_type.elem_type, _from_proto(kind.tensor_type, scope.symbols))
         elif kind.WhichOneof("value"):
             scope.others[name] = kind
 
     def _node(self, node: onnx.NodeProto, scope: Scope, stated: Mapping[str, onnx.TypeProto]) -> None:
         step = Step(node, scope)
         try:
-            if node.domain in STANDARD and node.op_type in _WHOLE:
-                _WHOLE[node.op_type](self, step)
-            elif node.domain in STANDARD and node.op_type in SHAPE_RULES:
+            if step.operator in _WHOLE:
+                _WHOLE[step.operator](self, step)
+            elif step.operator in SHAPE_RULES:
                 self._by_rule(step)
             elif (node.domain, node.op_type) in self.functions:
                 self._function(step, self.functions[node.domain, node.op_type])
@@ -135,7 +141,7 @@ class _Walk:
                 scope.dims[name] = None
 
     def _by_rule(self, step: Step) -> None:
-        node, scope, name = step.node, step.scope, step.node.op_type
+        node, scope, name = step.node, step.scope, step.operator
         kind = TYPE_RULES.get(name, _of_input(0))(step)
         try:
             found = SHAPE_RULES[name](step)
@@ -230,16 +236,15 @@ _WHOLE: dict[str, Callable[[_Walk, Step], None]] = {
 # -- what the file and ONNX itself say -----------------------------------------------------------------------------------------
 
 
-def _from_proto(tensor: onnx.TypeProto.Tensor, symbols: Symbols, names: Iterable[str]) -> Dims | None:
-    """Sizes as written; a name that is not in `names` is not trusted to mean the same elsewhere."""
+def _from_proto(tensor: onnx.TypeProto.Tensor, symbols: Symbols) -> Dims | None:
+    """Sizes as written; a name that no input has is not trusted to mean the same elsewhere."""
     if not tensor.HasField("shape"):
         return None
-    known_names = frozenset(names)
     return tuple(
         Dim.of(size.dim_value)
         if size.HasField("dim_value") and size.dim_value >= 0
         else Dim.of(size.dim_param)
-        if size.dim_param in known_names
+        if size.dim_param in symbols.names
         else symbols.fresh()
         for size in tensor.shape.dim
     )
@@ -253,7 +258,7 @@ def _merge(scope: Scope, name: str, stated: onnx.TypeProto) -> None:
         return
     dims, written = scope.dims.get(name), stated.tensor_type
     if dims is None:
-        dims = _from_proto(written, scope.symbols, scope.symbols.taken)
+        dims = _from_proto(written, scope.symbols)
     elif written.HasField("shape") and len(written.shape.dim) == len(dims):
         pairs = zip(dims, written.shape.dim, strict=True)
         dims = tuple(Dim.of(size.dim_value) if one.symbols and size.dim_value > 0 else one for one, size in pairs)
@@ -281,13 +286,13 @@ def _ask(step: Step, outputs: Iterable[str], note: Callable[[Scope, str, onnx.Ty
     data = {name: found for name in node.input if (found := _data(scope, name)) is not None}
     opsets = [helper.make_opsetid(name, version) for name, version in scope.opsets.items()]
     try:
-        found = onnx.shape_inference.infer_node_outputs(schema, _light(node, types), types, data, opset_imports=opsets)
+        answer = onnx.shape_inference.infer_node_outputs(schema, _light(node, types), types, data, opset_imports=opsets)
     except (onnx.shape_inference.InferenceError, RuntimeError, *_BROKEN):
         return
     for name in outputs:
-        if name in found:
-            note(scope, name, found[name])
-            tensor = found[name].tensor_type
+        if name in answer:
+            note(scope, name, answer[name])
+            tensor = answer[name].tensor_type
             if scope.dims.get(name) and names:
                 pairs = zip(scope.dims[name] or (), tensor.shape.dim, strict=True)
                 scope.dims[name] = tuple(names.get(size.dim_param, one) for one, size in pairs)

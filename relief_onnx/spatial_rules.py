@@ -11,13 +11,16 @@ from relief_onnx.shape_scope import Dims, Step
 
 __all__ = ["SPATIAL_RULES"]
 
+# Sizes times scales with no larger power of two below the line are exact in float32.
+EXACT_FRACTION = 64
+
 SpatialRule = Callable[[Step], Dims | list[Dims | None] | None]
 
 
 def _window(step: Step, size: Dim, axis: int, kernel: int) -> Dim:
     """Positions of a window along one axis of the space; `axis` counts from 0."""
     values, symbols = step.attributes, step.symbols
-    rank = len(values.get("kernel_shape", ())) or (step.dims() is not None and len(step.dims() or ()) - 2) or 1
+    rank = len(values.get("kernel_shape", ())) or len(step.dims(1) or ()) - 2
     stride = values.get("strides", [1] * rank)[axis]
     reach = values.get("dilations", [1] * rank)[axis] * (kernel - 1) + 1
     auto = values.get("auto_pad", "NOTSET")
@@ -49,7 +52,8 @@ def _kernel(step: Step) -> Sequence[int | None]:
 
 
 def _conv(step: Step) -> Dims | None:
-    dims, weight = step.dims(0), step.dims(1)
+    weight = step.dims(1)
+    dims = step.dims(0) or (None if weight is None else step.fresh(len(weight)))
     if dims is None:
         return None
     channels = step.symbols.fresh() if weight is None else weight[0]
@@ -58,7 +62,8 @@ def _conv(step: Step) -> Dims | None:
 
 
 def _transposed(step: Step) -> Dims | None:
-    dims, weight, values = step.dims(0), step.dims(1), step.attributes
+    weight, values = step.dims(1), step.attributes
+    dims = step.dims(0) or (None if weight is None else step.fresh(len(weight)))
     if dims is None or weight is None:
         return None if dims is None else step.fresh(len(dims))
     channels = weight[1] * Dim.of(values.get("group", 1))
@@ -122,17 +127,18 @@ def _scaled(step: Step, size: Dim, slot: int, number: int) -> Dim:
     if array is None:
         return step.symbols.fresh()
     scale = np.float32(np.asarray(array).reshape(-1)[number])
+    over, under = float(scale).as_integer_ratio()
+    if over > 0 and under <= EXACT_FRACTION:
+        return step.symbols.floor(size * Dim.of(over), Dim.of(under))
     if size.value is None:
         return step.symbols.memo(("scaled", size, float(scale)))
     exact, rounded = int(np.floor(float(scale) * size.coefficient)), int(np.float32(size.coefficient) * scale)
     return Dim.of(exact) if exact == rounded else step.symbols.fresh()
 
 
-def _recurrent(step: Step) -> list[Dims | None] | None:
+def _recurrent(step: Step) -> list[Dims | None]:
     """Y [T, D, N, H] and the last states [D, N, H]; with layout 1 N comes first."""
-    dims, recurrence, values = step.dims(0), step.dims(2), step.attributes
-    if dims is None:
-        return None
+    dims, recurrence, values = step.dims(0) or step.fresh(3), step.dims(2), step.attributes
     hidden = Dim.of(values["hidden_size"]) if "hidden_size" in values else recurrence[2] if recurrence else step.symbols.fresh()
     directions = Dim.of(2 if values.get("direction", "forward") == "bidirectional" else 1)
     if values.get("layout", 0):

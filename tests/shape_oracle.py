@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+
 from relief_onnx.dims import Dim
 from relief_onnx.shapes import Shapes
 
