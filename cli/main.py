@@ -76,6 +76,11 @@ _RUN = _bundle(
     click.option("--threads", type=int, help="Threads for onnxruntime and scoring (default: one per core)."),
     click.option("--quiet", is_flag=True, help="Print nothing but errors."),
 )
+_GRANULARITY = click.option(
+    "--granularity",
+    type=click.Choice(["connection", "weight"]),
+    help="What is ranked and removed in convolutions: whole kernels (connection, the default) or each weight in them (weight).",
+)
 _JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
 
 
@@ -131,9 +136,7 @@ def main() -> None:
 @click.option(
     "--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What ranks connections (default relief)."
 )
-@click.option(
-    "--granularity", type=click.Choice(["connection"]), help="What is removed: a weight of a dense layer, a kernel of a convolution."
-)
+@_GRANULARITY
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
 @click.option("--bias", type=click.Choice(["keep", "prune"]), help="Whether biases may be removed (default keep).")
 @click.option("--skip-rule", type=click.Choice(["off", "branch", "both"]), help="The paper's rule for residual connections (default off).")
@@ -193,6 +196,7 @@ def prune(
 @click.option("-o", "--output", type=FILE, required=True, help="The .npz to write.")
 @click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
 @click.option("--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What to measure (default relief).")
+@_GRANULARITY
 @_bundle(_IMAGES, _RUN)
 @_edge
 def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **values: Any) -> None:

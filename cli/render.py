@@ -94,12 +94,13 @@ def _accuracy(quality: Mapping[str, Any]) -> list[str]:
 def prune_report(report: Mapping[str, Any]) -> None:
     """The closing table of `prune`, the totals, and what to do next."""
     console = _console()
-    table = _table("layer", "operator", "status", ">connections kept", ">of", ">%", ">channels", "stored as", "reason")
+    unit = "weights" if report["options"]["granularity"] == "weight" else "connections"
+    table = _table("layer", "operator", "status", f">{unit} kept", ">of", ">%", ">channels", "stored as", "reason")
     for row in report["layers"]:
-        share = 100 * row["connections_kept"] / max(row["connections"], 1)
+        share = 100 * row[f"{unit}_kept"] / max(row[unit], 1)
         channels = row.get("channels")
         table.add_row(
-            escape(row["node"]), row["op"], row["status"], f"{row['connections_kept']:,}", f"{row['connections']:,}", f"{share:.1f}",
+            escape(row["node"]), row["op"], row["status"], f"{row[f'{unit}_kept']:,}", f"{row[unit]:,}", f"{share:.1f}",
             "" if channels is None else f"{channels[1]}/{channels[0]}", row.get("storage", ""), escape(row["reason"] or ""),
         )  # fmt: skip
     console.print(table)

@@ -20,14 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relief_onnx.layers import Geometry
 
-__all__ = ["PatchStatistics", "Shifts", "output_positions", "padding", "statistics"]
+__all__ = ["PatchStatistics", "Shifts", "offset_sums", "output_positions", "padding", "statistics"]
 
 Floats = NDArray[np.float32]
 
@@ -85,6 +85,21 @@ def output_positions(geometry: Geometry, space: tuple[int, ...]) -> int:
     return int(np.prod(_Windows(geometry, space).out))
 
 
+def offset_sums(geometry: Geometry, image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """image [C, *space] -> [C, *kernel]: the sum over output positions of the pixel that each offset of the kernel sees.
+
+    Padding counts as 0.
+    """
+    windows = _Windows(geometry, image.shape[1:])
+    padded = windows.padded(image[None])[0]
+    sums = np.zeros((len(image), *geometry.kernel))
+    for offset in np.ndindex(*geometry.kernel):
+        starts = [place * dilation for place, dilation in zip(offset, windows.dilations, strict=True)]
+        seen = (slice(a, a + size * step, step) for a, size, step in zip(starts, windows.out, windows.strides, strict=True))
+        sums[(slice(None), *offset)] = padded[(slice(None), *seen)].reshape(len(image), -1).sum(1)
+    return np.flip(sums, tuple(range(1, sums.ndim))) if geometry.transposed else sums
+
+
 class _Windows:
     """A geometry on an image as plain sliding windows: stuffed and padded image, strides, dilations."""
 
@@ -102,7 +117,7 @@ class _Windows:
         reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilations, self.kernel, strict=True)]
         self.out = tuple(max((size - need) // stride + 1, 0) for size, need, stride in zip(padded, reach, self.strides, strict=True))
 
-    def padded(self, a: Floats) -> Floats:
+    def padded(self, a: NDArray[Any]) -> NDArray[Any]:
         """The zero-stuffed, padded (or cropped) image [n, c, *padded]."""
         if any(gap > 1 for gap in self.stuff):
             stuffed = np.zeros((*a.shape[:2], *self.size), a.dtype)

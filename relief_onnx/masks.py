@@ -25,7 +25,8 @@ Flags = NDArray[np.bool_]
 class Masks:
     """What stays.
 
-    keep: by weight, [out, in per group] as its first reader sees it. bias_keep: by weight, [out].
+    keep: by weight, as its first reader sees it: connections [out, in per group] or single weights [out, in per group, *kernel].
+    bias_keep: by weight, [out].
     vectors: further initializers that lose entries (normalisation parameters of a unit that goes), flags in their own shape.
     """
 
@@ -60,14 +61,15 @@ def keep_prefix(shares: NDArray[np.float64], alpha: float) -> Flags:
 
 
 def _layer_masks(layer: Layer, score: LayerScore, alpha: float, prune_bias: bool) -> tuple[Flags, Flags]:
-    keep = keep_prefix(np.concatenate([score.score, score.bias_score[:, None]], 1), alpha)
+    rows = score.score.reshape(layer.out_channels, -1)
+    keep = keep_prefix(np.concatenate([rows, score.bias_score[:, None]], 1), alpha)
     removable = prune_bias and layer.bias is not None and not layer.bias.shared
     bias = keep[:, -1] if removable else np.ones(layer.out_channels, bool)
-    return keep[:, :-1], bias
+    return keep[:, :-1].reshape(score.score.shape), bias
 
 
 def make_masks(plan: Plan, scores: Scores, weights: frozenset[str], alpha: Callable[[Layer], float], prune_bias: bool) -> Masks:
-    """Masks of the chosen weights. A weight with several readers loses a connection only where every one lets it go."""
+    """Masks of the chosen weights, shaped as the scores. A shared weight loses only what every one of its readers lets go."""
     keeps: dict[str, Flags] = {}
     biases: dict[str, Flags] = {}
     for weight, layers in plan.by_weight().items():
@@ -83,29 +85,33 @@ def make_masks(plan: Plan, scores: Scores, weights: frozenset[str], alpha: Calla
 
 
 def _united(layers: tuple[Layer, ...], keeps: list[Flags]) -> Flags:
-    """The union over readers, each in its own layout; repeated until whole kernels agree for all of them."""
-    first = layers[0]
-    total = np.zeros(first.view.source, bool)
+    """The union over readers, each in its own layout; repeated until whole kernels, where masks are of kernels, agree for all of them."""
+    total = np.zeros(layers[0].view.source, bool)
     for layer, keep in zip(layers, keeps, strict=True):
         total |= layer.view.invert(_expanded(keep, layer.view))
     while True:
         grown = total
-        for layer in layers:
-            whole = _whole(layer, grown)
+        for layer, keep in zip(layers, keeps, strict=True):
+            whole = _whole(layer, grown, keep.shape)
             grown = grown | layer.view.invert(_expanded(whole, layer.view))
         if np.array_equal(grown, total):
-            return _whole(first, total)
+            return _whole(layers[0], total, keeps[0].shape)
         total = grown
 
 
-def _whole(layer: Layer, flags: Flags) -> Flags:
-    """Connections of a layer of which any weight is flagged, [out, in per group]."""
-    found: Flags = np.any(layer.view.apply(flags).reshape(layer.out_channels, layer.in_per_group, -1), axis=-1)
+def _whole(layer: Layer, flags: Flags, shape: tuple[int, ...]) -> Flags:
+    """Units of a layer's mask of that shape, connections or single weights, of which any weight is flagged."""
+    found: Flags = np.any(layer.view.apply(flags).reshape(*shape, -1), axis=-1)
     return found
 
 
+def _thin(keep: Flags, rank: int) -> Flags:
+    """With further axes of size 1, so that it broadcasts against a weight of that rank."""
+    return keep.reshape(*keep.shape, *(1,) * (rank - keep.ndim))
+
+
 def _expanded(keep: Flags, view: View) -> Flags:
-    return np.broadcast_to(keep.reshape(*keep.shape, *(1,) * (len(view.shape) - 2)), view.shape)
+    return np.broadcast_to(_thin(keep, len(view.shape)), view.shape)
 
 
 def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
@@ -115,8 +121,7 @@ def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
         layer = layers[0]
         if weight in masks.keep and not masks.keep[weight].all():
             keep = masks.keep[weight]
-            thin = keep.reshape(*keep.shape, *(1,) * (len(layer.view.shape) - 2))
-            found[weight] = thin if not layer.view.steps else layer.view.invert(_expanded(keep, layer.view))
+            found[weight] = _thin(keep, len(layer.view.shape)) if not layer.view.steps else layer.view.invert(_expanded(keep, layer.view))
         if weight in masks.bias_keep and layer.bias is not None and not masks.bias_keep[weight].all():
             found[layer.bias.name] = layer.bias.view.invert(masks.bias_keep[weight])
     return found

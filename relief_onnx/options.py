@@ -57,7 +57,7 @@ DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("relief", "relief-fast", "magnitude", "wanda"),
-    "granularity": ("connection",),
+    "granularity": ("connection", "weight"),
     "repair": ("none",),
     "bias": ("keep", "prune"),
     "skip_rule": ("off", "branch", "both"),

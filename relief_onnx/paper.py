@@ -231,7 +231,8 @@ def _without(graph: Graph, masks: Masks, chain: Chain, gone: Flags) -> Masks:
     weight = chain.layer.weight
     if not gone.any() or gone.shape != (chain.layer.out_channels,):
         return masks
-    keep: Mapping[str, Any] = {**masks.keep, weight: masks.keep[weight] & ~gone[:, None]}
+    old = masks.keep[weight]
+    keep: Mapping[str, Any] = {**masks.keep, weight: old & ~gone.reshape(-1, *(1,) * (old.ndim - 1))}
     bias = {**masks.bias_keep, weight: masks.bias_keep[weight] & ~gone}
     vectors = {**masks.vectors}
     for name in chain.affine:

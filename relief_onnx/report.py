@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from relief_onnx import model as files
 from relief_onnx.compare import Comparison
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "to_json"]
 
 SCHEMA = "relief-onnx/report/1"
+
+Flags = NDArray[np.bool_]
+
+# What one entry of a mask is called, by granularity.
+_UNITS: Mapping[str, str] = {"connection": "connection", "weight": "single weight"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,17 @@ class Evidence:
         return [layers[0] for layers in self.ready.plan.by_weight().values()]
 
     def _lost(self, layer: Layer) -> int:
-        """Connections that were not zero before and are gone."""
-        before = self.before(layer)
-        return int(before.sum() - (before & self.operation.surviving[layer.weight]).sum())
+        """Single weights that were not zero before and are gone."""
+        return int((self._before(layer) & ~self.operation.surviving[layer.weight]).sum())
 
-    def before(self, layer: Layer) -> Any:
-        """Connections [out, in per group] that are not zero in the original."""
-        weight = layer.view.apply(self.ready.graph.array(layer.weight))
-        return weight.reshape(*weight.shape[:2], -1).any(-1)
+    def _before(self, layer: Layer) -> Flags:
+        """Single weights [out, in per group, *kernel] that are not zero in the original."""
+        flags: Flags = layer.view.apply(self.ready.graph.array(layer.weight)) != 0
+        return flags
+
+    @property
+    def _unit(self) -> str:
+        return _UNITS[self.options.granularity]
 
     def kept_reasons(self) -> dict[str, str]:
         """Why each weight that lost nothing was kept."""
@@ -73,8 +82,8 @@ class Evidence:
     def _kept_reason(self, layer: Layer) -> str:
         alpha = self.options.alpha_for((layer.name, layer.weight), layer.is_convolution)
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
-            return f"some node that shares it needs each connection at alpha {alpha:g}"
-        return f"every connection is needed to keep {alpha:g} of the contribution of its output"
+            return f"some node that shares it needs each {self._unit} at alpha {alpha:g}"
+        return f"every {self._unit} is needed to keep {alpha:g} of the contribution of its output"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for every weight that some tool could prune."""
@@ -90,26 +99,38 @@ class Evidence:
         ]  # fmt: skip
 
     def _row(self, layer: Layer, packed: PackedTensor | None) -> dict[str, Any]:
-        surviving = self.operation.surviving[layer.weight]
         chosen = layer.weight in self.masks.keep
         lost = self._lost(layer)
-        kept = int(surviving.sum()) if lost or chosen else int(np.prod(surviving.shape))
-        rule = int(self.masks.keep[layer.weight].sum()) if chosen else int(np.prod(surviving.shape))
+        every = np.ones(layer.view.shape, bool)
+        left = self.operation.surviving[layer.weight] if lost or chosen else every
+        rule = self.masks.keep[layer.weight] if chosen else every
+        connections = _connections(left)
         status = "pruned" if lost else ("kept" if chosen else "skipped")
-        reason = self._pruned_reason(chosen, rule, kept) if lost else self.reasons.get(layer.weight) or self._kept_reason(layer)
-        positions = int(np.prod(layer.view.shape[2:]))
+        reason = self._pruned_reason(layer, rule) if lost else self.reasons.get(layer.weight) or self._kept_reason(layer)
         return {
             "node": layer.name, "op": layer.op, "weight": layer.weight, "status": status, "reason": reason,
-            "connections": int(surviving.size), "connections_kept": kept, "connections_kept_by_rule": rule,
-            "weights": int(surviving.size) * positions, "weights_kept": kept * positions,
+            "connections": connections.size, "connections_kept": int(connections.sum()),
+            "connections_kept_by_rule": int(_connections(rule).sum()),
+            "weights": left.size, "weights_kept": int(left.sum()),
             "alpha": self.options.alpha_for((layer.name, layer.weight), layer.is_convolution) if chosen else None,
             "channels": list(self.operation.channels[layer.name]),
             "storage": packed.storage if packed is not None else "dense",
         }  # fmt: skip
 
-    def _pruned_reason(self, chosen: bool, rule: int, kept: int) -> str:
-        dead = f"{rule - kept} connections of dead units removed" if rule > kept else ""
-        return "; ".join(part for part in ("score below the cut" if chosen else "", dead) if part)
+    def _pruned_reason(self, layer: Layer, rule: Flags) -> str:
+        """What went, counted in the unit of the masks; `rule` flags what the rule keeps."""
+        before, left = self._before(layer), self.operation.surviving[layer.weight]
+        if self.options.granularity == "connection":
+            before, left, rule = _connections(before), _connections(left), _connections(rule)
+        below, dead = int((before & ~rule).sum()), int((before & rule & ~left).sum())
+        parts = (f"with a score below the cut: {below}" if below else "", f"of dead units: {dead}" if dead else "")
+        return f"{self._unit}s " + "; ".join(part for part in parts if part)
+
+
+def _connections(flags: Flags) -> Flags:
+    """From flags of single weights [out, in per group, *kernel], or of connections, to connections with any of them [out, in per group]."""
+    found: Flags = np.any(flags.reshape(*flags.shape[:2], -1), axis=-1)
+    return found
 
 
 def build_report(

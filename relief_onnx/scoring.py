@@ -1,4 +1,4 @@
-"""Importance scores: how much each connection contributes to its neuron or filter.
+"""Importance scores: how much each connection, or each single weight, contributes to its neuron or filter.
 
 All scores of one output unit, its bias among them, sum to 1; a unit without any contribution has zeros.
 """
@@ -26,6 +26,7 @@ from relief_onnx.streaming import (
     Contribution,
     KernelNorm,
     MeanImage,
+    OffsetMean,
     ResponseNorm,
     kernel_statistic,
     response_positions,
@@ -38,7 +39,10 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerScore:
-    """Shares of one layer: `score` [out, in per group] and `bias_score` [out], each row with its bias summing to 1."""
+    """Shares of one layer: `score` and `bias_score` [out], each row with its bias summing to 1.
+
+    `score` is [out, in per group] at connection granularity, [out, in per group, *kernel] at weight granularity.
+    """
 
     weight: str
     node: str
@@ -53,13 +57,33 @@ def _fast(layer: Layer, weight: NDArray[Any]) -> Contribution:
     return MeanImage(layer.geometry) if layer.geometry is not None else ChannelMean(layer.input_axis)
 
 
-# name -> what to measure for a layer; None needs no data.
-CRITERIA: Mapping[str, Callable[[Layer, NDArray[Any]], Contribution] | None] = {
-    "relief": kernel_statistic,
-    "relief-fast": _fast,
-    "wanda": lambda layer, weight: ChannelMean(layer.input_axis, 2),
-    "magnitude": None,
+def _seen(layer: Layer, power: int) -> Contribution:
+    return OffsetMean(layer.geometry, power) if layer.geometry is not None else ChannelMean(layer.input_axis, power)
+
+
+Make = Callable[[Layer, NDArray[Any]], Contribution]
+
+# granularity -> criterion -> what to measure for a layer; None needs no data.
+CRITERIA: Mapping[str, Mapping[str, Make | None]] = {
+    "connection": {
+        "relief": kernel_statistic,
+        "relief-fast": _fast,
+        "wanda": lambda layer, weight: ChannelMean(layer.input_axis, 2),
+        "magnitude": None,
+    },
+    # A single weight has no norm over positions in it, so the mean over the samples may come first: relief costs what relief-fast does.
+    "weight": {
+        "relief": lambda layer, weight: _seen(layer, 1),
+        "relief-fast": lambda layer, weight: _seen(layer, 1),
+        "wanda": lambda layer, weight: _seen(layer, 2),
+        "magnitude": None,
+    },
 }
+
+
+def _score_shape(layer: Layer, granularity: str) -> tuple[int, ...]:
+    """The shape of a layer's scores and masks."""
+    return layer.view.shape if granularity == "weight" else layer.view.shape[:2]
 
 
 def magnitudes(graph: Graph, layer: Layer) -> NDArray[Any]:
@@ -71,12 +95,14 @@ def magnitudes(graph: Graph, layer: Layer) -> NDArray[Any]:
 Inside = dict[str, tuple[Layer, NDArray[Any]]]
 
 
-def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measurement], dict[str, Contribution], Inside]:
+def measurements(
+    graph: Graph, plan: Plan, criterion: str, granularity: str = "connection"
+) -> tuple[list[Measurement], dict[str, Contribution], Inside]:
     """What to measure for a criterion: what listens to which tensor, the statistic of each layer by name, and layers measured in the graph.
 
     Layers that read the same tensor in the same way share a statistic where it does not depend on their weights.
     """
-    make = CRITERIA[criterion]
+    make = CRITERIA[granularity][criterion]
     wanted: list[Measurement] = []
     statistics: dict[str, Contribution] = {}
     inside: Inside = {}
@@ -84,7 +110,7 @@ def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measure
     for layer in plan.layers if make is not None else ():
         weight = layer.view.apply(graph.array(layer.weight))
         element, shape = graph.types.get(layer.input, (0, None))
-        positions = response_positions(layer, shape, element == 1) if criterion == "relief" else None
+        positions = response_positions(layer, shape, element == 1) if make is kernel_statistic else None
         if positions is not None:
             statistics[layer.name] = ResponseNorm(layer, positions)
             inside[norms_name(layer)] = (layer, weight)
@@ -99,12 +125,12 @@ def measurements(graph: Graph, plan: Plan, criterion: str) -> tuple[list[Measure
     return wanted, statistics, inside
 
 
-def normalise(graph: Graph, layer: Layer, statistic: Contribution | None) -> LayerScore:
-    """Shares from a fed statistic; without one, from the weights alone (a kernel counts with its norm)."""
+def normalise(graph: Graph, layer: Layer, statistic: Contribution | None, granularity: str = "connection") -> LayerScore:
+    """Shares from a fed statistic; without one, from the weights alone (as a connection, a kernel counts with its norm)."""
     magnitude = magnitudes(graph, layer)
     if statistic is None:
-        contribution = np.sqrt(np.square(magnitude, dtype=np.float64).reshape(*magnitude.shape[:2], -1).sum(-1))
-        factor = 1.0
+        squares = np.square(magnitude, dtype=np.float64).reshape(*_score_shape(layer, granularity), -1)
+        contribution, factor = np.sqrt(squares.sum(-1)), 1.0
     else:
         contribution, factor = statistic.contributions(layer, magnitude)
     contribution = contribution * abs(layer.scale)
@@ -112,9 +138,10 @@ def normalise(graph: Graph, layer: Layer, statistic: Contribution | None) -> Lay
     if layer.bias is not None:
         value = layer.bias.view.apply(graph.array(layer.bias.name)).astype(np.float64)
         bias = np.abs(value) * abs(layer.bias.factor) * factor
-    total = contribution.sum(1) + bias
+    rows = contribution.reshape(layer.out_channels, -1)
+    total = rows.sum(1) + bias
     safe = np.where(total > 0, total, 1.0)
-    return LayerScore(layer.weight, layer.name, contribution / safe[:, None], bias / safe)
+    return LayerScore(layer.weight, layer.name, (rows / safe[:, None]).reshape(contribution.shape), bias / safe)
 
 
 def write_scores(scores: Scores, path: Path) -> None:
@@ -137,8 +164,8 @@ def write_arrays(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def read_scores(path: Path, plan: Plan) -> dict[str, LayerScore]:
-    """Scores from a file, checked against the model. Raises DataError naming file and weight."""
+def read_scores(path: Path, plan: Plan, granularity: str) -> dict[str, LayerScore]:
+    """Scores from a file, checked against the model and the granularity. Raises DataError naming file and weight."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -150,18 +177,24 @@ def read_scores(path: Path, plan: Plan) -> dict[str, LayerScore]:
     for weight, layers in plan.by_weight().items():
         for i, layer in enumerate(layers):
             key = weight if i == 0 else f"{weight}@{layer.name}"
-            found[layer.name] = _checked(path, key, layer, arrays)
+            found[layer.name] = _checked(path, key, layer, arrays, granularity)
     return found
 
 
-def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[Any]]) -> LayerScore:
+def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[Any]], granularity: str) -> LayerScore:
     parts: Sequence[tuple[str, tuple[int, ...]]] = (
-        (f"{key}/score", (layer.out_channels, layer.in_per_group)),
+        (f"{key}/score", _score_shape(layer, granularity)),
         (f"{key}/bias_score", (layer.out_channels,)),
     )
     for name, shape in parts:
         if name not in arrays:
             raise DataError(f"{path} has no {name}; it was measured on another model, measure again with relief-onnx score")
+        other = next((item for item in CRITERIA if item != granularity and arrays[name].shape == _score_shape(layer, item)), None)
+        if arrays[name].shape != shape and other is not None and name.endswith("/score"):
+            raise DataError(
+                f"{path} was measured with --granularity {other}: {name} is {list(arrays[name].shape)}, {granularity} granularity needs "
+                f"{list(shape)}; measure again with relief-onnx score --granularity {granularity}, or prune with --granularity {other}"
+            )
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise DataError(f"{path}: {name} is {list(arrays[name].shape)}, the model needs {list(shape)} finite numbers; measure again")
     return LayerScore(layer.weight, layer.name, arrays[parts[0][0]].astype(float), arrays[parts[1][0]].astype(float))

@@ -13,10 +13,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.gram import PatchStatistics, Shifts, output_positions, padding, statistics
+from relief_onnx.gram import PatchStatistics, Shifts, offset_sums, output_positions, padding, statistics
 from relief_onnx.layers import Geometry, Layer
 
-__all__ = ["ChannelMaximum", "ChannelMean", "ImageNorm", "KernelNorm", "MeanImage", "ResponseNorm", "Statistic"]
+__all__ = [
+    "ChannelMaximum",
+    "ChannelMean",
+    "Contribution",
+    "ImageNorm",
+    "KernelNorm",
+    "MeanImage",
+    "OffsetMean",
+    "ResponseNorm",
+    "Statistic",
+    "kernel_statistic",
+    "response_positions",
+]
 
 Job = Callable[[], None]
 Floats = NDArray[np.float32]
@@ -37,10 +49,13 @@ class Statistic(Protocol):
 
 
 class Contribution(Statistic, Protocol):
-    """A statistic from which the share of each connection follows."""
+    """A statistic from which the share of each connection or single weight follows."""
 
     def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        """(contribution of each connection [out, in per group], what a bias of 1 contributes), for |W| in canonical layout."""
+        """(contributions, what a bias of 1 contributes), for |W| in canonical layout.
+
+        Contributions are those of connections [out, in per group] or of single weights [out, in per group, *kernel].
+        """
         ...
 
 
@@ -52,9 +67,14 @@ def _blocks(channels: int, bytes_each: int, bytes_at_once: int) -> Iterator[slic
 def _per_unit(layer: Layer, magnitude: NDArray[Any], vector: Doubles) -> Doubles:
     """|w_ij| (or the norm of a kernel) times a number per input channel [C] -> [out, in per group]."""
     norms = np.sqrt(np.square(magnitude, dtype=np.float64).reshape(*magnitude.shape[:2], -1).sum(-1))
-    inputs = np.repeat(vector.reshape(layer.groups, -1), layer.out_channels // layer.groups, 0)
-    result: Doubles = norms * inputs
+    result: Doubles = norms * _as_read(layer, vector)
     return result
+
+
+def _as_read(layer: Layer, values: Doubles) -> Doubles:
+    """Numbers per input channel [C, ...] as each output unit reads them: [out, in per group, ...]."""
+    grouped = values.reshape(layer.groups, layer.in_per_group, *values.shape[1:])
+    return np.repeat(grouped, layer.out_channels // layer.groups, 0)
 
 
 class ChannelMean:
@@ -187,10 +207,13 @@ class ResponseNorm:
 
 
 class MeanImage:
-    """mean_n |x_ni| per channel and pixel. Its kernel norms are the authors' `norm of the mean`; images of several sizes are kept apart."""
+    """mean_n |x_ni|^power per channel and pixel; images of several sizes are kept apart.
 
-    def __init__(self, geometry: Geometry | None = None) -> None:
-        self._geometry = geometry
+    With power 1 its kernel norms are the authors' `norm of the mean`.
+    """
+
+    def __init__(self, geometry: Geometry | None = None, power: int = 1) -> None:
+        self._geometry, self._power = geometry, power
         self._sums: dict[tuple[int, ...], Doubles] = {}
         self._counts: dict[tuple[int, ...], float] = {}
 
@@ -201,9 +224,9 @@ class MeanImage:
         for block in _blocks(x.shape[1], len(x) * int(np.prod(space[1:])) * 4, BLOCK_BYTES):
             yield partial(self._add, x, weight, total, block)
 
-    @staticmethod
-    def _add(x: Floats, weight: float, total: Doubles, block: slice) -> None:
-        total[block] += weight * np.abs(x[:, block]).sum(0)
+    def _add(self, x: Floats, weight: float, total: Doubles, block: slice) -> None:
+        part = x[:, block]
+        total[block] += weight * (np.abs(part) if self._power == 1 else np.square(part, dtype=np.float64)).sum(0)
 
     def norms(self) -> Doubles:
         """|| mean_n |x_ni| ||_F per channel."""
@@ -226,6 +249,22 @@ class MeanImage:
 
         bias = self._average(lambda image: np.sqrt(output_positions(geometry, image.shape[1:])))
         return self._average(one), float(bias)
+
+
+class OffsetMean(MeanImage):
+    """|k| * (mean |x_i|^power)^(1/power) for every single weight k of a convolution.
+
+    The mean runs over the samples and over the output positions, of the pixel that the weight's offset in the kernel sees there;
+    padding counts as 0. A bias of 1 then contributes 1: a mean instead of a sum over positions changes no share.
+    """
+
+    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
+        assert self._geometry is not None
+        geometry = self._geometry
+        seen = self._average(lambda image: offset_sums(geometry, image))
+        positions = self._average(lambda image: output_positions(geometry, image.shape[1:]))
+        means = (seen / max(positions, 1.0)) ** (1 / self._power)
+        return magnitude * _as_read(layer, means), 1.0
 
 
 class ChannelMaximum:

@@ -27,7 +27,7 @@ __all__ = ["Operation", "apply_weights", "operate", "set_initializer"]
 
 @dataclass(frozen=True)
 class Operation:
-    """A model after surgery. `cleared` [out, in per group] by layer node: connections of the input model that are zero or gone."""
+    """A model after surgery. See `operate`."""
 
     model: onnx.ModelProto
     units_removed: int
@@ -39,8 +39,9 @@ class Operation:
 def operate(model: onnx.ModelProto) -> Operation:
     """Remove every provably dead unit and weight.
 
-    `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to the connections
-    [out, in per group] of the input model that are left; `folded` names layers whose bias took over a constant.
+    `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to flags in the canonical
+    layout [out, in per group, *kernel] of the input model: which single weights are left and not zero (of a shared weight, as its
+    first reader sees it); `folded` names layers whose bias took over a constant.
     """
     operation, kept = _operate_once(model)
     found = operation
@@ -75,8 +76,9 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
     counts = {layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers}
-    surviving = {layer.weight: _surviving(layer, coupling, removal) for layer in plan.layers}
-    kept = {layer.weight: _kept(layer, coupling, removal) for layer in plan.layers}
+    first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
+    surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
+    kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
     _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
@@ -102,12 +104,11 @@ def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
 
 
 def _surviving(layer: Layer, coupling: Coupling, removal: Removal) -> NDArray[np.bool_]:
-    weight = removal.weights[layer.node]
-    alive = weight.reshape(*weight.shape[:2], -1).any(-1)
-    alive &= ~_gone(coupling.outputs[layer.node], removal)[:, None]
+    alive: NDArray[np.bool_] = removal.weights[layer.node] != 0
+    alive[_gone(coupling.outputs[layer.node], removal)] = False
     inputs = _gone(coupling.inputs[layer.node], removal).reshape(layer.groups, -1)
     if layer.groups == 1 or layer.in_per_group > 1:
-        alive &= ~np.repeat(inputs, layer.out_channels // layer.groups, 0)
+        alive[np.repeat(inputs, layer.out_channels // layer.groups, 0)] = False
     return alive
 
 

@@ -19,13 +19,19 @@ Feed = dict[str, NDArray[Any]]
 
 
 def random_masks(plan: Plan, rng: np.random.Generator, density: float = 0.4) -> Masks:
-    """Random connections, and some rows and columns that lose everything; a dead row loses its bias half of the time."""
+    """Random connections, and some rows and columns that lose everything; a dead row loses its bias half of the time.
+
+    Half of the models lose single weights of their kernels too.
+    """
     keeps, biases = {}, {}
+    single = rng.random() < 0.5
     for weight, layers in plan.by_weight().items():
         shape = layers[0].view.shape[:2]
         keep = rng.random(shape) < density
         keep[rng.random(shape[0]) < 0.35] = False
         keep[:, rng.random(shape[1]) < 0.35] = False
+        if single:
+            keep = keep.reshape(*shape, *(1,) * len(layers[0].view.shape[2:])) & (rng.random(layers[0].view.shape) < 0.7)
         keeps[weight] = keep
         bias = layers[0].bias
         prunable = bias is not None and not bias.shared and len(layers) == 1
@@ -57,14 +63,22 @@ def check_mask_is_surgery(model: onnx.ModelProto, feed: Feed, rng: np.random.Gen
 
 
 def assert_surviving_is_what_is_left(operation: Operation) -> None:
-    """As many connections as `surviving` counts are in the cut model, and each layer has the channels that `channels` says."""
+    """`surviving` without its empty rows and columns is what is in the cut model; each layer has the channels that `channels` says."""
     graph = Graph(operation.model)
     for weight, layers in find(graph).by_weight().items():
-        array = layers[-1].view.apply(graph.array(weight))
-        left = array.reshape(*array.shape[:2], -1).any(-1)
-        assert int(operation.surviving[weight].sum()) == int(left.sum()), weight
+        left, surviving = layers[0].view.apply(graph.array(weight)) != 0, operation.surviving[weight]
+        assert surviving.ndim == left.ndim, weight
+        assert int(surviving.sum()) == int(left.sum()), weight
+        # Rows and columns keep their order, so what is left follows in the same order too.
+        assert np.array_equal(_packed(surviving), _packed(left)), weight
         for layer in layers:
             assert operation.channels[layer.name][1] == layer.out_channels, layer.name
+
+
+def _packed(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The kernels [connections, positions] that have any weight, in order."""
+    kernels = flags.reshape(flags.shape[0] * flags.shape[1], -1)
+    return kernels[kernels.any(1)]
 
 
 def assert_same_outputs(first: onnx.ModelProto, second: onnx.ModelProto, feed: Feed, tolerance: float) -> None:

@@ -365,7 +365,7 @@ def test_an_option_that_is_not_built_does_not_exist(option: str, tmp_path: Path)
     "arguments",
     [
         ("prune", LENET), ("prune",), ("compare", LENET), ("score", LENET, *FEW), ("nothing",), ("check-data", LENET),
-        ("prune", LENET, *FEW, "--criterion", "flow"), ("prune", LENET, *FEW, "--granularity", "weight"),
+        ("prune", LENET, *FEW, "--criterion", "flow"), ("prune", LENET, *FEW, "--granularity", "layer"),
         ("prune", LENET, *FEW, "--repair", "distill"), ("prune", LENET, *FEW, "--alpha", "much"),
         ("prune", LENET, *FEW, "--mean", "a,b"),
     ],

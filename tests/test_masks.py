@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import masked_and_cut
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
+import relief_onnx
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_prefix, make_masks
@@ -80,6 +82,16 @@ def test_a_shared_weight_keeps_what_any_reader_keeps() -> None:
     assert np.array_equal(masks.keep[weight], wanted)
     assert not wanted.all()
     assert masks.bias_keep[weight].all()
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+def test_a_weight_that_two_nodes_read_in_two_layouts_is_pruned(alpha: float) -> None:
+    model, weight = tied()
+    x = np.random.default_rng(1).standard_normal((64, 5)).astype(np.float32)
+    result = relief_onnx.prune(model, [{model.graph.input[0].name: x}], alpha=alpha, storage="dense")
+    (row,) = result.report["layers"]
+    (array,) = [numpy_helper.to_array(item) for item in result.model.graph.initializer if item.name == weight]
+    assert row["weights_kept"] == row["connections_kept"] == np.count_nonzero(array) < 15
 
 
 def small(opset: int, ir_version: int) -> tuple[onnx.ModelProto, NDArray[Any]]:

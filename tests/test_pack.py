@@ -174,13 +174,14 @@ def test_any_tensor_is_rebuilt_exactly(
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
-@pytest.mark.parametrize(("shape", "unit"), [((512, 512), 1), ((300, 784), 1), ((256, 128, 3, 3), 9)])
+@pytest.mark.parametrize(("shape", "unit"), [((512, 512), 1), ((300, 784), 1), ((256, 128, 3, 3), 9), ((256, 128, 3, 3), 1)])
 @pytest.mark.parametrize(("opset", "limit"), [(17, 1.06), (10, 1.11)])
 def test_close_to_the_entropy_bound(shape: tuple[int, ...], unit: int, share: float, opset: int, limit: float) -> None:
     bits = sparse(shape, share, unit)
     kept = int(np.count_nonzero(bits))
     model = model_of(tensor(bits), opset=opset)
-    packed, (row,) = pack(model, {"W": unit})
+    packed, (row,) = pack(model, ["W"])
+    assert row.storage.startswith("kernel-") == (unit > 1)
     bound = entropy_bound(kept // unit, bits.size // unit, 32 * unit)
     assert row.entropy_bytes == pytest.approx(min(bound, entropy_bound(kept, bits.size, 32)))
     assert bound <= row.packed_bytes <= limit * bound
