@@ -15,11 +15,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from relief_onnx.coupling import Coupling
+from relief_onnx.contractions import LABELS
+from relief_onnx.coupling import Coupling, line_of
 from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
+from relief_onnx.moves import Together
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.sources import Source, trace_constant
+from relief_onnx.views import View
 
 __all__ = ["Fold", "Removal", "find_dead"]
 
@@ -60,6 +63,7 @@ class _Liveness:
         self.constants: dict[str, Values] = {}
         self.reads: dict[str, Flags] = {}
         shared = {weight for weight, users in plan.by_weight().items() if len(users) > 1}
+        self._counting = {reader.node for reader in coupling.zero_readers}
         self._free = [layer for layer in plan.layers if layer.weight not in shared]
 
     def run(self) -> Removal:
@@ -78,7 +82,7 @@ class _Liveness:
         return np.full(self.coupling.pictures[name].shape, np.nan)
 
     def _forward(self) -> None:
-        self.constants = {}
+        self.constants = {name: self._emitted(name, view) for name, view in self.coupling.sources.items()}
         for index, node in enumerate(self.graph.nodes):
             for name in node.output:
                 if name in self.coupling.pictures:
@@ -115,25 +119,68 @@ class _Liveness:
         total = np.where(reading, sums * per_unit, 0.0).sum(1) * layer.scale + bias
         self.constants[name] = total.reshape(picture.shape)
 
+    def _emitted(self, name: str, view: View) -> Values:
+        """What a stored table emits per channel: a number where the whole column is that number."""
+        source = trace_constant(self.graph, name)
+        assert isinstance(source, Source)
+        array = view.apply(self.graph.array(source.name))
+        return _fit_values(array.astype(np.float64), self.coupling.pictures[name].shape)
+
     def _row_constants(self, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
-        if row.kind == "carry":
+        if row.kind == "contract":
+            self._contracted_constants(node)
+        elif index in self._counting and row.kind == "sum":
+            return
+        elif row.constant == "scaled":
+            self._scaled_constants(node)
+        elif row.kind in ("carry", "sum"):
             self._carry_constants(index, node, row)
         elif row.constant == "computed":
             self._computed_constants(node, row)
 
+    def _scaled_constants(self, node: onnx.NodeProto) -> None:
+        """A scale of 0 leaves the shift, whatever the statistics are."""
+        name = node.output[0]
+        shape = self.constants[name].shape
+        axis = next((axis for axis, size in enumerate(shape) if size > 1), None)
+        values = [self._constant(item) if item else None for item in (*node.input[1:3], "")[:2]]
+        if axis is None or values[0] is None or (values[1] is None and len(node.input) > 2 and node.input[2]):
+            return
+        scale, shift = (np.zeros(1) if value is None else value.reshape(-1).astype(np.float64) for value in values)
+        if shape[axis] % scale.size or shape[axis] % shift.size:
+            return
+        scale, shift = (np.repeat(value, shape[axis] // value.size) for value in (scale, shift))
+        line = np.where(scale == 0, shift, np.nan)
+        self.constants[name] = line.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+    def _contracted_constants(self, node: onnx.NodeProto) -> None:
+        """A channel that lasts is 0 where one factor is."""
+        name = node.output[0]
+        labels, out = LABELS[node.op_type](self.graph, node)
+        shape = self.constants[name].shape
+        zero: Any = np.zeros(shape, bool)
+        for item, own in zip(node.input, labels, strict=True):
+            found = self.constants.get(item)
+            axis = next((axis for axis, size in enumerate(found.shape) if size > 1), None) if found is not None else None
+            if found is not None and axis is not None and own[axis] in out and shape[out.index(own[axis])] == found.shape[axis]:
+                zero = zero | (found == 0).reshape([-1 if label == own[axis] else 1 for label in out])
+        self.constants[name] = np.where(zero, 0.0, np.nan)
+
     def _carry_constants(self, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
-        if row.constant == "lost":
+        survives = row.survives(self.graph, node)
+        if survives == "lost":
             return
         names = self._data(node, row)
         if all(self.coupling.pictures[name].size == 1 for name in names):
             return
         flat = np.concatenate([self.constants.get(name, np.full(self.coupling.pictures[name].shape, np.nan)).reshape(-1) for name in names])
-        if row.constant == "zero":
+        if survives == "zero":
             flat = np.where(flat == 0, 0.0, np.nan)
-        padded = np.append(flat, np.nan)
+        padded = np.append(flat, [0.0, np.nan])  # at NEW and at UNTRACKED
         for name, move in zip(node.output, self._moved(index, node, row), strict=False):
             if name:
-                self.constants[name] = _fit_values(padded[move], self.constants[name].shape)
+                together = _agreeing(padded[move])
+                self.constants[name] = _fit_values(together, self.constants[name].shape)
 
     def _computed_constants(self, node: onnx.NodeProto, row: OperatorRow) -> None:
         """Run the operator itself on the constants, one number per channel."""
@@ -155,6 +202,8 @@ class _Liveness:
                 if value is None or (item in self.coupling.pictures and item not in self.graph.initializers):
                     return
                 feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
+                if row.absorbs_zero and _broadcasts((1,) * (len(shape) - value.ndim) + value.shape, shape):
+                    absorbed = absorbed | (value == 0)
         if bool(np.all(unknown & ~absorbed)):
             return
         result = _evaluate(self.graph, node, feeds, row)
@@ -196,7 +245,10 @@ class _Liveness:
                     self._read_all(name)
             elif index in self.layers:
                 self._layer_reads(self.layers[index])
-            elif row is not None and row.kind == "carry":
+            elif row is not None and (row.kind in ("contract", "norm") or index in self._counting):
+                for name in node.input:
+                    self._read_all(name)
+            elif row is not None and row.carry is not None:
                 self._carry_reads(index, node, row)
             else:
                 self._mix_reads(node)
@@ -239,9 +291,9 @@ class _Liveness:
             for name in node.input:
                 self._read_all(name)
             return
-        total = np.zeros(sum(sizes) + 1, bool)
-        for name, move in zip(node.output, self._moved(index, node, row), strict=False):
-            if name:
+        total = np.zeros(sum(sizes) + 2, bool)
+        for name, moves in zip(node.output, self._moved(index, node, row), strict=False):
+            for move in moves if name else ():
                 read = self.reads[name]
                 total[move[np.broadcast_to(read, move.shape)] if _broadcasts(read.shape, move.shape) else move] = True
         start = 0
@@ -264,9 +316,8 @@ class _Liveness:
                 continue
             axes = tuple(i for i, size in enumerate(lifted.shape) if size == 1)
             reduced = out.any(axes, keepdims=True)
-            self.reads[name] = read | np.broadcast_to(reduced, lifted.shape).reshape(read.shape) if _broadcasts(
-                reduced.shape, lifted.shape
-            ) else np.ones_like(read)  # fmt: skip
+            fits = _broadcasts(reduced.shape, lifted.shape)
+            self.reads[name] = np.asarray(read | np.broadcast_to(reduced, lifted.shape).reshape(read.shape)) if fits else np.ones_like(read)
 
     # -- moves ------------------------------------------------------------------------------------------------------------
 
@@ -274,7 +325,10 @@ class _Liveness:
         return [name for i, name in enumerate(node.input) if name and (row.data is None or i in row.data)]
 
     def _moved(self, index: int, node: onnx.NodeProto, row: OperatorRow) -> list[NDArray[np.int64]]:
-        """For each output of a carrying node: where in its inputs' pictures (joined flat) each entry comes from; -1 from nowhere."""
+        """For each output of a carrying node: where in its inputs' pictures (joined flat) each entry comes from [alternatives, *shape].
+
+        UNTRACKED where that is not known, NEW from nowhere.
+        """
         if index not in self._moves:
             assert row.carry is not None
             pictures, start = [], 0
@@ -283,7 +337,9 @@ class _Liveness:
                 size = int(np.prod(shape))
                 pictures.append(np.arange(start, start + size).reshape(shape))
                 start += size
-            self._moves[index] = row.carry(self.graph, node, pictures)
+            self._moves[index] = [
+                item.alternatives if isinstance(item, Together) else item[None] for item in row.carry(self.graph, node, pictures)
+            ]
         return self._moves[index]
 
     # -- what follows -----------------------------------------------------------------------------------------------------
@@ -310,7 +366,11 @@ class _Liveness:
             foldable = ~np.isnan(constants) & _can_fold(self.graph, layer)
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
             blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
-        units = {unit for found in self.coupling.outputs.values() for unit in found.tolist()} - blocked - {-1}
+        for reader in self.coupling.zero_readers:
+            lines = [(line_of(self.coupling.pictures[name], axis), self._zeros(name, axis)) for name, axis in reader.factors]
+            blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
+        emitting = [*self.coupling.outputs.values(), *(self.coupling.pictures[name].reshape(-1) for name in self.coupling.sources)]
+        units = {unit for found in emitting for unit in found.tolist()} - blocked - {-1}
         for picture in self.coupling.pictures.values():
             # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
             own = picture.reshape(-1).tolist()
@@ -318,6 +378,15 @@ class _Liveness:
                 units.discard(own[0])
         silenced = {layer.node: ~self._live(layer) for layer in self._free}
         return Removal(units, self._folds(units), self.weights, silenced)
+
+    def _zeros(self, name: str, axis: int) -> Flags:
+        """Which channels along a tracked axis are always 0."""
+        found = self.constants.get(name)
+        size = self.coupling.pictures[name].shape[axis]
+        if found is None:
+            return np.zeros(size, bool)
+        zeros: Flags = (np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1) == 0).all(1)
+        return np.broadcast_to(zeros, size)
 
     def _folds(self, units: set[int]) -> list[Fold]:
         folds = []
@@ -359,6 +428,12 @@ def _along(picture: NDArray[Any], axis: int, channels: int) -> bool:
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) == len(target) and all(size in (1, wanted) for size, wanted in zip(shape, target, strict=True))
+
+
+def _agreeing(values: Values) -> Values:
+    """Of alternatives [k, *shape] what all agree on, else NaN."""
+    agreed: Values = np.where((values == values[:1]).all(0), values[0], np.nan)
+    return agreed
 
 
 def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:

@@ -13,13 +13,14 @@ import numpy as np
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
-from relief_onnx.coupling import Coupling, trace
+from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
 from relief_onnx.layers import Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
 from relief_onnx.pipeline import Prepared, prepare
 from relief_onnx.report import quality_report
+from relief_onnx.walk import trace
 
 __all__ = ["comparison", "data_overview", "overview"]
 

@@ -6,21 +6,23 @@ computes does not change. Running it twice is the same as running it once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from relief_onnx.coupling import Coupling, trace
+from relief_onnx.coupling import Coupling
+from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, unused
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
 from relief_onnx.sources import VIEW_OPERATORS
 from relief_onnx.views import View
+from relief_onnx.walk import trace
 
 __all__ = ["Operation", "apply_weights", "operate", "set_initializer"]
 
@@ -71,7 +73,7 @@ def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tup
 def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    graph = Graph(result)
+    graph = Graph(model)  # of the model before the cut; `result` is edited
     plan = find(graph)
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
@@ -82,12 +84,12 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
-    if removal.units:
-        _cut(result, graph, coupling, removal)
     for layer in plan.layers:
         before, after = counts[layer.name]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
-            _set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
+            set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
+    if removal.units:
+        _cut(result, graph, coupling, removal)
     folded = tuple(fold.layer.name for fold in removal.folds)
     return Operation(result, len(removal.units), counts, surviving, folded), kept
 
@@ -110,24 +112,6 @@ def _surviving(layer: Layer, coupling: Coupling, removal: Removal) -> NDArray[np
     if layer.groups == 1 or layer.in_per_group > 1:
         alive[np.repeat(inputs, layer.out_channels // layer.groups, 0)] = False
     return alive
-
-
-def set_initializer(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
-    """Replace an initializer's value, or add it; the entry in graph.input that old files (IR 3) need follows."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-    existing = next((item for item in model.graph.initializer if item.name == name), None)
-    if existing is None:
-        model.graph.initializer.append(tensor)
-        if model.ir_version < 4:
-            model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-        return
-    tensor.doc_string = existing.doc_string
-    existing.CopyFrom(tensor)
-    for info in (*model.graph.input, *model.graph.value_info):
-        if info.name == name:
-            shape = info.type.tensor_type.shape
-            for dim, size in zip(shape.dim, array.shape, strict=False):
-                dim.dim_value = size
 
 
 def apply_weights(model: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
@@ -166,12 +150,12 @@ def _fold(model: onnx.ModelProto, graph: Graph, fold: Fold, keep: NDArray[np.boo
         return
     node, slot = model.graph.node[layer.node], LAYER_OPERATORS[layer.op].bias_slot
     assert slot is not None
-    name = _unused(model, f"{layer.weight}/bias")
+    name = unused(model, f"{layer.weight}/bias")
     dtype = graph.array(layer.weight).dtype
     shape = (-1, 1) if layer.output_axis == 0 else (-1,)
     beta = float(attributes(node).get("beta", 1.0)) if layer.op == "Gemm" else 1.0
     if beta == 0:
-        _set_attribute(node, "beta", 1.0)
+        set_attribute(node, "beta", 1.0)
         beta = 1.0
     set_initializer(model, name, (fold.amount[keep] / beta).astype(dtype).reshape(shape))
     inputs = [*node.input, *[""] * (slot + 1 - len(node.input))]
@@ -179,32 +163,21 @@ def _fold(model: onnx.ModelProto, graph: Graph, fold: Fold, keep: NDArray[np.boo
     node.input[:] = inputs
 
 
-def _unused(model: onnx.ModelProto, name: str) -> str:
-    taken = {item.name for item in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
-    while name in taken:
-        name += "_"
-    return name
-
-
 def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Removal) -> None:
     before = _shapes(model)
+    cut = Cut(model, graph, coupling, frozenset(removal.units))
     done = set()
     for tie in coupling.ties:
         if (tie.initializer, tie.axis) in done:
             continue
         done.add((tie.initializer, tie.axis))
-        keep = np.flatnonzero(~_gone(tie.units, removal))
-        if len(keep) < len(tie.units):
+        keep = cut.keep(tie.units)
+        if not keep.all():
             current = next(item for item in model.graph.initializer if item.name == tie.initializer)
-            set_initializer(model, tie.initializer, numpy_helper.to_array(current).take(keep, tie.axis))
-    sizes = {
-        name: {axis: int((~_gone(_line(picture, axis), removal)).sum()) for axis, size in enumerate(picture.shape) if size > 1}
-        for name, picture in coupling.pictures.items()
-    }
-    for index, node in enumerate(model.graph.node):
-        if node.op_type in _EDITS and node.domain in ("", "ai.onnx") and index not in coupling.barriers:
-            _EDITS[node.op_type](model, graph, node, sizes)
-    sizes |= _follow_views(model, graph, coupling, before)
+            set_initializer(model, tie.initializer, numpy_helper.to_array(current).compress(keep, tie.axis))
+    sizes = {name: cut.sizes(name) for name in coupling.pictures}
+    edit_nodes(cut)
+    sizes |= _follow_views(cut, before)
     for info in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         dims = info.type.tensor_type.shape.dim
         for axis, size in sizes.get(info.name, {}).items():
@@ -219,14 +192,17 @@ def _shapes(model: onnx.ModelProto) -> Shapes:
     return {item.name: tuple(item.dims) for item in model.graph.initializer}
 
 
-def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, before: Shapes) -> dict[str, dict[int, int]]:
+def _follow_views(cut: Cut, before: Shapes) -> dict[str, dict[int, int]]:
     """New shapes of weights on their way through Transpose, Reshape and the like, by tensor.
 
     A Reshape that names an old size is rewritten.
     """
+    model, graph = cut.model, cut.graph
     after = _shapes(model)
-    for index in sorted(coupling.constants):
-        node = model.graph.node[index]
+    constants = {graph.nodes[index].output[0] for index in cut.coupling.constants}
+    for node in model.graph.node:
+        if not node.output or node.output[0] not in constants:
+            continue
         if node.op_type not in VIEW_OPERATORS or node.input[0] not in before:
             continue
         source, name = node.input[0], node.output[0]
@@ -236,61 +212,9 @@ def _follow_views(model: onnx.ModelProto, graph: Graph, coupling: Coupling, befo
         if node.op_type == "Reshape" and after[source] != before[source]:
             axes = [old.source_axis(axis) for axis in range(len(old.shape))]
             new = tuple(size if axis is None else after[source][axis] for size, axis in zip(old.shape, axes, strict=True))
-            node.input[1] = _unused(model, f"{name}/shape")
+            node.input[1] = unused(model, f"{name}/shape")
             set_initializer(model, node.input[1], np.asarray(new, np.int64))
             target = new
         before[name] = old.shape
         after[name] = VIEW_OPERATORS[node.op_type](View.of(after[source]), attributes(node), target).shape
     return {name: dict(enumerate(shape)) for name, shape in after.items() if name in before and name not in graph.initializers}
-
-
-def _line(picture: NDArray[np.int64], axis: int) -> NDArray[np.int64]:
-    """The units along one axis; all lines are alike because what is left must be a box."""
-    return np.moveaxis(picture, axis, 0).reshape(picture.shape[axis], -1)[:, 0]
-
-
-Sizes = Mapping[str, Mapping[int, int]]
-
-
-def _edit_split(model: onnx.ModelProto, graph: Graph, node: onnx.NodeProto, sizes: Sizes) -> None:
-    source = sizes.get(node.input[0], {})
-    rank = len(graph.shape(node.input[0]) or (0,))
-    axis = attributes(node).get("axis", 0) % rank
-    if axis not in source:
-        return
-    parts = [sizes.get(name, {}).get(axis, 1) for name in node.output]
-    for name in [item.name for item in node.attribute if item.name in ("split", "num_outputs")]:
-        node.attribute.remove(next(item for item in node.attribute if item.name == name))
-    if graph.opset < 13:
-        _set_attribute(node, "split", parts)
-        return
-    constant = _unused(model, f"{node.output[0]}/split")
-    set_initializer(model, constant, np.asarray(parts, np.int64))
-    node.input[:] = [node.input[0], constant]
-
-
-def _edit_reshape(model: onnx.ModelProto, graph: Graph, node: onnx.NodeProto, sizes: Sizes) -> None:
-    wanted = sizes.get(node.output[0], {})
-    if not wanted:
-        return
-    target = graph.constant(node.input[1])
-    assert target is not None  # the operator table makes a barrier of the other case
-    values = target.reshape(-1).tolist()
-    changed = [size if axis not in wanted or size in (-1,) else wanted[axis] for axis, size in enumerate(values)]
-    if changed != values:
-        constant = _unused(model, f"{node.output[0]}/shape")
-        set_initializer(model, constant, np.asarray(changed, np.int64))
-        node.input[1] = constant
-
-
-_EDITS: Mapping[str, Callable[[onnx.ModelProto, Graph, onnx.NodeProto, Sizes], None]] = {
-    "Split": _edit_split,
-    "Reshape": _edit_reshape,
-}
-
-
-def _set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
-    for item in list(node.attribute):
-        if item.name == name:
-            node.attribute.remove(item)
-    node.attribute.append(helper.make_attribute(name, value))

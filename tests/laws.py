@@ -105,8 +105,9 @@ def assert_same_frame(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
         item for item in after.graph.input if item.name not in weights
     ]
     assert list(before.graph.output) == list(after.graph.output)
-    names = [(node.name, node.op_type, node.doc_string, list(node.output)) for node in after.graph.node]
-    assert names == [(node.name, node.op_type, node.doc_string, list(node.output)) for node in before.graph.node]
+    left = iter((node.name, node.doc_string) for node in after.graph.node)
+    for node in before.graph.node:  # new nodes may stand between: padding and counting for statistics, sizes that are put together
+        assert any(found == (node.name, node.doc_string) for found in left), node.name
 
 
 def assert_inferred_dims(model: onnx.ModelProto) -> None:

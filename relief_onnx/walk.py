@@ -1,0 +1,291 @@
+"""The walk that finds which channels live and die together.
+
+It carries pictures of unit numbers (see `ops`) along the graph. Where two pictures meet in an element-wise operator, their units are
+united; where an operator may see every channel, units are pinned, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx
+
+from relief_onnx.coupling import Coupling, Tie, Units, ZeroReader, line_of
+from relief_onnx.graph import Graph
+from relief_onnx.kinds import KINDS
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
+from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
+from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.sizes import read_sizes
+from relief_onnx.sources import VIEW_OPERATORS, Source, readers, trace_constant
+from relief_onnx.unions import UnionFind
+from relief_onnx.views import View
+
+__all__ = ["Walk", "trace"]
+
+
+def trace(graph: Graph, plan: Plan) -> Coupling:
+    """Walk the graph once and return its coupling."""
+    walk = Walk(graph, plan)
+    walk.run()
+    return walk.result()
+
+
+@dataclass
+class Walk:
+    graph: Graph
+    plan: Plan
+    pictures: dict[str, Units] = field(default_factory=dict)
+    ties: list[Tie] = field(default_factory=list)
+    inputs: dict[int, Units] = field(default_factory=dict)
+    outputs: dict[int, Units] = field(default_factory=dict)
+    barriers: set[int] = field(default_factory=set)
+    constants: set[int] = field(default_factory=set)
+    sources: dict[str, View] = field(default_factory=dict)
+    zero_readers: list[ZeroReader] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = {layer.node: layer for layer in self.plan.layers}
+        self.units = UnionFind()
+        self.widths = {size for layer in self.plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
+        self._pins: list[tuple[int, str]] = []
+        self._tied_uses: dict[str, int] = {}
+
+    def unite(self, a: Units, b: Units, why: str) -> None:
+        """Entry by entry; a unit that meets something untracked is pinned."""
+        a, b = np.broadcast_arrays(a, b)
+        for x, y in zip(a.reshape(-1).tolist(), b.reshape(-1).tolist(), strict=True):
+            if x >= 0 and y >= 0:
+                self.units.unite(x, y)
+            elif x != y:
+                self._pins.append((max(x, y), why))
+
+    def pin(self, units: Units, why: str) -> None:
+        self._pins += [(unit, why) for unit in np.unique(units).tolist() if unit >= 0]
+
+    # -- the walk ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        graph = self.graph
+        for info in graph.inputs:
+            self.untracked(info.name)
+        for index, node in enumerate(graph.nodes):
+            self._visit(index, node)
+        for name in graph.outputs:
+            self.pin(self.picture(name), "it is an output of the model")
+        for name, uses in graph.uses.items():
+            if any(use.slot < 0 for use in uses):
+                self.pin(self.picture(name), "the body of a control flow node reads it")
+
+    def _visit(self, index: int, node: onnx.NodeProto) -> None:
+        """Carry a node; where it could if fewer axes were tracked, hold those together and try again."""
+        while True:
+            try:
+                self._step(index, node)
+                return
+            except Barrier as barrier:
+                if not self.collapse(node.input[0] if node.input else "", barrier.axes, str(barrier)):
+                    self._barrier(index, node, str(barrier))
+                    return
+
+    def collapse(self, name: str, axes: Sequence[int], why: str) -> bool:
+        """Hold units together along some tracked axes of a tensor; False where no other axis would remain."""
+        picture = self.pictures.get(name)
+        if picture is None or not axes or not set(long_axes(picture)) - set(axes):
+            return False
+        for axis in axes:
+            first = picture.take([0], axis)
+            self.unite(picture, first, why)
+            picture = first
+        self.pictures[name] = picture
+        return True
+
+    def _step(self, index: int, node: onnx.NodeProto) -> None:
+        if index in self.layers:
+            self._layer(self.layers[index])
+            return
+        row = row_of(node)
+        if all(self.is_constant(name) for name in node.input if name) and not self._emits(node, row):
+            for name in node.output:
+                self.untracked(name)
+            self.constants.add(index)
+            return
+        if row is None:
+            raise Barrier("it is not in the operator table")
+        for slot, name in enumerate(node.input):
+            if row.data is not None and slot not in row.data and name in self.pictures and name not in self.sources:
+                self.pin(self.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
+        KINDS[row.kind](self, index, node, row)
+
+    def _emits(self, node: onnx.NodeProto, row: OperatorRow | None) -> bool:
+        """A constant that is cut to shape on its way to where channels are: its channels are units too."""
+        if row is None or row.kind != "carry" or node.op_type in VIEW_OPERATORS or node.op_type == "Shape":
+            return False
+        return self.graph.is_float(node.output[0]) and self.graph.shape(node.output[0]) is not None
+
+    def is_constant(self, name: str) -> bool:
+        return (
+            name in self.graph.initializers
+            or (
+                name not in self.pictures
+                and (self.graph.constant(name) is not None or isinstance(trace_constant(self.graph, name), Source))
+            )
+            or (name in self.graph.producer and self.graph.producer[name] in self.constants)
+        )
+
+    def picture(self, name: str) -> Units:
+        if name not in self.pictures:
+            self.untracked(name)
+        return self.pictures[name]
+
+    def untracked(self, name: str) -> None:
+        shape = self.graph.shape(name)
+        self.pictures[name] = np.full((1,) * len(shape or ()), UNTRACKED, np.int64)
+
+    def _barrier(self, index: int, node: onnx.NodeProto, why: str) -> None:
+        reason = f"{node.op_type} node {self.graph.names[index]}: {why}"
+        self.barriers.add(index)
+        if index in self.layers:
+            layer = self.layers[index]
+            self.inputs[index] = np.full(layer.groups * layer.in_per_group, UNTRACKED, np.int64)
+            self.outputs[index] = self.units.fresh(layer.out_channels)
+            self.pin(self.outputs[index], reason)
+        for name in node.input:
+            if name:
+                self.pin(self.picture(name), reason)
+        for name in node.output:
+            self.untracked(name)
+
+    def rank_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self.graph.shape(name) is None:
+                raise Barrier(f"the shape of {name} is not known")
+
+    # -- layers -----------------------------------------------------------------------------------------------------------
+
+    def _layer(self, layer: Layer) -> None:
+        graph, node = self.graph, self.graph.nodes[layer.node]
+        self.rank_known([layer.input, node.output[0]])
+        source = self.picture(layer.input)
+        others = [axis for axis in long_axes(source) if axis != layer.input_axis % source.ndim]
+        why = f"{node.op_type} node {layer.name}: it carries other axes than the one it reads"
+        if others and self.collapse(layer.input, others, why):
+            source, others = self.picture(layer.input), []
+        inputs = source.reshape(-1)
+        if others:
+            self.pin(source, why)
+            inputs = np.full(1, UNTRACKED, np.int64)
+        inputs = np.broadcast_to(inputs, layer.groups * layer.in_per_group).copy()
+        units = self.units.fresh(layer.out_channels)
+        if layer.out_channels == 1:
+            self.pin(units, f"{layer.name} has one output channel")
+        self._group(layer, inputs, units)
+        weight_why = f"{layer.name}: its weight {layer.weight} reaches the node through a layout that mixes channels"
+        self._tie_view(layer.weight, layer.view, 0, units, weight_why, True)
+        if layer.groups == 1 or layer.in_per_group > 1:
+            self._tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], weight_why, True)
+        self.used(layer.weight)
+        rank = len(graph.shape(node.output[0]) or ())
+        shape = [1] * rank
+        shape[layer.output_axis] = layer.out_channels
+        picture = units.reshape(shape)
+        slot = LAYER_OPERATORS[layer.op].bias_slot
+        if slot is not None and len(node.input) > slot and node.input[slot]:
+            self.tie_constant(node.input[slot], units if layer.is_convolution else picture, layer.name, True)
+        self.inputs[layer.node], self.outputs[layer.node] = inputs, units
+        self.pictures[node.output[0]] = picture
+
+    def _group(self, layer: Layer, inputs: Units, units: Units) -> None:
+        """Depthwise: a filter goes with its channel. Other groups keep equal sizes: the same place goes in each."""
+        if layer.groups == 1:
+            return
+        why = f"{layer.name}: a grouped convolution over channels that are not tracked"
+        if layer.in_per_group == 1:
+            self.unite(units.reshape(layer.groups, -1), inputs[:, None], why)
+            return
+        for places in (inputs.reshape(layer.groups, -1), units.reshape(layer.groups, -1)):
+            self.unite(places, places[:1], why)
+
+    def used(self, initializer: str) -> None:
+        self._tied_uses[initializer] = self._tied_uses.get(initializer, 0) + 1
+
+    def _tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool) -> None:
+        if view.shape[axis] == 1:
+            self.pin(units, why)
+            return
+        source = view.source_axis(axis)
+        if source is None:
+            self.pin(units, why)
+        else:
+            self.ties.append(Tie(name, source, units, zeroable))
+
+    def tie_constant(self, tensor: str, picture: Units, where: str, zeroable: bool) -> None:
+        """A constant that is broadcast against `picture`: its long axes follow the units."""
+        source = trace_constant(self.graph, tensor)
+        if not isinstance(source, Source):
+            value = self.graph.constant(tensor)
+            shape = value.shape if value is not None else self.graph.shape(tensor)
+            if shape is None or any(size != 1 for size in shape):
+                self.pin(picture, f"{where}: {tensor} is computed or stored where it cannot be cut")
+            return
+        view = source.view
+        if len(view.shape) > picture.ndim:
+            self.pin(picture, f"{where}: the constant {tensor} has more axes than what it meets")
+            return
+        self.used(source.name)
+        aligned = picture.ndim - len(view.shape)
+        for axis, size in enumerate(picture.shape):
+            if size == 1 or axis < aligned or view.shape[axis - aligned] == 1:
+                continue
+            if view.shape[axis - aligned] != size:
+                self.pin(picture, f"{where}: the constant {tensor} does not fit")
+                continue
+            # Other tracked axes are resolved at the end: what is left must be a box.
+            self._tie_view(source.name, view, axis - aligned, line_of(picture, axis), f"{where}: {tensor} cannot be cut", zeroable)
+
+    # -- the result -------------------------------------------------------------------------------------------------------
+
+    def result(self) -> Coupling:
+        self._keep_what_others_read()
+        axes: dict[tuple[str, int], Units] = {}
+        for tie in self.ties:
+            self.unite(tie.units, axes.setdefault((tie.initializer, tie.axis), tie.units), "a shared parameter")
+        self._make_boxes()
+        canonical = self.units.canonical
+        pictures = {name: canonical(picture) for name, picture in self.pictures.items()}
+        for tensor, axis, why in read_sizes(self.graph, pictures):
+            self.pin(line_of(pictures[tensor], axis), why)
+        pinned: dict[int, str] = {}
+        for unit, why in self._pins:
+            pinned.setdefault(self.units.root(unit), why)
+        return Coupling(
+            pictures,
+            [replace(tie, units=canonical(tie.units)) for tie in self.ties],
+            {node: canonical(units) for node, units in self.inputs.items()},
+            {node: canonical(units) for node, units in self.outputs.items()},
+            pinned,
+            frozenset(self.barriers),
+            frozenset(self.constants),
+            self.sources,
+            self.zero_readers,
+        )
+
+    def _keep_what_others_read(self) -> None:
+        for name, uses in self._tied_uses.items():
+            if uses != len(readers(self.graph, name)) or self.graph.is_output(name):
+                for tie in self.ties:
+                    if tie.initializer == name:
+                        self.pin(tie.units, f"{name} is also read where it must keep its shape")
+
+    def _make_boxes(self) -> None:
+        """A tensor with two tracked axes can only lose whole lines: of groups side by side, each loses the same places."""
+        for name, picture in self.pictures.items():
+            if len(long_axes(picture)) > 1:
+                picture = squeezed(self.units.canonical(picture))
+                while len(tracked := long_axes(picture)) > 1:
+                    first = picture.take([0], tracked[0])
+                    self.unite(picture, first, "it is part of an axis that is split")
+                    picture = squeezed(self.units.canonical(first))
+                self.pictures[name] = picture
