@@ -78,8 +78,9 @@ _RUN = _bundle(
 )
 _GRANULARITY = click.option(
     "--granularity",
-    type=click.Choice(["connection", "weight"]),
-    help="What is ranked and removed in convolutions: whole kernels (connection, the default) or each weight in them (weight).",
+    type=click.Choice(["connection", "weight", "channel", "channel+connection", "channel+weight"]),
+    help="What is ranked and removed: connections (the default; of a convolution, whole kernels), single weights, whole channels (a "
+    "smaller and faster dense model), or channels first and then the others inside those that stay.",
 )
 _JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
 
@@ -137,6 +138,10 @@ def main() -> None:
     "--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What ranks connections (default relief)."
 )
 @_GRANULARITY
+@click.option(
+    "--alpha-channel", type=float, help="Share of importance that the channels kept of a group carry (default: the layer's alpha)."
+)
+@click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
 @click.option("--bias", type=click.Choice(["keep", "prune"]), help="Whether biases may be removed (default keep).")
 @click.option("--skip-rule", type=click.Choice(["off", "branch", "both"]), help="The paper's rule for residual connections (default off).")
@@ -162,6 +167,7 @@ def prune(
     Examples:
       relief-onnx prune model.onnx --data calib/
       relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
+      relief-onnx prune model.onnx --data calib/ --granularity channel --alpha 0.9
     """
     from relief_onnx import pipeline
     from relief_onnx.options import read_recipe

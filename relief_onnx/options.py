@@ -22,6 +22,7 @@ class Options:
     alpha: float | None = None
     alpha_conv: float | None = None
     alpha_fc: float | None = None
+    alpha_channel: float | None = None
     criterion: str = "relief"
     granularity: str = "connection"
     repair: str = "none"
@@ -34,7 +35,22 @@ class Options:
     samples: int | None = None
     seed: int = 0
     threads: int = 0
+    round_to: int = 8
     layers: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether whole units go."""
+        return self.granularity.startswith("channel")
+
+    @property
+    def fine(self) -> str | None:
+        """What goes inside units: "connection", "weight" or nothing."""
+        return self.granularity.removeprefix("channel").removeprefix("+") or None
+
+    def unit_alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
+        """The share of importance that the units kept of a layer's group carry."""
+        return self.alpha_channel if self.alpha_channel is not None else self.alpha_for(names, convolution)
 
     def alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of contribution that a layer keeps."""
@@ -57,7 +73,7 @@ DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("relief", "relief-fast", "magnitude", "wanda"),
-    "granularity": ("connection", "weight"),
+    "granularity": ("connection", "weight", "channel", "channel+connection", "channel+weight"),
     "repair": ("none",),
     "bias": ("keep", "prune"),
     "skip_rule": ("off", "branch", "both"),
@@ -73,7 +89,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
-    "alpha": (float, int), "alpha_conv": (float, int), "alpha_fc": (float, int), "samples": (int,), "seed": (int,), "threads": (int,),
+    "alpha": (float, int), "alpha_conv": (float, int), "alpha_fc": (float, int), "alpha_channel": (float, int), "samples": (int,), "seed": (int,), "threads": (int,), "round_to": (int,),
 }  # fmt: skip
 
 
@@ -92,7 +108,7 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
         if key not in _FIELDS:
             raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
     options = replace(Options(), **values)
-    for key in alphas:
+    for key in (*alphas, "alpha_channel"):
         _check_alpha(key, getattr(options, key))
     for _, alpha in options.layers:
         _check_alpha("alpha of a layer", alpha)
@@ -101,7 +117,7 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
             raise RecipeError(f"{key} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
     for key in ("skip", "only"):
         _check_pattern(key, getattr(options, key))
-    for key, least in (("samples", 1), ("threads", 0), ("seed", 0)):
+    for key, least in (("samples", 1), ("threads", 0), ("seed", 0), ("round_to", 1)):
         value = getattr(options, key)
         if value is not None and value < least:
             raise RecipeError(f"{key} is {value}; give {least} or more")

@@ -15,6 +15,7 @@ import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.channels import Choice, choose, unit_masks, without_units
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
 from relief_onnx.errors import ModelError, NothingPrunedError, OutputError
@@ -29,6 +30,7 @@ from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
+from relief_onnx.walk import trace
 
 __all__ = ["Data", "Prepared", "Result", "prepare", "prune", "score"]
 
@@ -128,12 +130,22 @@ def prune(
     rules = PaperRules(ready.graph, ready.plan, options)
     with clock("calibrate"), _named(ready.path):
         if scores is not None:
-            found: Scores = read_scores(Path(scores), ready.plan, options.granularity)
+            found: Scores = read_scores(Path(scores), ready.plan, options.fine or "connection")
             rules.measure_alone(dataset, options, progress)
         else:
             found, _ = _measure(ready, dataset, options, rules, progress, folder)
     with clock("mask"):
-        masks = make_masks(ready.plan, found, weights, _alpha(options), options.bias == "prune")
+        choices: tuple[Choice, ...] = ()
+        shares, masks = found, Masks({}, {})
+        if options.by_channel:
+            coupling = trace(ready.graph, ready.plan)
+            choices = tuple(choose(ready.plan, coupling, found, alpha=_unit_alpha(options), allowed=weights, round_to=options.round_to))
+            removed = frozenset(unit for choice in choices for unit in choice.removed)
+            shares = without_units(ready.plan, coupling, found, removed)
+        if options.fine is not None:
+            masks = make_masks(ready.plan, shares, weights, _alpha(options), options.bias == "prune")
+        if options.by_channel:
+            masks = unit_masks(ready.graph, ready.plan, coupling, removed, masks)
         masks, gates = rules.apply(masks)
         flags = initializer_masks(ready.plan, masks)
         masked = rules.insert_gates(insert(ready.graph, flags), gates)
@@ -141,7 +153,7 @@ def prune(
         operation = operate(rules.insert_gates(apply_weights(ready.graph.model, applied(ready.graph, flags)), gates))
     with clock("pack"):
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
-    evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, shipped)
+    evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, choices, shipped)
     if not evidence.pruned:
         raise _nothing(ready.plan, {**reasons, **evidence.kept_reasons()})
     with clock("verify"):
@@ -202,6 +214,13 @@ def _alpha(options: Options) -> Any:
     return alpha
 
 
+def _unit_alpha(options: Options) -> Any:
+    def alpha(layer: Layer) -> float:
+        return options.unit_alpha_for((layer.name, layer.weight), layer.is_convolution)
+
+    return alpha
+
+
 def _packable(model: onnx.ModelProto) -> list[str]:
     """Weights of layers; everything else is stored as it is."""
     return sorted({layer.weight for layer in find(Graph(model)).layers})
@@ -220,8 +239,8 @@ def _measure(
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        return read_scores(stored, ready.plan, options.granularity), 0
-    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.granularity)
+        return read_scores(stored, ready.plan, options.fine or "connection"), 0
+    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.fine or "connection")
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
     samples = 0
@@ -237,7 +256,9 @@ def _measure(
             threads=options.threads or os.cpu_count() or 1,
             progress=progress,
         )
-    scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.granularity) for layer in ready.plan.layers}
+    scores = {
+        layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.fine or "connection") for layer in ready.plan.layers
+    }
     if stored is not None:
         write_scores(scores, stored)
         files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
@@ -245,7 +266,7 @@ def _measure(
 
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
-    parts = (ready.sha256, dataset.fingerprint, options.granularity, options.criterion, options.samples, options.seed)
+    parts = (ready.sha256, dataset.fingerprint, options.fine or "connection", options.criterion, options.samples, options.seed)
     return files.sha256(repr(parts).encode())
 
 

@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx import model as files
+from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.dataset import Dataset
 from relief_onnx.layers import Layer
@@ -35,7 +36,7 @@ SCHEMA = "relief-onnx/report/1"
 Flags = NDArray[np.bool_]
 
 # What one entry of a mask is called, by granularity.
-_UNITS: Mapping[str, str] = {"connection": "connection", "weight": "single weight"}
+_UNITS: Mapping[str | None, str] = {"connection": "connection", "weight": "single weight", None: "channel"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Evidence:
     packed: tuple[PackedTensor, ...]
     reasons: Mapping[str, str]
     gates: tuple[Gate, ...]
+    choices: tuple[Choice, ...]
     shipped: onnx.ModelProto
 
     @property
@@ -71,7 +73,7 @@ class Evidence:
 
     @property
     def _unit(self) -> str:
-        return _UNITS[self.options.granularity]
+        return _UNITS[self.options.fine]
 
     def kept_reasons(self) -> dict[str, str]:
         """Why each weight that lost nothing was kept."""
@@ -79,7 +81,15 @@ class Evidence:
             layer.weight: self._kept_reason(layer) for layer in self._layers() if layer.weight not in self.reasons and not self._lost(layer)
         }
 
+    def _group_reasons(self, layer: Layer) -> list[str]:
+        """Why the channels that a layer makes, and those that it reads, were not cut."""
+        own = [choice.reason for choice in self.choices if layer in choice.group.layers and not choice.removed]
+        read = [choice.reason for choice in self.choices if layer in choice.group.readers and not choice.removed]
+        return [f"its channels: {reason}" for reason in own] + [f"the channels that it reads: {reason}" for reason in read]
+
     def _kept_reason(self, layer: Layer) -> str:
+        if self.options.fine is None:
+            return "; ".join(self._group_reasons(layer)) or "no channel that it makes or reads can be told apart"
         alpha = self.options.alpha_for((layer.name, layer.weight), layer.is_convolution)
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
             return f"some node that shares it needs each {self._unit} at alpha {alpha:g}"
@@ -99,11 +109,11 @@ class Evidence:
         ]  # fmt: skip
 
     def _row(self, layer: Layer, packed: PackedTensor | None) -> dict[str, Any]:
-        chosen = layer.weight in self.masks.keep
+        chosen = layer.weight not in self.reasons
         lost = self._lost(layer)
         every = np.ones(layer.view.shape, bool)
         left = self.operation.surviving[layer.weight] if lost or chosen else every
-        rule = self.masks.keep[layer.weight] if chosen else every
+        rule = self.masks.keep.get(layer.weight, every)
         connections = _connections(left)
         status = "pruned" if lost else ("kept" if chosen else "skipped")
         reason = self._pruned_reason(layer, rule) if lost else self.reasons.get(layer.weight) or self._kept_reason(layer)
@@ -120,11 +130,26 @@ class Evidence:
     def _pruned_reason(self, layer: Layer, rule: Flags) -> str:
         """What went, counted in the unit of the masks; `rule` flags what the rule keeps."""
         before, left = self._before(layer), self.operation.surviving[layer.weight]
-        if self.options.granularity == "connection":
+        if self.options.fine != "weight":
             before, left, rule = _connections(before), _connections(left), _connections(rule)
+        rule = rule.reshape(*rule.shape, *(1,) * (before.ndim - rule.ndim))
         below, dead = int((before & ~rule).sum()), int((before & rule & ~left).sum())
-        parts = (f"with a score below the cut: {below}" if below else "", f"of dead units: {dead}" if dead else "")
-        return f"{self._unit}s " + "; ".join(part for part in parts if part)
+        cut = "of channels below the cut, or with a score below it" if self.options.by_channel else "with a score below the cut"
+        if self.options.fine is None:
+            cut = "of channels below the cut"
+        parts = (f"{cut}: {below}" if below else "", f"of dead units: {dead}" if dead else "")
+        return f"{self._unit if self.options.fine else 'connection'}s " + "; ".join(part for part in parts if part)
+
+    def group_rows(self) -> list[dict[str, Any]]:
+        """What happened to every coupling group; empty where no channels were ranked."""
+        return [
+            {
+                "members": list(choice.group.members), "readers": [layer.name for layer in choice.group.readers],
+                "units": choice.group.size, "units_kept": choice.group.size - len(choice.removed), "pinned": len(choice.group.pinned),
+                "reason": choice.reason,
+            }
+            for choice in self.choices
+        ]  # fmt: skip
 
 
 def _connections(flags: Flags) -> Flags:
@@ -153,6 +178,7 @@ def build_report(
         "options": {key: value for key, value in asdict(options).items() if key != "layers"} | {"layers": dict(options.layers)},
         "data": {"source": dataset.source, "kind": dataset.kind, "samples": quality.samples, "labelled": dataset.labelled},
         "layers": rows,
+        "groups": evidence.group_rows(),
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,
         "verification": {
