@@ -143,17 +143,15 @@ def _choose_in(
     running = np.cumsum(shares[order])
     if running[-1] <= 0:
         return nothing("its measured share is 0 everywhere")
-    if max(alphas) >= 1.0:
-        kept = int((shares > 0).sum())
-    else:
-        kept = int(np.searchsorted(running, max(alphas) * running[-1])) + 1
+    wanted = max(alphas)
+    kept = int((shares > 0).sum()) if wanted >= 1.0 else int(np.searchsorted(running, wanted * running[-1])) + 1
     rounded = min(_round_up(kept + len(group.pinned), group, round_to) - len(group.pinned), len(free))
     removed = frozenset(free[order[rounded:]].tolist())
     if removed:
         return Choice(group, removed, f"units below the cut: {len(removed)} of {group.size}")
     if kept < len(free):
-        return nothing(f"rounding up to a multiple of {round_to} channels keeps all")
-    return nothing(f"every unit is needed to keep {max(alphas):g} of what its readers get")
+        return nothing(f"rounding up to a multiple of {round_to} channels keeps all; --round-to 1 does not round")
+    return nothing(f"every unit is needed to keep {wanted:g} of what its readers get")
 
 
 def _round_up(kept: int, group: Group, round_to: int) -> int:

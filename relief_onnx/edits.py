@@ -73,6 +73,7 @@ class Cut:
 
     def __post_init__(self) -> None:
         self._gone = np.array(sorted(self.units), np.int64)
+        self._made: set[str] = set()
 
     def keep(self, units: Units) -> Flags:
         """Which of those units stay."""
@@ -94,15 +95,23 @@ class Cut:
 
     def constant(self, name: str, array: NDArray[Any]) -> str:
         """A new initializer; returns its name."""
-        name = unused(self.model, name)
+        name = self.name(name)
         set_initializer(self.model, name, array)
+        return name
+
+    def name(self, wanted: str) -> str:
+        """That name, or one like it that no tensor has, those of new nodes among them."""
+        name = unused(self.model, wanted)
+        while name in self._made:
+            name = unused(self.model, f"{name}_")
+        self._made.add(name)
         return name
 
     def node(
         self, place: dict[int, list[onnx.NodeProto]], index: int, operator: str, inputs: Sequence[str], output: str, **values: Any
     ) -> str:
         """A new node beside node `index`; returns its output."""
-        output = unused(self.model, output)
+        output = self.name(output)
         place.setdefault(index, []).append(helper.make_node(operator, list(inputs), [output], name=output, **values))
         return output
 
@@ -248,8 +257,8 @@ def _edit_pad(cut: Cut, index: int, node: onnx.NodeProto) -> None:
     pads = pads_of(cut.graph, node, rank) if cut.sizes(node.output[0]) else []
     for axis in cut.sizes(node.output[0]):
         flags, begin = cut.kept(node.output[0], axis), pads[axis]
-        assert flags is not None and begin is not None
-        end = pads[axis + rank] or 0
+        assert flags is not None
+        begin, end = begin or 0, pads[axis + rank] or 0
         wanted[axis], wanted[axis + rank] = int(flags[:begin].sum()), int(flags[len(flags) - end :].sum())
     changed = {place: size for place, size in wanted.items() if size != pads[place]}
     if changed and "pads" in attributes(node):
@@ -297,7 +306,7 @@ def _count_mean(cut: Cut, index: int, node: onnx.NodeProto, reader: ZeroReader) 
         return
     output, share = node.output[0], float(flags.mean())
     inner = centred(cut.graph, node)
-    node.output[0] = unused(cut.model, f"{output}/left")
+    node.output[0] = cut.name(f"{output}/left")
     factor = _scalar(cut, output, f"{output}/share", share)
     if inner is None or reader.factors[0][0] != inner.tensor:
         cut.after.setdefault(index, []).append(helper.make_node("Mul", [node.output[0], factor], [output], name=f"{output}/counted"))
@@ -323,7 +332,7 @@ def _count_norm(cut: Cut, index: int, node: onnx.NodeProto, reader: ZeroReader) 
         if rank:
             more = cut.constant(f"{name}/pads", np.array([*[0] * (2 * rank - 1), gone], np.int64))
             node.input[slot] = cut.node(cut.before, index, "Pad", [name, more], f"{output}/{'scale' if slot == 1 else 'shift'}")
-    node.output[0] = unused(cut.model, f"{output}/whole")
+    node.output[0] = cut.name(f"{output}/whole")
     bounds = [
         cut.constant(f"{output}/{what}", np.array([value], np.int64)) for what, value in (("start", 0), ("end", left), ("axis", axis))
     ]

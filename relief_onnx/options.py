@@ -48,6 +48,11 @@ class Options:
         """What goes inside units: "connection", "weight" or nothing."""
         return self.granularity.removeprefix("channel").removeprefix("+") or None
 
+    @property
+    def scored(self) -> str:
+        """What is measured: connections also where only whole units go."""
+        return self.fine or "connection"
+
     def unit_alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of importance that the units kept of a layer's group carry."""
         return self.alpha_channel if self.alpha_channel is not None else self.alpha_for(names, convolution)
@@ -89,7 +94,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
-    "alpha": (float, int), "alpha_conv": (float, int), "alpha_fc": (float, int), "alpha_channel": (float, int), "samples": (int,), "seed": (int,), "threads": (int,), "round_to": (int,),
+    **dict.fromkeys(("alpha", "alpha_conv", "alpha_fc", "alpha_channel"), (float, int)),
+    **dict.fromkeys(("samples", "seed", "threads", "round_to"), (int,)),
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def prune(
     rules = PaperRules(ready.graph, ready.plan, options)
     with clock("calibrate"), _named(ready.path):
         if scores is not None:
-            found: Scores = read_scores(Path(scores), ready.plan, options.fine or "connection")
+            found: Scores = read_scores(Path(scores), ready.plan, options.scored)
             rules.measure_alone(dataset, options, progress)
         else:
             found, _ = _measure(ready, dataset, options, rules, progress, folder)
@@ -239,8 +239,8 @@ def _measure(
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        return read_scores(stored, ready.plan, options.fine or "connection"), 0
-    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.fine or "connection")
+        return read_scores(stored, ready.plan, options.scored), 0
+    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored)
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
     samples = 0
@@ -256,9 +256,7 @@ def _measure(
             threads=options.threads or os.cpu_count() or 1,
             progress=progress,
         )
-    scores = {
-        layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.fine or "connection") for layer in ready.plan.layers
-    }
+    scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
     if stored is not None:
         write_scores(scores, stored)
         files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
@@ -266,7 +264,7 @@ def _measure(
 
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
-    parts = (ready.sha256, dataset.fingerprint, options.fine or "connection", options.criterion, options.samples, options.seed)
+    parts = (ready.sha256, dataset.fingerprint, options.scored, options.criterion, options.samples, options.seed)
     return files.sha256(repr(parts).encode())
 
 
