@@ -86,7 +86,7 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
 SECOND_TYPES: Mapping[str, int] = {"TopK": TensorProto.INT64, "MaxPool": TensorProto.INT64}
 
 # What rules and readers raise on a node that breaks the standard, which is for the checker to report.
-_BROKEN = (ArithmeticError, LookupError, TypeError, ValueError)
+_BROKEN = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Walk:
@@ -287,7 +287,7 @@ def _ask(step: Step, outputs: Iterable[str], note: Callable[[Scope, str, onnx.Ty
     opsets = [helper.make_opsetid(name, version) for name, version in scope.opsets.items()]
     try:
         answer = onnx.shape_inference.infer_node_outputs(schema, _light(node, types), types, data, opset_imports=opsets)
-    except (onnx.shape_inference.InferenceError, RuntimeError, *_BROKEN):
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, *_BROKEN):
         return
     for name in outputs:
         if name in answer:

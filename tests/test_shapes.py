@@ -267,6 +267,21 @@ def test_runs_agree(path: Any) -> None:
         assert not disagreements(found, run_all(model, _feed(model, open_size)))
 
 
+def test_a_broken_model_never_stops_the_walk() -> None:
+    original = onnx.load(str(SAMPLES / "resnet8.onnx"))
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        model = onnx.ModelProto.FromString(original.SerializeToString())
+        nodes = model.graph.node
+        for _ in range(6):
+            node, other = (nodes[int(rng.integers(len(nodes)))] for _ in range(2))
+            node.op_type = rng.choice(["Unsqueeze", "Constant", "Slice", "Loop", "If", "LSTM", "Resize", other.op_type])
+            del node.input[int(rng.integers(1, 3)) :]
+            for item in node.attribute[:1]:
+                item.ints.extend([3, -7])
+        assert infer(model).dims
+
+
 @pytest.fixture(scope="module")
 def standard_cases() -> list[Any]:
     """ONNX's own examples of single nodes, with their inputs and outputs."""
