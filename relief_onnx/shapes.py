@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx.dims import Dim, Symbols, product
+from relief_onnx.dims import ZERO, Dim, Symbols, product
 from relief_onnx.nodes import STANDARD, captured, subgraphs
 from relief_onnx.shape_rules import SHAPE_RULES
 from relief_onnx.shape_scope import BOOLS, FLOATING, INTEGERS, LARGEST_CONTENT, Content, Dims, Scope, Step, known
@@ -86,7 +86,7 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
 SECOND_TYPES: Mapping[str, int] = {"TopK": TensorProto.INT64, "MaxPool": TensorProto.INT64}
 
 # What rules and readers raise on a node that breaks the standard, which is for the checker to report.
-_BROKEN = (ArithmeticError, LookupError, TypeError, ValueError)
+_BROKEN = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Walk:
@@ -287,7 +287,7 @@ def _ask(step: Step, outputs: Iterable[str], note: Callable[[Scope, str, onnx.Ty
     opsets = [helper.make_opsetid(name, version) for name, version in scope.opsets.items()]
     try:
         answer = onnx.shape_inference.infer_node_outputs(schema, _light(node, types), types, data, opset_imports=opsets)
-    except (onnx.shape_inference.InferenceError, RuntimeError, *_BROKEN):
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, *_BROKEN):
         return
     for name in outputs:
         if name in answer:
@@ -295,7 +295,9 @@ def _ask(step: Step, outputs: Iterable[str], note: Callable[[Scope, str, onnx.Ty
             tensor = answer[name].tensor_type
             if scope.dims.get(name) and names:
                 pairs = zip(scope.dims[name] or (), tensor.shape.dim, strict=True)
-                scope.dims[name] = tuple(names.get(size.dim_param, one) for one, size in pairs)
+                # Where inputs are open, some of ONNX's inference takes unknown for 0 (Attention does).
+                sizes = (scope.symbols.fresh() if one == ZERO else names.get(size.dim_param, one) for one, size in pairs)
+                scope.dims[name] = tuple(sizes)
 
 
 def _to_proto(scope: Scope, name: str, names: dict[str, Dim]) -> onnx.TypeProto:

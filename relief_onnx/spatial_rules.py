@@ -162,8 +162,14 @@ def _to_depth(step: Step) -> Dims | None:
     return (dims[0], dims[1] * block * block, *(step.symbols.floor(size, block) for size in dims[2:]))
 
 
+def _spectrum(step: Step) -> Dims | None:
+    """[N, frames, frequencies, 2]; ONNX's own inference counts the frequencies of a one-sided spectrum wrong."""
+    dims = step.dims()
+    return None if dims is None else (dims[0], *step.fresh(2), Dim.of(2))
+
+
 SPATIAL_RULES: dict[str, SpatialRule] = {
     "Conv": _conv, "ConvTranspose": _transposed, "MaxPool": _pool, "AveragePool": _pool, "LpPool": _pool, "GlobalAveragePool": _global,
     "GlobalMaxPool": _global, "GlobalLpPool": _global, "Resize": _resize, "Upsample": _resize, "LSTM": _recurrent, "GRU": _recurrent,
-    "RNN": _recurrent, "DepthToSpace": _to_space, "SpaceToDepth": _to_depth,
+    "RNN": _recurrent, "DepthToSpace": _to_space, "SpaceToDepth": _to_depth, "STFT": _spectrum,
 }  # fmt: skip

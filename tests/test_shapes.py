@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,55 @@ def test_runs_agree(path: Any) -> None:
     assert all(found.dims.get(name) is not None for node in model.graph.node for name in node.output if name)
     for open_size in (1, 3):
         assert not disagreements(found, run_all(model, _feed(model, open_size)))
+
+
+def test_a_broken_model_never_stops_the_walk() -> None:
+    original = onnx.load(str(SAMPLES / "resnet8.onnx"))
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        model = onnx.ModelProto.FromString(original.SerializeToString())
+        nodes = model.graph.node
+        for _ in range(6):
+            node, other = (nodes[int(rng.integers(len(nodes)))] for _ in range(2))
+            node.op_type = rng.choice(["Unsqueeze", "Constant", "Slice", "Loop", "If", "LSTM", "Resize", other.op_type])
+            del node.input[int(rng.integers(1, 3)) :]
+            for item in node.attribute[:1]:
+                item.ints.extend([3, -7])
+        assert infer(model).dims
+
+
+@pytest.fixture(scope="module")
+def standard_cases() -> list[Any]:
+    """ONNX's own examples of single nodes, with their inputs and outputs."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [case for case in collect_testcases(None) if case.model is not None and case.data_sets]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["integers known", "nothing known"])
+def test_the_examples_of_the_standard_agree(standard_cases: list[Any], given: bool) -> None:
+    """Sizes of inputs are symbols, outputs are not annotated; `given` makes constants of small integer inputs."""
+    checked = 0
+    for case in standard_cases:
+        inputs, outputs = case.data_sets[0]
+        if not all(isinstance(value, (np.ndarray, np.generic)) for value in (*inputs, *outputs)):
+            continue
+        model = onnx.ModelProto.FromString(case.model.SerializeToString())
+        graph = model.graph
+        real = {info.name: np.asarray(value) for info, value in zip((*graph.input, *graph.output), (*inputs, *outputs), strict=True)}
+        for info in graph.output:
+            info.type.Clear()
+        for info in list(graph.input):
+            for axis, size in enumerate(info.type.tensor_type.shape.dim):
+                size.dim_param = f"{info.name}_{axis}"
+            if given and real[info.name].dtype.kind in "iub" and real[info.name].size <= 64:
+                graph.initializer.append(numpy_helper.from_array(real[info.name], info.name))
+                graph.input.remove(info)
+        assert not disagreements(infer(model), real), case.name
+        checked += 1
+    assert checked > 500
 
 
 def test_the_judge_can_fail() -> None:
