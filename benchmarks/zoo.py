@@ -133,7 +133,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         run = row[name]
         worst = run.get("worst")
         shown |= {f"{name}: exit": str(run["exit"]), "worst" + " " * len(shown): "-" if worst is None else f"{worst:.0e}"}
-        for key in ("nonzero", "bytes"):
+        for key in ("params", "nonzero", "bytes"):
             value = ratio(run, key)
             shown[key + " " * len(shown)] = "-" if value is None else f"{value:.2f}"
         shown["s" + " " * len(shown)] = f"{run['seconds']:.1f}"
@@ -172,8 +172,14 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
         return round(statistics.median(known), 4) if known else None
 
     medians: dict[str, Any] = {"models": len(chosen), "share": median([row["share"] for row in chosen])}
-    # A peer that cannot handle a model reaches none of its parameters.
-    medians |= {name: median([row["peers"][name]["share"] or 0.0 for row in chosen]) for name in PEERS}
+    for name in PEERS:
+        handled = [row for row in chosen if row["peers"][name]["share"] is not None]
+        medians[name] = {
+            "handled": len(handled),
+            "share": median([row["peers"][name]["share"] or 0.0 for row in chosen]),  # it reaches nothing of a model that it cannot handle
+            "share_of_handled": median([row["peers"][name]["share"] for row in handled]),
+            "our_share_of_handled": median([row["share"] for row in handled]),
+        }
     for name in RUNS:
         medians[name] = {key: median([ratio(row[name], key) for row in chosen]) for key in ("params", "nonzero", "macs", "bytes")}
     against = {}
@@ -203,17 +209,20 @@ def main() -> int:
     gather(given.models)
     stored = RESULTS / "peers.json"
     peers = json.loads(stored.read_text())["models"] if stored.exists() else {}
-    measured = []
+    measured, missing = [], 0
     for row in rows():
         if given.only and row["id"] not in given.only:
             continue
         path = given.models / f"{row['id']}.onnx"
         if not path.exists():
             print(f"{row['id']}: MISSING, {path} is not there", flush=True)
+            missing += 1
             continue
         print(f"{row['id']} ...", file=sys.stderr, flush=True)
         measured.append(measure(row, path, peers.get(row["id"], {}), given.limit))
-    print("Shares: float parameters with an index in a removable channel, percent of all. nonzero, bytes: after over before. s: seconds.")
+    print(
+        "Shares: float parameters with an index in a removable channel, percent of all. params, nonzero, bytes: after over before. s: seconds."
+    )
     print(
         f"connection: {' '.join(RUNS['connection'])}; channel: {' '.join(RUNS['channel'])}. worst: largest difference from the masked model"
     )
@@ -228,7 +237,7 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         document = {"threads": THREADS, "calibration_samples": CALIBRATION, "runs": RUNS, "models": measured, **found}
         (RESULTS / "zoo.json").write_text(json.dumps(document, indent=2) + "\n")
-    return 1 if any(row[name]["problems"] for row in measured for name in RUNS) else 0
+    return 1 if missing or any(row[name]["problems"] for row in measured for name in RUNS) else 0
 
 
 if __name__ == "__main__":

@@ -82,4 +82,4 @@ def check(original: Path, result: Path, masked: Path, feeds: Sequence[dict[str, 
     half = any(tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16) for tensor in tensors(before.graph))
     if not worst <= TOLERANCE["half" if half else "float"]:
         problems.append(f"differs from the masked model by {worst:.1e}")
-    return {"problems": problems, "worst": worst}
+    return {"problems": problems, "worst": worst if np.isfinite(worst) else None}
