@@ -220,9 +220,7 @@ def main() -> int:
             continue
         print(f"{row['id']} ...", file=sys.stderr, flush=True)
         measured.append(measure(row, path, peers.get(row["id"], {}), given.limit))
-    print(
-        "Shares: float parameters with an index in a removable channel, percent of all. params, nonzero, bytes: after over before. s: seconds."
-    )
+    print("Shares: float parameters with an index in a removable channel, percent. params, nonzero, bytes: after over before. s: seconds.")
     print(
         f"connection: {' '.join(RUNS['connection'])}; channel: {' '.join(RUNS['channel'])}. worst: largest difference from the masked model"
     )
