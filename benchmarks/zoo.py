@@ -158,6 +158,10 @@ def notes(measured: list[dict[str, Any]]) -> list[str]:
         lines += [f"{row['model']}: ours: {row['why']}"] if row["why"] else []
         for name in RUNS:
             run = row[name]
+            if run.get("all_but_zero"):
+                lines.append(
+                    f"{row['model']}: {name}: {', '.join(run['all_but_zero'])} all but 0 on these inputs: differ by rounding alone"
+                )
             lines += [f"{row['model']}: {name}: PROBLEM: {problem}" for problem in run["problems"]]
             lines += [f"{row['model']}: {name}: exit {run['exit']}: {' '.join(run['reasons'])[:240]}"] if run.get("reasons") else []
     return lines

@@ -11,7 +11,7 @@ from helpers import lenet
 from onnx import numpy_helper
 
 from benchmarks.zoo import summary, verdict
-from benchmarks.zoo_check import check, difference, signature
+from benchmarks.zoo_check import check, difference, is_rounding, signature
 
 ONES = np.ones((2, 3), np.float32)
 
@@ -47,6 +47,15 @@ def test_each_output_is_measured_by_its_own_size() -> None:
     assert difference([ONES * 1e6, ONES * 1e-3], [ONES * 1e6, ONES * 2e-3]) == pytest.approx(1.0, rel=1e-4)
 
 
+def test_rounding_excuses_only_what_is_all_but_zero() -> None:
+    tiny, noise = ONES * 1e-6, ONES * 1e-7
+    assert is_rounding(tiny, tiny + noise, tiny - noise)
+    assert not is_rounding(tiny, tiny + 20 * noise, tiny - noise)
+    assert not is_rounding(tiny, tiny + noise, tiny)
+    assert not is_rounding(tiny, tiny * np.nan, tiny + noise)
+    assert not is_rounding(ONES, ONES + noise, ONES - noise)
+
+
 def _changed(edit: str) -> onnx.ModelProto:
     model = lenet()
     if edit == "weights":
@@ -70,7 +79,7 @@ def test_a_changed_file_is_seen(tmp_path: Path, edit: str, problem: str) -> None
     onnx.save(_changed(edit), result)
     name = lenet().graph.input[0].name
     feeds = [{name: np.random.default_rng(0).random((1, 1, 28, 28), np.float32)}]
-    assert check(original, original, original, feeds) == {"problems": [], "worst": 0.0}
+    assert check(original, original, original, feeds) == {"problems": [], "worst": 0.0, "all_but_zero": []}
     assert any(problem in found for found in check(original, result, original, feeds)["problems"])
 
 
