@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.branches import dead_inputs
 from relief_onnx.constants import Constants, Routes, along, broadcasts, exact
 from relief_onnx.coupling import Coupling, line_of
 from relief_onnx.graph import Graph
@@ -36,12 +37,16 @@ class Fold:
 
 @dataclass
 class Removal:
-    """What can go: whole units (canonical numbers), and weights that change nothing. `weights` are canonical arrays by layer node."""
+    """What can go: whole units (canonical numbers), and weights that change nothing. `weights` are canonical arrays by layer node.
+
+    `dead_inputs`: whole activations are constant too (see `branches`).
+    """
 
     units: set[int] = field(default_factory=set)
     folds: list[Fold] = field(default_factory=list)
     weights: dict[int, NDArray[Any]] = field(default_factory=dict)
     silenced_biases: dict[int, Flags] = field(default_factory=dict)
+    dead_inputs: bool = False
 
 
 def find_dead(graph: Graph, plan: Plan, coupling: Coupling) -> Removal:
@@ -197,7 +202,9 @@ class _Liveness:
             if units.issuperset(own):
                 units.discard(own[0])
         silenced = {layer.node: ~self._live(layer) for layer in self._free}
-        return Removal(units, self._folds(units), self.constants.weights, silenced)
+        return Removal(
+            units, self._folds(units), self.constants.weights, silenced, bool(dead_inputs(self.graph, self.coupling, self.constants))
+        )
 
     def _folds(self, units: set[int]) -> list[Fold]:
         folds = []
