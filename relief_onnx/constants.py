@@ -124,7 +124,7 @@ class Constants:
             return
         elif row.constant == "scaled":
             self._scaled_constants(node)
-        elif row.kind in ("carry", "sum"):
+        elif row.kind in ("carry", "sum", "grow") and row.carry is not None:
             self._carry_constants(index, node, row)
         elif row.constant == "computed":
             self._computed_constants(node, row)
