@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ nightly: test bench-score  ## Everything that takes longer than a commit should 
 
 bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prints the ratios.
 	$(BIN)/python -m benchmarks.score
+
+bench-latency: $(VENV)/.dev  ## Measure how much faster pruned channels make a model in onnxruntime; MODELS=DIR for more of them.
+	$(BIN)/python -m benchmarks.latency $(if $(MODELS),--models $(MODELS))
 
 clean:  ## Remove what was built, and .venv.
 	rm -rf build dist $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
