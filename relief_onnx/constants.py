@@ -196,9 +196,15 @@ class Constants:
                 value = self._constant(item)
                 if value is None:
                     return
-                feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
+                if row.kind == "mix" and value.dtype.kind == "f" and value.ndim <= len(shape):
+                    # What varies along an axis that is not tracked (a table of positions) is a number only where it does not.
+                    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+                    value = _fit_values(lifted, tuple(1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=True)))
+                    unknown = unknown | np.isnan(value)
                 if row.absorbs_zero and broadcasts((1,) * (len(shape) - value.ndim) + value.shape, shape):
                     absorbed = absorbed | (value == 0)
+                value = np.where(np.isnan(value), 0, value) if value.dtype.kind == "f" else value
+                feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
         if bool(np.all(unknown & ~absorbed)):
             return
         result = _evaluate(self.graph, node, feeds, row)

@@ -67,9 +67,35 @@ def gated(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", net.op("Mul", net.op("Sigmoid", a), b), second), [(first, 1), (second, 0)]
 
 
+def heads(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """Attention whose head size is computed from the width of the residual stream, and so is its temperature."""
+    stem, out, values = net.weight(6, 8), net.weight(8, 5), net.weight(8, 8)
+    y = net.op("MatMul", x, stem)
+    batch, length, width = (size(net, y, axis) for axis in range(3))
+    per_head = net.op("Div", width, whole(net, 2))
+    split = net.op("Concat", batch, length, whole(net, 2), per_head, axis=0)
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.op("MatMul", y, weight), split), perm=[0, 2, 1, 3])
+        for weight in (net.weight(8, 8), net.weight(8, 8), values)
+    )
+    logits = net.op("Div", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), net.op("Cast", width, to=1))
+    context = net.op("Transpose", net.op("MatMul", net.op("Softmax", logits, axis=-1), v), perm=[0, 2, 1, 3])
+    z = net.op("MatMul", net.op("Reshape", context, net.op("Concat", batch, length, width, axis=0)), net.weight(8, 8))
+    return net.op("MatMul", net.op("Add", y, z), out), [(stem, 1), (out, 0), (values, 0), (values, 1)]
+
+
+def positions(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A learned table [1, T, C] is added before statistics over the channels."""
+    stem, table, scale, out = net.weight(6, 8), net.weight(1, 3, 8), net.weight(8), net.weight(8, 5)
+    y = net.op("Add", net.op("MatMul", x, stem), table)
+    return net.op("MatMul", net.op("LayerNormalization", y, scale, net.bias(8)), out), [(stem, 1), (table, 2), (scale, 0), (out, 0)]
+
+
 CASES: dict[str, Case] = {
     "root mean square": Case(rms_norm, ("N", 3, 6)),
     "gated": Case(gated, ("N", 3, 6)),
+    "heads": Case(heads, ("N", "T", 6)),
+    "positions": Case(positions, ("N", 3, 6)),
 }
 
 
