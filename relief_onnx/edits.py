@@ -18,7 +18,7 @@ from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import cuts_of, pads_of
-from relief_onnx.sizes import size_origin
+from relief_onnx.sizes import is_stored, size_origin
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
 
@@ -27,7 +27,7 @@ Flags = NDArray[np.bool_]
 
 def set_initializer(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
     """Replace an initializer's value, or add it; the entry in graph.input that old files (IR 3) need follows."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+    tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)  # a number stays a number
     existing = next((item for item in model.graph.initializer if item.name == name), None)
     if existing is None:
         model.graph.initializer.append(tensor)
@@ -142,7 +142,7 @@ def edit_nodes(cut: Cut) -> None:
 def _follows(cut: Cut, tensor: str, place: int, size: int) -> bool:
     """Whether that entry of a list of sizes is read off a tensor that gets the same size."""
     found = size_origin(cut.graph, tensor, place)
-    return found is not None and cut.sizes(found[0]).get(found[1]) == size
+    return found is not None and cut.sizes(found[0]).get(found[1], (cut.graph.shape(found[0]) or ())[found[1]]) == size
 
 
 def _retarget(cut: Cut, index: int, node: onnx.NodeProto, slot: int, wanted: Mapping[int, int], keep: Sequence[int] = ()) -> None:
@@ -177,8 +177,14 @@ def _retarget(cut: Cut, index: int, node: onnx.NodeProto, slot: int, wanted: Map
 def _edit_target(slot: int, keep: Sequence[int] = ()) -> Edit:
     def edit(cut: Cut, index: int, node: onnx.NodeProto) -> None:
         wanted = cut.sizes(node.output[0])
-        if wanted and len(node.input) > slot and node.input[slot]:
-            _retarget(cut, index, node, slot, wanted, keep)
+        if not wanted or len(node.input) <= slot or not node.input[slot]:
+            return
+        # Sizes that stay, but are computed from one that does not (C / 2 of [2, C / 2] where one of the halves goes).
+        for axis, size in enumerate(cut.graph.shape(node.output[0]) or ()):
+            tracked = cut.coupling.pictures[node.output[0]].shape[axis] > 1
+            if tracked and axis not in wanted and isinstance(size, int) and not is_stored(cut.graph, node.input[slot], axis):
+                wanted[axis] = size
+        _retarget(cut, index, node, slot, wanted, keep)
 
     return edit
 

@@ -7,6 +7,7 @@ walks repeat until nothing changes: a unit without readers loses its incoming we
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from relief_onnx.views import View
 __all__ = ["Fold", "Removal", "find_dead"]
 
 Values = NDArray[np.float64]
+_WHOLE: Mapping[int, Any] = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_}
 Flags = NDArray[np.bool_]
 
 
@@ -193,7 +195,8 @@ class _Liveness:
         for item in node.input:
             if item in running:
                 values = self.constants[item]
-                feeds[item] = np.nan_to_num(values).astype(np.float32)
+                whole = self.graph.types.get(item, (0,))[0] in _WHOLE
+                feeds[item] = np.nan_to_num(values).astype(_WHOLE[self.graph.types[item][0]] if whole else np.float32)
                 aligned = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
                 unknown = unknown | np.isnan(aligned)
                 absorbed = absorbed | ((aligned == 0) & row.absorbs_zero)

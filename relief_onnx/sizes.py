@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import Barrier, cuts_of, long_axes
 
-__all__ = ["SIZE_SLOTS", "read_sizes", "size_origin"]
+__all__ = ["SIZE_SLOTS", "is_stored", "read_sizes", "size_origin"]
 
 Places = frozenset[int]  # entries of a list of sizes
 Flow = Callable[[Graph, onnx.NodeProto, int, Places], Places | None]
@@ -142,6 +142,18 @@ def size_origin(graph: Graph, tensor: str, place: int) -> tuple[str, int] | None
             if _flow(graph, node, slot, frozenset({source})) == frozenset({place}):
                 return size_origin(graph, name, source)
     return None
+
+
+def is_stored(graph: Graph, tensor: str, place: int) -> bool:
+    """Whether that entry of a list is a number in the file, moved only."""
+    if graph.constant(tensor) is not None:
+        return True
+    node = graph.nodes[graph.producer[tensor]] if tensor in graph.producer else None
+    for slot, name in enumerate(node.input) if node is not None and node.op_type in _MOVING else ():
+        for source in range(len(graph.values(name) or ())):
+            if node is not None and _flow(graph, node, slot, frozenset({source})) == frozenset({place}):
+                return is_stored(graph, name, source)
+    return False
 
 
 def read_sizes(graph: Graph, pictures: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, int, str]]:
