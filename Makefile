@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := build/demo
+PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score clean
+.PHONY: help demo test lint format samples nightly bench-score bench-zoo peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +51,20 @@ nightly: test bench-score  ## Everything that takes longer than a commit should 
 
 bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prints the ratios.
 	$(BIN)/python -m benchmarks.score
+
+bench-zoo: $(VENV)/.dev  ## Prune and check all real models of ../shared/models; prints a table.
+	$(BIN)/python -m benchmarks.zoo $(ZOO_OPTIONS)
+
+# onnx2torch asks for torchvision, which has no CPU build beside this torch: it and Torch-Pruning come without their requirements.
+$(PEERS)/.installed: Makefile
+	@echo "Setting up $(PEERS) ..."
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy onnx==1.23.2 onnxruntime==1.31.1 onnxsim==0.8.1
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch==1.5.15 torch-pruning==1.6.1
+	@touch $@
+
+peers: $(PEERS)/.installed  ## Measure what Torch-Pruning and onnxsim can remove from the same models, for bench-zoo's table.
+	$(PEERS)/bin/python -m benchmarks.peers $(ZOO_OPTIONS)
 
 clean:  ## Remove what was built, and .venv.
 	rm -rf build dist $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

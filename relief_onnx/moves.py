@@ -291,7 +291,7 @@ def pads_of(graph: Graph, node: onnx.NodeProto, rank: int) -> list[int | None]:
     axes = integers(graph, node, "axes", 3)
     if axes is None:
         return list(pads)
-    full: list[int | None] = [0] * 2 * rank
+    full: list[int | None] = [0 for _ in range(2 * rank)]
     for place, axis in enumerate(_known(axes, "axes")):
         full[axis % rank], full[axis % rank + rank] = pads[place], pads[place + len(axes)]
     return full

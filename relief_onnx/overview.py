@@ -12,9 +12,11 @@ import numpy as np
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
+from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
@@ -40,10 +42,11 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "outputs": list(ready.graph.outputs),
         "layers": layers,
         "skipped": skipped,
-        "groups": _groups(ready.plan.layers, coupling),
+        "groups": [_group_row(group) for group in groups(ready.plan, coupling)],
         "totals": {
             "prunable_weights": sum(row["weights"] for row in layers),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
+            "coupled_params": _coupled_params(ready.graph, coupling),
         },
     }
 
@@ -66,27 +69,26 @@ def _layer_row(layer: Layer, coupling: Coupling, macs: int | None) -> dict[str, 
     }  # fmt: skip
 
 
-def _groups(layers: tuple[Layer, ...], coupling: Coupling) -> list[dict[str, Any]]:
-    """Layers whose output channels live and die together."""
-    members: dict[frozenset[int], list[Layer]] = {}
-    for layer in layers:
-        key = frozenset(coupling.outputs[layer.node].tolist())
-        found = next((other for other in members if other & key), None)
-        members.setdefault(key if found is None else found, []).append(layer)
-    rows = []
-    for units, group in members.items():
-        readers = [layer.name for layer in layers if units & set(coupling.inputs[layer.node].tolist())]
-        pinned = [coupling.pinned[unit] for unit in units if unit in coupling.pinned]
-        rows.append(
-            {
-                "channels": len(units),
-                "layers": [layer.name for layer in group],
-                "readers": readers,
-                "removable": len(units) - len(pinned),
-                "reason": Counter(pinned).most_common(1)[0][0] if pinned else None,
-            }
-        )
-    return rows
+def _group_row(group: Group) -> dict[str, Any]:
+    reasons = Counter(group.pinned.values()).most_common(1)
+    return {
+        "channels": group.size, "removable": len(group.free), "width": group.width,
+        "members": list(group.members), "layers": [layer.name for layer in group.layers],
+        "readers": [layer.name for layer in group.readers], "reason": reasons[0][0] if reasons else None,
+    }  # fmt: skip
+
+
+def _coupled_params(graph: Graph, coupling: Coupling) -> int:
+    """Numbers of float initializers that go if some unit that can go does."""
+    reached: dict[str, Any] = {}
+    pinned = np.array(sorted(coupling.pinned), np.int64)
+    for tie in coupling.ties:
+        if graph.is_float(tie.initializer):
+            dims = tuple(graph.initializers[tie.initializer].dims)
+            free = (tie.units >= 0) & ~np.isin(tie.units, pinned)
+            line = free.reshape([-1 if axis == tie.axis else 1 for axis in range(len(dims))])
+            reached[tie.initializer] = reached.get(tie.initializer, np.zeros(dims, bool)) | line
+    return sum(int(flags.sum()) for flags in reached.values())
 
 
 def comparison(

@@ -75,6 +75,19 @@ def _divide(step: Step) -> Content | None:
     return _map(lambda a, b: a.divided(b), *contents)
 
 
+def _power(step: Step) -> Content | None:
+    """Known numbers to a known power (1369 ** 0.5 is how some exporters find a side), where the result is whole."""
+    base, exponent = step.content(0), step.scope.array(step.node.input[1])
+    if base is None or exponent is None or exponent.size != 1:
+        return None
+
+    def one(a: Dim) -> Dim | None:
+        value = None if a.value is None or a.value < 0 else float(a.value) ** float(exponent.item())
+        return Dim.of(int(value)) if value is not None and value == int(value) and value <= LARGEST_EXACT else None
+
+    return _map(one, base)
+
+
 def _modulo(step: Step) -> Content | None:
     contents = _contents(step)
     if contents is None or (step.attributes.get("fmod", 0) and not all(step.symbols.is_size(a) for row in contents for a in row.flat)):
@@ -260,6 +273,7 @@ VALUE_RULES: dict[str, ValueRule] = {
     "Split": _split, "Squeeze": _again, "Unsqueeze": _again, "Reshape": _again, "Flatten": _again, "Transpose": _transpose,
     "Expand": _expand, "Tile": _tile, "Range": _range, "ConstantOfShape": _constants, "Where": _where,
     "Add": _fold(Symbols.add), "Sub": _fold(Symbols.sub), "Mul": _fold(_times), "Div": _divide, "Mod": _modulo,
+    "Pow": _power,
     "Min": _fold(Symbols.least), "Max": _fold(Symbols.most), "Sum": _fold(Symbols.add),
     "Floor": _each(_unchanged), "Ceil": _each(_unchanged), "Round": _each(_unchanged), "Abs": _each(_absolute), "Not": _each(_not),
     "Neg": _each(lambda symbols, a: Dim(-a.coefficient, a.symbols)), "And": _fold(_and), "Or": _fold(_or),

@@ -7,7 +7,7 @@ computes does not change. Running it twice is the same as running it once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from relief_onnx.branches import DeadBranch, drop_dead_branches
 from relief_onnx.coupling import Coupling
 from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, unused
 from relief_onnx.graph import Graph, attributes
@@ -36,6 +37,8 @@ class Operation:
     channels: Mapping[str, tuple[int, int]]
     surviving: Mapping[str, NDArray[np.bool_]]
     folded: tuple[str, ...]
+    dead_branches: tuple[DeadBranch, ...] = ()
+    dead_inputs: bool = False
 
 
 def operate(model: onnx.ModelProto) -> Operation:
@@ -43,15 +46,24 @@ def operate(model: onnx.ModelProto) -> Operation:
 
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to flags in the canonical
     layout [out, in per group, *kernel] of the input model: which single weights are left and not zero (of a shared weight, as its
-    first reader sees it); `folded` names layers whose bias took over a constant.
+    first reader sees it); `folded` names layers whose bias took over a constant; `dead_branches` are gone with all their nodes.
     """
     operation, kept = _operate_once(model)
     found = operation
-    while found.units_removed:
+    names = _names(model)
+    while True:
+        lighter, dead = drop_dead_branches(found.model) if found.dead_inputs else (found.model, ())
+        if not (found.units_removed or dead):
+            return replace(operation, channels={names[output]: counts for output, counts in operation.channels.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone.
-        found, now = _operate_once(operation.model)
-        operation, kept = _followed(operation, kept, found, now)
-    return operation
+        found, now = _operate_once(lighter)
+        operation, kept = _followed(replace(operation, dead_branches=(*operation.dead_branches, *dead)), kept, found, now)
+
+
+def _names(model: onnx.ModelProto) -> dict[str, str]:
+    """Node names by output: those without a name of their own have their number in it, which changes with a cut."""
+    graph = Graph(model)
+    return {node.output[0]: name for node, name in zip(graph.nodes, graph.names, strict=True) if node.output}
 
 
 Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]  # by weight: the rows and columns of it that are left
@@ -60,14 +72,21 @@ Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]  # by weight: the
 def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:
     """Two operations, one after the other, in terms of the first one's model."""
     surviving, both = dict(first.surviving), dict(kept)
+    stored = {item.name for item in second.model.graph.initializer}
     for weight, (rows, columns) in kept.items():
-        if weight in now:
+        if weight in now or weight not in stored:
             surviving[weight] = np.zeros_like(first.surviving[weight])
+        if weight in now:
             surviving[weight][np.ix_(rows, columns)] = second.surviving[weight]
             both[weight] = (rows[now[weight][0]], columns[now[weight][1]])
-    channels = {name: (before, second.channels.get(name, (after, after))[1]) for name, (before, after) in first.channels.items()}
+    left = {output for node in second.model.graph.node for output in node.output}
+    channels = {
+        output: (before, second.channels.get(output, (after, after if output in left else 0))[1])
+        for output, (before, after) in first.channels.items()
+    }
     folded = tuple(dict.fromkeys((*first.folded, *second.folded)))
-    return Operation(second.model, first.units_removed + second.units_removed, channels, surviving, folded), both
+    removed = first.units_removed + second.units_removed
+    return Operation(second.model, removed, channels, surviving, folded, first.dead_branches), both
 
 
 def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
@@ -77,7 +96,8 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     plan = find(graph)
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
-    counts = {layer.name: (layer.out_channels, int((~_gone(coupling.outputs[layer.node], removal)).sum())) for layer in plan.layers}
+    left = {layer.node: int((~_gone(coupling.outputs[layer.node], removal)).sum()) for layer in plan.layers}
+    counts = {graph.nodes[layer.node].output[0]: (layer.out_channels, left[layer.node]) for layer in plan.layers}
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
     surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
     kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
@@ -85,13 +105,13 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
     for layer in plan.layers:
-        before, after = counts[layer.name]
+        before, after = counts[graph.nodes[layer.node].output[0]]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
     if removal.units:
         _cut(result, graph, coupling, removal)
     folded = tuple(fold.layer.name for fold in removal.folds)
-    return Operation(result, len(removal.units), counts, surviving, folded), kept
+    return Operation(result, len(removal.units), counts, surviving, folded, dead_inputs=removal.dead_inputs), kept
 
 
 def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
