@@ -18,7 +18,7 @@ from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import cuts_of, pads_of
-from relief_onnx.sizes import is_stored, size_origin
+from relief_onnx.sizes import size_origin, sizes_behind
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
 
@@ -181,8 +181,8 @@ def _edit_target(slot: int, keep: Sequence[int] = ()) -> Edit:
             return
         # Sizes that stay, but are computed from one that does not (C / 2 of [2, C / 2] where one of the halves goes).
         for axis, size in enumerate(cut.graph.shape(node.output[0]) or ()):
-            tracked = cut.coupling.pictures[node.output[0]].shape[axis] > 1
-            if tracked and axis not in wanted and isinstance(size, int) and not is_stored(cut.graph, node.input[slot], axis):
+            behind = sizes_behind(cut.graph, node.input[slot], axis) if axis not in wanted and isinstance(size, int) else set()
+            if isinstance(size, int) and any(place in cut.sizes(name) for name, place in behind):
                 wanted[axis] = size
         _retarget(cut, index, node, slot, wanted, keep)
 

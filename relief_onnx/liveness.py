@@ -194,11 +194,10 @@ class _Liveness:
         for reader in self.coupling.zero_readers:
             lines = [(line_of(self.coupling.pictures[name], axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
-        emitting = [*self.coupling.outputs.values(), *(self.coupling.pictures[name].reshape(-1) for name in self.coupling.sources)]
-        units = {unit for found in emitting for unit in found.tolist()} - blocked - {-1}
-        for picture in self.coupling.pictures.values():
-            # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
-            own = picture.reshape(-1).tolist()
+        tensors = [np.unique(picture).tolist() for picture in self.coupling.pictures.values()]
+        units = {unit for own in tensors for unit in own} - blocked - {-1}
+        for own in sorted(tensors, key=len):
+            # No tensor may become empty: neither a layer's output nor a part that Split takes of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(own[0])
         silenced = {layer.node: ~self._live(layer) for layer in self._free}

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.coupling import line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import Barrier, cuts_of, long_axes
 
-__all__ = ["SIZE_SLOTS", "is_stored", "read_sizes", "size_origin"]
+__all__ = ["SIZE_SLOTS", "read_sizes", "size_origin", "sizes_behind"]
 
 Places = frozenset[int]  # entries of a list of sizes
 Flow = Callable[[Graph, onnx.NodeProto, int, Places], Places | None]
@@ -144,16 +145,20 @@ def size_origin(graph: Graph, tensor: str, place: int) -> tuple[str, int] | None
     return None
 
 
-def is_stored(graph: Graph, tensor: str, place: int) -> bool:
-    """Whether that entry of a list is a number in the file, moved only."""
-    if graph.constant(tensor) is not None:
-        return True
+def sizes_behind(graph: Graph, tensor: str, place: int) -> set[tuple[str, int]]:
+    """Every (tensor, axis) whose size that entry of a list is, or is computed from."""
     node = graph.nodes[graph.producer[tensor]] if tensor in graph.producer else None
-    for slot, name in enumerate(node.input) if node is not None and node.op_type in _MOVING else ():
+    if node is None:
+        return set()
+    if node.op_type == "Shape":
+        found = size_origin(graph, tensor, place)
+        return {found} if found is not None else set()
+    behind: set[tuple[str, int]] = set()
+    for slot, name in enumerate(node.input):
         for source in range(len(graph.values(name) or ())):
-            if node is not None and _flow(graph, node, slot, frozenset({source})) == frozenset({place}):
-                return is_stored(graph, name, source)
-    return False
+            if place in (_flow(graph, node, slot, frozenset({source})) or ()):
+                behind |= sizes_behind(graph, name, source)
+    return behind
 
 
 def read_sizes(graph: Graph, pictures: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, int, str]]:
@@ -189,12 +194,7 @@ def _escapes(graph: Graph, pictures: Mapping[str, NDArray[Any]], tensor: str, pl
         name = f"{node.op_type} node {graph.names[use.node]}"
         axis_of = SIZE_SLOTS.get((node.op_type, use.slot)) if node.domain in ("", "ai.onnx") else None
         if axis_of is not None:
-            counted = pictures.get(node.output[0], np.zeros(()))
-            axes = [axis_of(graph, node, place) for place in places]
-            if any(
-                axis is None or axis >= counted.ndim or not np.isin(units, counted.take(range(counted.shape[axis]), axis)).all()
-                for axis in axes
-            ):
+            if not all(_counts(pictures, node, axis_of(graph, node, place), units) for place in places):
                 return name
             continue
         following = _flow(graph, node, use.slot, places) if use.slot >= 0 else None
@@ -204,3 +204,12 @@ def _escapes(graph: Graph, pictures: Mapping[str, NDArray[Any]], tensor: str, pl
         if reader is not None:
             return reader
     return None
+
+
+def _counts(pictures: Mapping[str, NDArray[Any]], node: onnx.NodeProto, axis: int | None, units: NDArray[Any]) -> bool:
+    """Whether an axis that gets its size, or the places that are taken from it, has those units too."""
+    if node.op_type == "Slice":
+        taken = pictures.get(node.input[0], np.zeros(()))
+        return axis is not None and axis < taken.ndim and bool(np.isin(units, line_of(taken, axis)).all())
+    counted = pictures.get(node.output[0], np.zeros(()))  # of a Reshape the units may lie along another of the axes that it makes
+    return axis is not None and axis < counted.ndim and bool(np.isin(units, counted).all())
