@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.moves import cuts_of, pads_of
+from relief_onnx.moves import cuts_of, pad_places, pads_of
 from relief_onnx.sizes import size_origin, sizes_behind
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
@@ -270,7 +270,8 @@ def _edit_pad(cut: Cut, index: int, node: onnx.NodeProto) -> None:
     if changed and "pads" in attributes(node):
         set_attribute(node, "pads", [changed.get(place, size or 0) for place, size in enumerate(pads)])
     elif changed:
-        _retarget(cut, index, node, 1, changed)
+        places = pad_places(cut.graph, node, rank)
+        _retarget(cut, index, node, 1, {places.index(place): size for place, size in changed.items()})
 
 
 def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:
