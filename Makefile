@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-zoo peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ nightly: test bench-score  ## Everything that takes longer than a commit should 
 
 bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prints the ratios.
 	$(BIN)/python -m benchmarks.score
+
+bench-latency: $(VENV)/.dev  ## Measure how much faster pruned channels make a model in onnxruntime; prints the speed-ups.
+	$(BIN)/python -m benchmarks.latency $(LATENCY_OPTIONS)
 
 bench-zoo: $(VENV)/.dev  ## Prune and check all real models of ../shared/models; prints a table.
 	$(BIN)/python -m benchmarks.zoo $(ZOO_OPTIONS)

@@ -126,7 +126,7 @@ class Constants:
             return
         elif row.constant == "scaled":
             self._scaled_constants(node)
-        elif row.kind in ("carry", "sum"):
+        elif row.kind in ("carry", "sum", "grow") and row.carry is not None:
             self._carry_constants(index, node, row)
         elif row.constant == "computed":
             self._computed_constants(node, row)
@@ -195,6 +195,11 @@ class Constants:
                 if value is None or (item in self.coupling.pictures and item not in self.graph.initializers):
                     return
                 feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
+                if row.kind == "mix" and value.size > 1:
+                    # Where it differs along other axes too (one row per token), a channel is known if its entries agree.
+                    fitted = _fit_lifted(value, shape)
+                    unknown = unknown | np.isnan(fitted)
+                    feeds[item] = value = np.nan_to_num(fitted).astype(feeds[item].dtype)
                 if row.absorbs_zero and broadcasts((1,) * (len(shape) - value.ndim) + value.shape, shape):
                     absorbed = absorbed | (value == 0)
         if bool(np.all(unknown & ~absorbed)):
@@ -260,6 +265,13 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
             first = values.take([0], axis)
             values = np.where((values == first).all(axis, keepdims=True), first, np.nan)
     return np.broadcast_to(values, shape).copy() if broadcasts(values.shape, shape) else np.full(shape, np.nan)
+
+
+def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
+    """A stored constant, lifted to a picture's rank and reduced to the axes that it tracks."""
+    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape).astype(np.float64)
+    target = [1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=False)]
+    return _fit_values(lifted, tuple(target))
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:

@@ -12,9 +12,9 @@ import pytest
 from builders import Net
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx.walk import trace
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
+from relief_onnx.walk import trace
 
 C = 4
 
