@@ -52,4 +52,5 @@ def build(steps: list[tuple[int, int]], opset: int, kind: str, dynamic: bool) ->
         last = net.op("Identity", last)
     else:
         last = net.op("Gemm", last, net.weight(dims[1], 3), net.bias(3))
+    net.ranks[last] = len(dims)
     return net.model(last), {x: value}
