@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,9 @@ def prune_report(report: Mapping[str, Any]) -> None:
             "" if channels is None else f"{channels[1]}/{channels[0]}", row.get("storage", ""), escape(row["reason"] or ""),
         )  # fmt: skip
     console.print(table)
+    if report["groups"]:
+        console.print()
+        console.print(_cut_groups(report["groups"]))
     before, after, totals = report["input"], report["output"], report["totals"]
     sizes = _table("", ">before", ">after", ">%")
     for label, key, show in (
@@ -152,23 +155,42 @@ def overview(document: Mapping[str, Any]) -> None:
             table.add_row(escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), escape(row["reason"]))
         console.print()
         console.print(table)
-    table = _table(">channels", ">removable", "written by", "read by", "why not all", title="Coupled channels")
-    for row in document["groups"]:
-        table.add_row(
-            str(row["channels"]),
-            str(row["removable"]),
-            escape(", ".join(row["layers"])),
-            escape(", ".join(row["readers"])),
-            escape(row["reason"] or ""),
-        )
     console.print()
-    console.print(table)
+    console.print(_groups(document["groups"]))
     totals = document["totals"]
     console.print(
-        f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['skipped_weights']:,} are left alone. "
+        f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['skipped_weights']:,} are left alone; "
+        f"{totals['coupled_params']:,} of {document['input']['params']:,} parameters go with some channel that can go. "
         f"Next: relief-onnx prune {document['input']['path']} --data FOLDER",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return escape(", ".join(names[:shown]) + more)
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for channels that stand and fall together, wherever they are."""
+    table = _table(
+        "#", ">units", ">can go", ">channels per unit", "written by", "read by", "why not all",
+        title="Coupled channels: a unit that goes takes its channel out of every layer named here",
+    )  # fmt: skip
+    for number, row in enumerate(rows, 1):
+        table.add_row(
+            str(number), str(row["channels"]), str(row["removable"]), str(row["width"]), _some(row["members"]), _some(row["readers"]),
+            escape(row["reason"] or ""),
+        )  # fmt: skip
+    return table
+
+
+def _cut_groups(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("coupled channels written by", ">units kept", ">of", "reason")
+    for row in rows:
+        table.add_row(_some(row["members"]), str(row["units_kept"]), str(row["units"]), escape(row["reason"]))
+    return table
 
 
 def comparison(document: Mapping[str, Any]) -> None:

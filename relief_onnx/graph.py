@@ -63,6 +63,11 @@ class Graph:
             node.name if node.name and counts[node.name] == 1 else f"{node.name or node.op_type}#{i}" for i, node in enumerate(self.nodes)
         ]
 
+    def read_by(self, index: int) -> list[str]:
+        """The tensors that a node reads, those that its subgraphs capture among them."""
+        node = self.nodes[index]
+        return [name for name in node.input if name] + [name for body in subgraphs(node) for name in sorted(captured(body))]
+
     def array(self, name: str) -> NDArray[Any]:
         """An initializer's value."""
         if name not in self._arrays:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import external_data_helper, helper
 
@@ -103,10 +104,13 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name.
+    """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name, and local
+    functions are inlined.
 
     The function computed is the same; everything after this sees one kind of weight. The model itself where there is none.
     """
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
     if not any(_held_tensor(node) is not None for node in model.graph.node):
         return model
     prepared = onnx.ModelProto()

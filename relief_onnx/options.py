@@ -55,7 +55,10 @@ class Options:
 
     def unit_alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of importance that the units kept of a layer's group carry."""
-        return self.alpha_channel if self.alpha_channel is not None else self.alpha_for(names, convolution)
+        chosen = (self.alpha, self.alpha_conv, self.alpha_fc) != (None, None, None) or self.layers
+        if self.alpha_channel is None and chosen:
+            return self.alpha_for(names, convolution)
+        return DEFAULT_CHANNEL_ALPHA if self.alpha_channel is None else self.alpha_channel
 
     def alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of contribution that a layer keeps."""
@@ -75,6 +78,8 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
 DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
+# Of the importance of a coupling group: channels share it more evenly than connections, so 0.98 would remove next to nothing.
+DEFAULT_CHANNEL_ALPHA = 0.97
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("relief", "relief-fast", "magnitude", "wanda"),

@@ -17,6 +17,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.dataset import Dataset
+from relief_onnx.health import Health, check_health
 from relief_onnx.layers import Layer
 from relief_onnx.masks import Masks
 from relief_onnx.measure import measure
@@ -168,6 +169,7 @@ def build_report(
     content = files.serialize(evidence.shipped)
     before = measure(ready.graph.model, sample)
     after = measure(evidence.operation.model, sample)
+    health = check_health(ready.graph.model, evidence.operation.model, evidence.operation.dead_branches)
     weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)
     return {
         "schema": SCHEMA,
@@ -181,6 +183,7 @@ def build_report(
         "groups": evidence.group_rows(),
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,
+        "health": health.document(),
         "verification": {
             "checker": verification.checker,
             "masked_vs_output_max_abs": verification.max_abs,
@@ -189,7 +192,7 @@ def build_report(
         },
         "quality": quality_report(quality),
         "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},
-        "warnings": _warnings(evidence, quality, dataset, before.macs),
+        "warnings": _warnings(evidence, quality, dataset, before.macs, health),
     }  # fmt: skip
 
 
@@ -208,15 +211,13 @@ def quality_report(quality: Comparison) -> dict[str, Any]:
     return {"agreement": agreement, "accuracy_before": before, "accuracy_after": after, "samples": quality.samples}
 
 
-def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: int | None) -> list[str]:
+def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: int | None, health: Health) -> list[str]:
     found = [*quality.warnings, *dataset.notes]
     if quality.samples < 128:
         found.append(f"only {quality.samples} samples were used; 128 or more give steadier scores")
     if macs is None:
         found.append("MACs are not known: some sizes in the model are only known when it runs")
-    collapsed = [name for name, (before, after) in evidence.operation.channels.items() if after == 1 < before]
-    if collapsed:
-        found.append(f"only one channel is left in {', '.join(collapsed[:3])}; the model has probably lost its function, raise alpha")
+    found += health.warnings()
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
     if worst < 0.9:
         found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")

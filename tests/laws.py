@@ -107,7 +107,9 @@ def assert_same_frame(before: onnx.ModelProto, after: onnx.ModelProto, gone: Col
     ]
     assert list(before.graph.output) == list(after.graph.output)
     left = iter((node.name, node.doc_string) for node in after.graph.node)
-    for node in [node for node in before.graph.node if node.name not in gone]:  # new nodes may stand between: padding and counting for statistics, sizes that are put together
+    for node in [
+        node for node in before.graph.node if node.name not in gone
+    ]:  # new nodes may stand between: padding and counting for statistics, sizes that are put together
         assert any(found == (node.name, node.doc_string) for found in left), node.name
 
 
