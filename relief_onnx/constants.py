@@ -76,11 +76,13 @@ class Constants:
         """Find every constant again."""
         self.values = {name: self._emitted(name, view) for name, view in self.coupling.sources.items()}
         for index, node in enumerate(self.graph.nodes):
+            if index in self.coupling.constants:
+                continue
             for name in node.output:
                 if name in self.coupling.pictures:
                     self.values[name] = self._unknown(name)
             row = row_of(node)
-            if index in self.coupling.barriers or index in self.coupling.constants:
+            if index in self.coupling.barriers:
                 continue
             if index in self.layers:
                 self._layer_constants(self.layers[index])
@@ -178,6 +180,8 @@ class Constants:
     def _computed_constants(self, node: onnx.NodeProto, row: OperatorRow) -> None:
         """Run the operator itself on the constants, one number per channel."""
         name = node.output[0]
+        if not self.graph.is_float(name):
+            return  # sizes, not channels
         shape = self.values[name].shape
         running = set(self._running(node))
         feeds: dict[str, NDArray[Any]] = {}
@@ -192,16 +196,17 @@ class Constants:
                 absorbed = absorbed | ((aligned == 0) & row.absorbs_zero)
             elif item:
                 value = self._constant(item)
-                if value is None or (item in self.coupling.pictures and item not in self.graph.initializers):
+                if value is None:
                     return
-                feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
-                if row.kind == "mix" and value.size > 1:
-                    # Where it differs along other axes too (one row per token), a channel is known if its entries agree.
-                    fitted = _fit_lifted(value, shape)
-                    unknown = unknown | np.isnan(fitted)
-                    feeds[item] = value = np.nan_to_num(fitted).astype(feeds[item].dtype)
+                if row.kind == "mix" and value.dtype.kind == "f" and value.ndim <= len(shape):
+                    # What varies along an axis that is not tracked (a table of positions) is a number only where it does not.
+                    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+                    value = _fit_values(lifted, tuple(1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=True)))
+                    unknown = unknown | np.isnan(value)
                 if row.absorbs_zero and broadcasts((1,) * (len(shape) - value.ndim) + value.shape, shape):
                     absorbed = absorbed | (value == 0)
+                value = np.where(np.isnan(value), 0, value) if value.dtype.kind == "f" else value
+                feeds[item] = value.astype(np.float32) if value.dtype.kind == "f" or value.dtype.itemsize == 2 else value
         if bool(np.all(unknown & ~absorbed)):
             return
         result = _evaluate(self.graph, node, feeds, row)
@@ -265,13 +270,6 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
             first = values.take([0], axis)
             values = np.where((values == first).all(axis, keepdims=True), first, np.nan)
     return np.broadcast_to(values, shape).copy() if broadcasts(values.shape, shape) else np.full(shape, np.nan)
-
-
-def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
-    """A stored constant, lifted to a picture's rank and reduced to the axes that it tracks."""
-    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape).astype(np.float64)
-    target = [1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=False)]
-    return _fit_values(lifted, tuple(target))
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:

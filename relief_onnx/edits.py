@@ -18,7 +18,7 @@ from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import cuts_of, pad_places, pads_of
-from relief_onnx.sizes import size_origin, sizes_behind
+from relief_onnx.sizes import read_sizes, size_origin, sizes_behind
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
 
@@ -74,6 +74,7 @@ class Cut:
     def __post_init__(self) -> None:
         self._gone = np.array(sorted(self.units), np.int64)
         self._made: set[str] = set()
+        self.frozen = {found for found in read_sizes(self.graph, self.coupling.pictures) if self.kept(*found) is not None}
 
     def keep(self, units: Units) -> Flags:
         """Which of those units stay."""
@@ -142,7 +143,9 @@ def edit_nodes(cut: Cut) -> None:
 def _follows(cut: Cut, tensor: str, place: int, size: int) -> bool:
     """Whether that entry of a list of sizes is read off a tensor that gets the same size."""
     found = size_origin(cut.graph, tensor, place)
-    return found is not None and cut.sizes(found[0]).get(found[1], (cut.graph.shape(found[0]) or ())[found[1]]) == size
+    if found is None or found in cut.frozen:
+        return False
+    return cut.sizes(found[0]).get(found[1], (cut.graph.shape(found[0]) or ())[found[1]]) == size
 
 
 def _retarget(cut: Cut, index: int, node: onnx.NodeProto, slot: int, wanted: Mapping[int, int], keep: Sequence[int] = ()) -> None:
@@ -182,11 +185,25 @@ def _edit_target(slot: int, keep: Sequence[int] = ()) -> Edit:
         # Sizes that stay, but are computed from one that does not (C / 2 of [2, C / 2] where one of the halves goes).
         for axis, size in enumerate(cut.graph.shape(node.output[0]) or ()):
             behind = sizes_behind(cut.graph, node.input[slot], axis) if axis not in wanted and isinstance(size, int) else set()
-            if isinstance(size, int) and any(place in cut.sizes(name) for name, place in behind):
+            if isinstance(size, int) and any(place in cut.sizes(name) and (name, place) not in cut.frozen for name, place in behind):
                 wanted[axis] = size
         _retarget(cut, index, node, slot, wanted, keep)
 
     return edit
+
+
+def _edit_shape(cut: Cut, index: int, node: onnx.NodeProto) -> None:
+    """Where a size is computed with, all that follows sees the old one: what counts channels is written afresh in its own place."""
+    sizes, values = cut.graph.shape(node.input[0]) or (), attributes(node)
+    axes = range(len(sizes))[values.get("start", 0) : values.get("end", len(sizes))]
+    old = np.array([sizes[axis] if (node.input[0], axis) in cut.frozen else 0 for axis in axes], np.int64)
+    if not old.any():
+        return
+    output = node.output[0]
+    node.output[0] = cut.name(f"{output}/left")
+    mask = cut.constant(f"{output}/mask", (old == 0).astype(np.int64))
+    part = cut.node(cut.after, index, "Mul", [node.output[0], mask], f"{output}/rest")
+    cut.after[index].append(helper.make_node("Add", [part, cut.constant(f"{output}/old", old)], [output], name=f"{output}/counted"))
 
 
 def _edit_split(cut: Cut, index: int, node: onnx.NodeProto) -> None:
@@ -282,6 +299,7 @@ def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:
 
 
 _EDITS: Mapping[str, Edit] = {
+    "Shape": _edit_shape,
     "Split": _edit_split,
     "Reshape": _edit_target(1, keep=(-1, 0)),
     "Expand": _edit_target(1),

@@ -1,4 +1,4 @@
-"""Who reads the size of a tracked axis. A size that ends where channels are counted again follows by itself; any other use is a reason."""
+"""Who reads the size of a tracked axis. A size that ends where channels are counted again follows by itself; other uses see the old one."""
 
 from __future__ import annotations
 
@@ -161,49 +161,38 @@ def sizes_behind(graph: Graph, tensor: str, place: int) -> set[tuple[str, int]]:
     return behind
 
 
-def read_sizes(graph: Graph, pictures: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, int, str]]:
-    """(tensor, axis, reason) for every tracked axis whose size is used for something else than to count the same channels."""
+def read_sizes(graph: Graph, pictures: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, int]]:
+    """(tensor, axis) for every tracked axis whose size is used for something else than to count the same channels."""
     for node in graph.nodes:
-        picture = pictures.get(node.input[0]) if node.op_type in ("Shape", "Size") else None
+        picture = pictures.get(node.input[0]) if node.op_type == "Shape" else None
         if picture is None or not long_axes(picture):
             continue
         values = attributes(node)
         axes = range(picture.ndim)[values.get("start", 0) : values.get("end", picture.ndim)]
         places = {axis: frozenset({axes.index(axis)}) for axis in long_axes(picture) if axis in axes}
-        if node.op_type == "Size":
-            places = dict.fromkeys(long_axes(picture), frozenset({0}))
         for axis, own in places.items():
             units = np.moveaxis(picture, axis, 0).reshape(picture.shape[axis], -1)[:, 0]
-            reader = _escapes(graph, pictures, node.output[0], own, units)
-            if reader is not None:
-                yield (
-                    node.input[0],
-                    axis,
-                    f"Shape node {graph.names[graph.producer[node.output[0]]]}: {reader} reads the number of channels",
-                )
+            if _escapes(graph, pictures, node.output[0], own, units):
+                yield node.input[0], axis
 
 
-def _escapes(graph: Graph, pictures: Mapping[str, NDArray[Any]], tensor: str, places: Places, units: NDArray[Any]) -> str | None:
-    """The first node that uses the size of an axis with those units for something else than an axis that has them too."""
+def _escapes(graph: Graph, pictures: Mapping[str, NDArray[Any]], tensor: str, places: Places, units: NDArray[Any]) -> bool:
+    """Whether a node uses the size of an axis with those units for something else than an axis that has them too."""
     if not places:
-        return None
+        return False
     if graph.is_output(tensor):
-        return "an output of the model"
+        return True
     for use in graph.uses.get(tensor, []):
         node = graph.nodes[use.node]
-        name = f"{node.op_type} node {graph.names[use.node]}"
         axis_of = SIZE_SLOTS.get((node.op_type, use.slot)) if node.domain in ("", "ai.onnx") else None
         if axis_of is not None:
             if not all(_counts(pictures, node, axis_of(graph, node, place), units) for place in places):
-                return name
+                return True
             continue
         following = _flow(graph, node, use.slot, places) if use.slot >= 0 else None
-        if following is None:
-            return name
-        reader = _escapes(graph, pictures, node.output[0], following, units)
-        if reader is not None:
-            return reader
-    return None
+        if following is None or _escapes(graph, pictures, node.output[0], following, units):
+            return True
+    return False
 
 
 def _counts(pictures: Mapping[str, NDArray[Any]], node: onnx.NodeProto, axis: int | None, units: NDArray[Any]) -> bool:

@@ -18,7 +18,6 @@ from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
 from relief_onnx.ops import OperatorRow, row_of
-from relief_onnx.sizes import read_sizes
 from relief_onnx.sources import VIEW_OPERATORS, Source, trace_constant
 from relief_onnx.unions import UnionFind
 from relief_onnx.views import View
@@ -258,8 +257,6 @@ class Walk:
         self._make_boxes()
         canonical = self.units.canonical
         pictures = {name: canonical(picture) for name, picture in self.pictures.items()}
-        for tensor, axis, why in read_sizes(self.graph, pictures):
-            self.pin(line_of(pictures[tensor], axis), why)
         pinned: dict[int, str] = {}
         for unit, why in self._pins:
             pinned.setdefault(self.units.root(unit), why)

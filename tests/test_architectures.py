@@ -1,36 +1,136 @@
-"""The law "mask = surgery" on the structures of real networks: all their hidden channels can go."""
+"""Patterns of whole architectures, each as the smallest graph that has it: which channels can go, and what switching them off leaves.
+
+A case builds a net from its input and returns the output and the stored tensors, with axis, whose every entry must be removable.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from architectures import ARCHITECTURES
-from laws import check_mask_is_surgery, check_units_go
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import onnx
+import pytest
+from builders import Net
+from laws import assert_same_outputs, check_mask_is_surgery
+
+from relief_onnx.channels import unit_masks
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
+from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.model import prepare
+from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.walk import trace
 
+Build = Callable[[Net, str], tuple[str, list[tuple[str, int]]]]
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_nothing_but_the_output_is_pinned(name: str) -> None:
-    graph = Graph(prepare(ARCHITECTURES[name]()[0]))
+
+@dataclass(frozen=True)
+class Case:
+    build: Build
+    shape: tuple[int | str, ...]
+    opset: int = 17
+
+
+def scalar(net: Net, value: float) -> Any:
+    """A number in a Constant node, as exporters write it."""
+    return net.op("Constant", value_float=value)
+
+
+def whole(net: Net, value: int) -> Any:
+    return net.op("Constant", value_ints=[value])
+
+
+def size(net: Net, x: str, axis: int) -> Any:
+    return net.op("Gather", net.op("Shape", x), whole(net, axis), axis=0)
+
+
+def rms_norm(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """The mean of squares, decomposed; its exponent and epsilon are Constant nodes."""
+    first, second = net.weight(6, 8), net.weight(8, 5)
+    y = net.op("MatMul", x, first)
+    mean = net.op("ReduceMean", net.op("Pow", y, scalar(net, 2.0)), axes=[-1])
+    root = net.op("Sqrt", net.op("Add", mean, scalar(net, 1e-6)))
+    z = net.op("Mul", net.op("Mul", y, net.op("Div", scalar(net, 1.0), root)), net.weight(8))
+    return net.op("MatMul", z, second), [(first, 1), (second, 0)]
+
+
+def gated(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """chunk(2): where the halves end is computed in integers from the number of channels."""
+    first, second = net.weight(6, 16), net.weight(8, 5)
+    y = net.op("MatMul", x, first)
+    half = net.op("Div", net.op("Add", size(net, y, 2), whole(net, 1)), whole(net, 2))
+    ends = [net.op("Mul", half, whole(net, factor)) for factor in (1, 2)]
+    a = net.op("Slice", y, whole(net, 0), ends[0], whole(net, 2))
+    b = net.op("Slice", y, ends[0], ends[1], whole(net, 2))
+    return net.op("MatMul", net.op("Mul", net.op("Sigmoid", a), b), second), [(first, 1), (second, 0)]
+
+
+def heads(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """Attention whose head size is computed from the width of the residual stream, and so is its temperature."""
+    stem, out, values = net.weight(6, 8), net.weight(8, 5), net.weight(8, 8)
+    y = net.op("MatMul", x, stem)
+    batch, length, width = (size(net, y, axis) for axis in range(3))
+    per_head = net.op("Div", width, whole(net, 2))
+    split = net.op("Concat", batch, length, whole(net, 2), per_head, axis=0)
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.op("MatMul", y, weight), split), perm=[0, 2, 1, 3])
+        for weight in (net.weight(8, 8), net.weight(8, 8), values)
+    )
+    logits = net.op("Div", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), net.op("Cast", width, to=1))
+    context = net.op("Transpose", net.op("MatMul", net.op("Softmax", logits, axis=-1), v), perm=[0, 2, 1, 3])
+    z = net.op("MatMul", net.op("Reshape", context, net.op("Concat", batch, length, width, axis=0)), net.weight(8, 8))
+    return net.op("MatMul", net.op("Add", y, z), out), [(stem, 1), (out, 0), (values, 0), (values, 1)]
+
+
+def positions(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A learned table [1, T, C] is added before statistics over the channels."""
+    stem, table, scale, out = net.weight(6, 8), net.weight(1, 3, 8), net.weight(8), net.weight(8, 5)
+    y = net.op("Add", net.op("MatMul", x, stem), table)
+    return net.op("MatMul", net.op("LayerNormalization", y, scale, net.bias(8)), out), [(stem, 1), (table, 2), (scale, 0), (out, 0)]
+
+
+CASES: dict[str, Case] = {
+    "root mean square": Case(rms_norm, ("N", 3, 6)),
+    "gated": Case(gated, ("N", 3, 6)),
+    "heads": Case(heads, ("N", "T", 6)),
+    "positions": Case(positions, ("N", 3, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_channels_of(name: str) -> None:
+    case = CASES[name]
+    net = Net(opset=case.opset)
+    output, removable = case.build(net, net.input(*case.shape))
+    graph = Graph(prepare(net.model(output)))
     plan = find(graph)
     coupling = trace(graph, plan)
-    assert not coupling.barriers
-    assert not plan.skipped or name.startswith(("attention", "gated", "transformer", "vision"))  # tables are not layers
-    assert set(coupling.pinned.values()) == {"it is an output of the model"}
+    rng = np.random.default_rng(0)
+    units: set[int] = set()
+    for tensor, axis in removable:
+        lines = [tie.units.tolist() for tie in coupling.ties if (tie.initializer, tie.axis) == (tensor, axis)]
+        assert lines, f"{tensor} along {axis} is not tied to any unit"
+        assert not [coupling.pinned[unit] for unit in lines[0] if unit in coupling.pinned]
+        units |= set(lines[0])
+    drawn = sorted(units)
+    off = frozenset(unit for unit in drawn if rng.random() < 0.4) - {drawn[0]} or {drawn[-1]}
+    flags = initializer_masks(plan, unit_masks(graph, plan, coupling, frozenset(off), Masks({}, {})))
+    operation = operate(apply_weights(graph.model, applied(graph, flags)))
+    onnx.checker.check_model(operation.model, full_check=True)
+    left = {item.name: tuple(item.dims) for item in operation.model.graph.initializer}
+    for tie in coupling.ties:
+        if (tie.initializer, tie.axis) in removable:
+            assert left[tie.initializer][tie.axis] == int((~np.isin(tie.units, list(off))).sum()), tie.initializer
+    for seed in range(3):
+        feed = {graph.inputs[0].name: feed_of(case, seed)}
+        assert_same_outputs(insert(graph, flags), operation.model, feed, 1e-5)
+        check_mask_is_surgery(graph.model, feed, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_mask_is_surgery(name: str) -> None:
-    model, feed = ARCHITECTURES[name]()
-    for seed in range(4):
-        check_mask_is_surgery(model, feed, np.random.default_rng(seed))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whole_units_go(name: str) -> None:
-    model, feed = ARCHITECTURES[name]()
-    assert all(check_units_go(model, feed, np.random.default_rng(seed)).units_removed for seed in range(4))
+def feed_of(case: Case, seed: int) -> Any:
+    """Another batch and other lengths each time."""
+    lengths = {name: 2 + seed + place for place, name in enumerate(sorted({name for name in case.shape if isinstance(name, str)}))}
+    shape = [lengths[item] if isinstance(item, str) else item for item in case.shape]
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -28,10 +28,6 @@ def captured(net: Net, x: str) -> Any:
     return net.op("If", net.constant(np.asarray(True)), **branches)
 
 
-def counted(net: Net, x: str) -> Any:
-    return net.op("Mul", x, net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(1), axis=0), to=1))
-
-
 def taken_at_run_time(net: Net, x: str) -> Any:
     numbers = net.op("ArgMax", net.op("GlobalMaxPool", net.inputs[0][0]), axis=1, keepdims=0)
     numbers = net.op("Slice", net.op("Reshape", numbers, net.ints(-1)), net.ints(0), net.ints(1), net.ints(0))
@@ -82,7 +78,6 @@ REFUSALS: dict[str, tuple[Callable[[Net, str], Any], str]] = {
         lambda net, x: net.op("GroupNormalization", x, net.bias(C), net.bias(C), num_groups=1),
         r"GroupNormalization node GroupNormalization_\d+: it normalises over all channels",
     ),
-    "number of channels": (counted, r"Shape node Shape_\d+: Mul node Mul_\d+ reads the number of channels"),
     "one channel alone": (
         lambda net, x: net.op("Mul", x, net.op("Slice", x, net.ints(0), net.ints(1), net.ints(1))),
         r"Slice node Slice_\d+ takes it out alone",
@@ -127,6 +122,15 @@ def test_refusal_names_the_node_and_the_operator(name: str) -> None:
     assert units & set(reasons) if name == "one channel alone" else units <= set(reasons)
     for unit in units & set(reasons):
         assert re.search(pattern, reasons[unit]), reasons[unit]
+
+
+def test_a_number_of_channels_that_is_computed_with_pins_nothing() -> None:
+    net = Net()
+    y = net.op("Conv", net.input(2, 3, 5, 5), net.weight(C, 3, 3, 3))
+    y = net.op("Mul", y, net.op("Cast", net.op("Gather", net.op("Shape", y), net.ints(1), axis=0), to=1))
+    graph = Graph(net.model(net.op("Conv", y, net.weight(2, C, 1, 1))))
+    coupling = trace(graph, find(graph))
+    assert not set(coupling.outputs[0].tolist()) & set(coupling.pinned)
 
 
 def test_a_plain_chain_is_free() -> None:
