@@ -91,11 +91,31 @@ def positions(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", net.op("LayerNormalization", y, scale, net.bias(8)), out), [(stem, 1), (table, 2), (scale, 0), (out, 0)]
 
 
+def masked_heads(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A stored mask is cut to the length at run time: afterwards that length has no name, while heads are joined again."""
+    stem, out = net.weight(6, 8), net.weight(8, 5)
+    y = net.op("Reshape", net.op("MatMul", x, stem), net.ints(0, 0, 2, 4))
+    mask = net.op("Slice", net.constant(np.ones((1, 32, 1, 1), np.float32)), whole(net, 0), size(net, x, 1), whole(net, 1))
+    joined = net.op("Concat", size(net, x, 0), size(net, x, 1), whole(net, 8), axis=0)
+    return net.op("MatMul", net.op("Reshape", net.op("Mul", y, mask), joined), out), [(stem, 1), (out, 0)]
+
+
+def spread_mask(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A mask of positions is copied along the channels, with their number as a constant."""
+    stem, out = net.weight(6, 8), net.weight(8, 5)
+    sizes = net.op("Concat", size(net, x, 0), size(net, x, 1), whole(net, 8), axis=0)
+    mask = net.op("Expand", net.op("ReduceMax", x, axes=[2]), sizes)
+    pooled = net.op("ReduceSum", net.op("Mul", net.op("MatMul", x, stem), mask), net.ints(1), keepdims=0)
+    return net.op("MatMul", pooled, out), [(stem, 1), (out, 0)]
+
+
 CASES: dict[str, Case] = {
     "root mean square": Case(rms_norm, ("N", 3, 6)),
     "gated": Case(gated, ("N", 3, 6)),
     "heads": Case(heads, ("N", "T", 6)),
     "positions": Case(positions, ("N", 3, 6)),
+    "masked heads": Case(masked_heads, ("N", "T", 6)),
+    "spread mask": Case(spread_mask, ("N", "T", 6)),
 }
 
 
