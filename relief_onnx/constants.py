@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from relief_onnx.views import View
 __all__ = ["Constants", "Routes", "along", "broadcasts", "exact"]
 
 Values = NDArray[np.float64]
+_WHOLE: Mapping[int, Any] = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_}
 Flags = NDArray[np.bool_]
 
 
@@ -188,7 +190,7 @@ class Constants:
         for item in node.input:
             if item in running:
                 values = self.values[item]
-                feeds[item] = np.nan_to_num(values).astype(np.float32)
+                feeds[item] = np.nan_to_num(values).astype(_WHOLE.get(self.graph.types.get(item, (0,))[0], np.float32))
                 aligned = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
                 unknown = unknown | np.isnan(aligned)
                 absorbed = absorbed | ((aligned == 0) & row.absorbs_zero)
@@ -198,8 +200,7 @@ class Constants:
                     return
                 if row.kind == "mix" and value.dtype.kind == "f" and value.ndim <= len(shape):
                     # What varies along an axis that is not tracked (a table of positions) is a number only where it does not.
-                    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
-                    value = _fit_values(lifted, tuple(1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=True)))
+                    value = _fit_lifted(value, shape)
                     unknown = unknown | np.isnan(value)
                 if row.absorbs_zero and broadcasts((1,) * (len(shape) - value.ndim) + value.shape, shape):
                     absorbed = absorbed | (value == 0)
@@ -268,6 +269,13 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
             first = values.take([0], axis)
             values = np.where((values == first).all(axis, keepdims=True), first, np.nan)
     return np.broadcast_to(values, shape).copy() if broadcasts(values.shape, shape) else np.full(shape, np.nan)
+
+
+def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
+    """A stored constant, lifted to a picture's rank and reduced to the axes that it tracks."""
+    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape).astype(np.float64)
+    target = [1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=False)]
+    return _fit_values(lifted, tuple(target))
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:

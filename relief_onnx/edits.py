@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.moves import cuts_of, pads_of
+from relief_onnx.moves import cuts_of, pad_places, pads_of
 from relief_onnx.sizes import read_sizes, size_origin
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
@@ -27,7 +27,7 @@ Flags = NDArray[np.bool_]
 
 def set_initializer(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
     """Replace an initializer's value, or add it; the entry in graph.input that old files (IR 3) need follows."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+    tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)  # a number stays a number
     existing = next((item for item in model.graph.initializer if item.name == name), None)
     if existing is None:
         model.graph.initializer.append(tensor)
@@ -143,7 +143,9 @@ def edit_nodes(cut: Cut) -> None:
 def _follows(cut: Cut, tensor: str, place: int, size: int) -> bool:
     """Whether that entry of a list of sizes is read off a tensor that gets the same size."""
     found = size_origin(cut.graph, tensor, place)
-    return found is not None and found not in cut.frozen and cut.sizes(found[0]).get(found[1]) == size
+    if found is None or found in cut.frozen:
+        return False
+    return cut.sizes(found[0]).get(found[1], (cut.graph.shape(found[0]) or ())[found[1]]) == size
 
 
 def _retarget(cut: Cut, index: int, node: onnx.NodeProto, slot: int, wanted: Mapping[int, int], keep: Sequence[int] = ()) -> None:
@@ -178,8 +180,9 @@ def _retarget(cut: Cut, index: int, node: onnx.NodeProto, slot: int, wanted: Map
 def _edit_target(slot: int, keep: Sequence[int] = ()) -> Edit:
     def edit(cut: Cut, index: int, node: onnx.NodeProto) -> None:
         wanted = cut.sizes(node.output[0])
-        if wanted and len(node.input) > slot and node.input[slot]:
-            _retarget(cut, index, node, slot, wanted, keep)
+        if not wanted or len(node.input) <= slot or not node.input[slot]:
+            return
+        _retarget(cut, index, node, slot, wanted, keep)
 
     return edit
 
@@ -279,7 +282,8 @@ def _edit_pad(cut: Cut, index: int, node: onnx.NodeProto) -> None:
     if changed and "pads" in attributes(node):
         set_attribute(node, "pads", [changed.get(place, size or 0) for place, size in enumerate(pads)])
     elif changed:
-        _retarget(cut, index, node, 1, changed)
+        places = pad_places(cut.graph, node, rank)
+        _retarget(cut, index, node, 1, {places.index(place): size for place, size in changed.items()})
 
 
 def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:

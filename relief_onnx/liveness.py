@@ -7,6 +7,7 @@ walks repeat until nothing changes: a unit without readers loses its incoming we
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,13 +195,14 @@ class _Liveness:
         for reader in self.coupling.zero_readers:
             lines = [(line_of(self.coupling.pictures[name], axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
-        emitting = [*self.coupling.outputs.values(), *(self.coupling.pictures[name].reshape(-1) for name in self.coupling.sources)]
-        units = {unit for found in emitting for unit in found.tolist()} - blocked - {-1}
-        for picture in self.coupling.pictures.values():
-            # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
-            own = picture.reshape(-1).tolist()
+        channels = [*self.coupling.inputs.values(), *self.coupling.outputs.values()]
+        costs = Counter(unit for line in channels for unit in line.tolist())
+        tensors = [np.unique(picture).tolist() for picture in self.coupling.pictures.values()]
+        units = {unit for own in tensors for unit in own} - blocked - {-1}
+        for own in sorted(tensors, key=len):
+            # No tensor may become empty: neither a layer's output nor a part that Split takes of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
-                units.discard(own[0])
+                units.discard(min(own, key=lambda unit: (costs[unit], unit)))
         silenced = {layer.node: ~self._live(layer) for layer in self._free}
         return Removal(
             units, self._folds(units), self.constants.weights, silenced, bool(dead_inputs(self.graph, self.coupling, self.constants))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from relief_onnx.dims import Dim
 from relief_onnx.graph import Graph, attributes
 
-__all__ = ["NEW", "UNTRACKED", "Barrier", "Carry", "Picture", "Together", "cuts_of", "long_axes", "pads_of", "squeezed"]
+__all__ = ["NEW", "UNTRACKED", "Barrier", "Carry", "Picture", "Together", "cuts_of", "long_axes", "pad_places", "pads_of", "squeezed"]
 
 Picture = NDArray[Any]
 UNTRACKED = -1
@@ -292,9 +292,16 @@ def pads_of(graph: Graph, node: onnx.NodeProto, rank: int) -> list[int | None]:
     if axes is None:
         return list(pads)
     full: list[int | None] = [0 for _ in range(2 * rank)]
-    for place, axis in enumerate(_known(axes, "axes")):
-        full[axis % rank], full[axis % rank + rank] = pads[place], pads[place + len(axes)]
+    for place, entry in enumerate(pad_places(graph, node, rank)):
+        full[entry] = pads[place]
     return full
+
+
+def pad_places(graph: Graph, node: onnx.NodeProto, rank: int) -> list[int]:
+    """For each entry of the node's own list of pads: where it stands in ONNX's order of all axes."""
+    axes = integers(graph, node, "axes", 3)
+    named = range(rank) if axes is None else [axis % rank for axis in _known(axes, "axes")]
+    return [*named, *(axis + rank for axis in named)]
 
 
 def keeps_zero(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -317,7 +324,7 @@ def pad(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list
         return [picture]
     known = [_known(width, "pads") for width in widths]
     zeros = keeps_zero(graph, node) and attributes(node).get("mode", "constant") == "constant"
-    if not zeros or any(width < 0 for pair in known for width in pair) or (len(node.input) > 3 and node.input[3]):
+    if not zeros or any(width < 0 for pair in known for width in pair):
         raise Barrier("it pads channels, and not with zeros", tracked)
     return [np.pad(picture, known, constant_values=NEW)]
 

@@ -39,6 +39,7 @@ class Operation:
     folded: tuple[str, ...]
     dead_branches: tuple[DeadBranch, ...] = ()
     dead_inputs: bool = False
+    silenced: bool = False
 
 
 def operate(model: onnx.ModelProto) -> Operation:
@@ -53,9 +54,10 @@ def operate(model: onnx.ModelProto) -> Operation:
     names = _names(model)
     while True:
         lighter, dead = drop_dead_branches(found.model) if found.dead_inputs else (found.model, ())
-        if not (found.units_removed or dead):
+        if not (found.units_removed or dead or found.silenced):
             return replace(operation, channels={names[output]: counts for output, counts in operation.channels.items()})
-        # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone.
+        # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
+        # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
         found, now = _operate_once(lighter)
         operation, kept = _followed(replace(operation, dead_branches=(*operation.dead_branches, *dead)), kept, found, now)
 
@@ -101,7 +103,7 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
     surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
     kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
-    _write_weights(result, graph, plan, removal)
+    silenced = _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
     for layer in plan.layers:
@@ -111,7 +113,7 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     if removal.units:
         _cut(result, graph, coupling, removal)
     folded = tuple(fold.layer.name for fold in removal.folds)
-    return Operation(result, len(removal.units), counts, surviving, folded, dead_inputs=removal.dead_inputs), kept
+    return Operation(result, len(removal.units), counts, surviving, folded, dead_inputs=removal.dead_inputs, silenced=silenced), kept
 
 
 def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -146,7 +148,9 @@ def apply_weights(model: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]) ->
     return result
 
 
-def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Removal) -> None:
+def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Removal) -> bool:
+    """Zeros where nobody reads; whether a bias changed."""
+    changed = False
     for layer in plan.layers:
         weight = layer.view.invert(removal.weights[layer.node])
         if not np.array_equal(weight, graph.array(layer.weight)):
@@ -157,6 +161,8 @@ def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Re
             if bias[silenced].any():
                 bias[silenced] = 0
                 set_initializer(model, layer.bias.name, layer.bias.view.invert(bias))
+                changed = True
+    return changed
 
 
 def _fold(model: onnx.ModelProto, graph: Graph, fold: Fold, keep: NDArray[np.bool_]) -> None:
