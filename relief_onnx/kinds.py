@@ -232,6 +232,11 @@ def _grow(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> Non
             line = line_of(walk.picture(found[0]), found[1])
             walk.pictures[node.output[0]] = line.reshape([-1 if i == axis else 1 for i in range(len(dims))])
             return
+    # Copies along one axis as long as layers have channels (a mask that is spread over them): any of them can go.
+    grown = [axis for axis, size in enumerate(dims) if isinstance(size, int) and size > 1 and _is_one(walk, node.input[0], axis, len(dims))]
+    if row.carry is not None and picture.size == 1 and len(grown) == 1 and dims[grown[0]] in walk.widths:
+        units = walk.units.fresh(int(dims[grown[0]] or 0))
+        walk.pictures[node.output[0]] = units.reshape([-1 if i == grown[0] else 1 for i in range(len(dims))])
 
 
 def _accepted(walk: Walk, result: Picture | Together, where: str) -> Units:

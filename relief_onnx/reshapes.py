@@ -25,10 +25,23 @@ class _Block:
     after: tuple[tuple[int, Dim], ...]
 
 
+Axes = list[tuple[int, Dim]]
+
+
 def _blocks(before: Sequence[Dim], after: Sequence[Dim]) -> list[_Block]:
-    """The finest blocks that a reshape keeps apart, outer first. Raises Barrier where sizes cannot be compared."""
+    """The finest blocks that a reshape keeps apart, outer first. What cannot be compared between those at both ends is one block."""
     left = [(axis, dim) for axis, dim in enumerate(before) if dim != ONE]
     right = [(axis, dim) for axis, dim in enumerate(after) if dim != ONE]
+    outer, left, right = _matched(left, right)
+    inner, left, right = _matched(left[::-1], right[::-1])
+    if bool(left) != bool(right):
+        raise Barrier("its sizes before and after are not both known")
+    middle = [_Block(tuple(left[::-1]), tuple(right[::-1]))] if left else []
+    return [*outer, *middle, *(_Block(block.before[::-1], block.after[::-1]) for block in reversed(inner))]
+
+
+def _matched(left: Axes, right: Axes) -> tuple[list[_Block], Axes, Axes]:
+    """Blocks as far as sizes can be compared, and what is left over."""
     blocks = []
     while left and right:
         (i, a), (j, b) = left[0], right[0]
@@ -37,23 +50,22 @@ def _blocks(before: Sequence[Dim], after: Sequence[Dim]) -> list[_Block]:
             left, right = left[1:], [(j, rest), *right[1:]] if rest != ONE else right[1:]
         elif (rest := a.divided(b)) is not None:
             blocks.append(_Block(((i, b),), ((j, b),)))
-            left, right = [(i, rest), *left[1:]], right[1:]
-        else:
-            block = _uneven(left, right)
+            left, right = [(i, rest), *left[1:]] if rest != ONE else left[1:], right[1:]
+        elif (block := _uneven(left, right)) is not None:
             blocks.append(block)
             left, right = left[len(block.before) :], right[len(block.after) :]
-    if left or right:
-        raise Barrier("its sizes before and after are not both known")
-    return blocks
+        else:
+            break
+    return blocks, left, right
 
 
-def _uneven(left: Sequence[tuple[int, Dim]], right: Sequence[tuple[int, Dim]]) -> _Block:
-    """The shortest runs of axes with equal products, such as [6, 4] and [8, 3]."""
+def _uneven(left: Axes, right: Axes) -> _Block | None:
+    """The shortest runs of axes with equal products, such as [6, 4] and [8, 3]; None where a size is not known."""
     i = j = 1
     while True:
         a, b = (int(np.prod([dim.value or 0 for _, dim in run])) for run in (left[:i], right[:j]))
         if a == 0 or b == 0 or (a != b and (i if a < b else j) >= len(left if a < b else right)):
-            raise Barrier("it mixes a tracked axis with one of unknown size")
+            return None
         if a == b:
             return _Block(tuple(left[:i]), tuple(right[:j]))
         i, j = (i + 1, j) if a < b else (i, j + 1)
@@ -75,6 +87,8 @@ def reshape(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> 
         start = sum(len(item.before) for item in blocks[:place])
         stop = start + len(block.before)
         if (len(block.before), len(block.after)) != (1, 1):
+            if max(pieces.shape[start:stop]) > 1 and any(dim.value is None for _, dim in (*block.before, *block.after)):
+                raise Barrier("it mixes a tracked axis with one of unknown size")
             sizes = [(dim.value or 1) if max(pieces.shape[start:stop]) > 1 else 1 for _, dim in block.before]
             shape = [dim.value or 1 for _, dim in block.after] if max(sizes) > 1 else [1] * len(block.after)
             full = np.broadcast_to(pieces, (*pieces.shape[:start], *sizes, *pieces.shape[stop:]))

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from relief_onnx.coupling import Coupling, Tie, Units, ZeroReader, line_of
+from relief_onnx.detours import Detour, find_detours
 from relief_onnx.graph import Graph
 from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
@@ -51,6 +52,8 @@ class Walk:
         self.widths = {size for layer in self.plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
         self._pins: list[tuple[int, str]] = []
         self._tied_uses: dict[str, int] = {}
+        self._detours = {detour.first: detour for detour in find_detours(self.graph)}
+        self._away: dict[int, Detour] = {}
 
     def unite(self, a: Units, b: Units, why: str) -> None:
         """Entry by entry; a unit that meets something untracked is pinned."""
@@ -108,6 +111,11 @@ class Walk:
         if index in self.layers:
             self._layer(self.layers[index])
             return
+        if index in self._detours and self._leave(self._detours[index]):
+            return
+        if index in self._away:
+            self.pictures[node.output[0]] = self.picture(self._away[index].source).swapaxes(2, 3)
+            return
         row = row_of(node)
         if all(self.is_constant(name) for name in node.input if name) and not self._emits(node, row):
             for name in node.output:
@@ -120,6 +128,17 @@ class Walk:
             if row.data is not None and slot not in row.data and name in self.pictures and name not in self.sources:
                 self.pin(self.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
         KINDS[row.kind](self, index, node, row)
+
+    def _leave(self, detour: Detour) -> bool:
+        """Heads go on a detour: between its ends they are not tracked."""
+        picture = self.picture(detour.source)
+        if picture.ndim != 4 or picture.shape[1] == 1:
+            return False
+        self.collapse(detour.source, [axis for axis in long_axes(picture) if axis != 1], "heads go whole")
+        self.untracked(self.graph.nodes[detour.first].output[0])
+        self.barriers.add(detour.first)
+        self._away[detour.last] = detour
+        return True
 
     def _emits(self, node: onnx.NodeProto, row: OperatorRow | None) -> bool:
         """A constant that is cut to shape on its way to where channels are: its channels are units too."""

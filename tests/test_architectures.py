@@ -91,11 +91,48 @@ def positions(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", net.op("LayerNormalization", y, scale, net.bias(8)), out), [(stem, 1), (table, 2), (scale, 0), (out, 0)]
 
 
+def masked_heads(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A stored mask is cut to the length at run time: afterwards that length has no name, while heads are joined again."""
+    stem, out = net.weight(6, 8), net.weight(8, 5)
+    y = net.op("Reshape", net.op("MatMul", x, stem), net.ints(0, 0, 2, 4))
+    mask = net.op("Slice", net.constant(np.ones((1, 32, 1, 1), np.float32)), whole(net, 0), size(net, x, 1), whole(net, 1))
+    joined = net.op("Concat", size(net, x, 0), size(net, x, 1), whole(net, 8), axis=0)
+    return net.op("MatMul", net.op("Reshape", net.op("Mul", y, mask), joined), out), [(stem, 1), (out, 0)]
+
+
+def spread_mask(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A mask of positions is copied along the channels, with their number as a constant."""
+    stem, out = net.weight(6, 8), net.weight(8, 5)
+    sizes = net.op("Concat", size(net, x, 0), size(net, x, 1), whole(net, 8), axis=0)
+    mask = net.op("Expand", net.op("ReduceMax", x, axes=[2]), sizes)
+    pooled = net.op("ReduceSum", net.op("Mul", net.op("MatMul", x, stem), mask), net.ints(1), keepdims=0)
+    return net.op("MatMul", pooled, out), [(stem, 1), (out, 0)]
+
+
+def detour(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """Attention where k is transposed with its heads joined to a batch of unknown size; heads are the units."""
+    values, out = net.weight(6, 12), net.weight(12, 5)
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.op("MatMul", x, weight), net.ints(0, 0, 3, 4)), perm=[0, 2, 1, 3])
+        for weight in (net.weight(6, 12), net.weight(6, 12), values)
+    )
+    sizes = net.op("Shape", k)
+    length = net.op("Slice", sizes, whole(net, 2), whole(net, 3))
+    joint = net.op("Concat", whole(net, -1), length, whole(net, 4), axis=0)
+    apart = net.op("Concat", net.op("Slice", sizes, whole(net, 0), whole(net, 2)), whole(net, 4), length, axis=0)
+    k = net.op("Reshape", net.op("Transpose", net.op("Reshape", k, joint), perm=[0, 2, 1]), apart)
+    context = net.op("Transpose", net.op("MatMul", net.op("Softmax", net.op("MatMul", q, k), axis=-1), v), perm=[0, 2, 1, 3])
+    return net.op("MatMul", net.op("Reshape", context, net.ints(0, 0, 12)), out), [(values, 1), (out, 0)]
+
+
 CASES: dict[str, Case] = {
     "root mean square": Case(rms_norm, ("N", 3, 6)),
     "gated": Case(gated, ("N", 3, 6)),
     "heads": Case(heads, ("N", "T", 6)),
     "positions": Case(positions, ("N", 3, 6)),
+    "masked heads": Case(masked_heads, ("N", "T", 6)),
+    "detour": Case(detour, ("N", "T", 6)),
+    "spread mask": Case(spread_mask, ("N", "T", 6)),
 }
 
 
