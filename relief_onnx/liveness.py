@@ -195,12 +195,13 @@ class _Liveness:
         for reader in self.coupling.zero_readers:
             lines = [(line_of(self.coupling.pictures[name], axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
-        lines = [*self.coupling.inputs.values(), *self.coupling.outputs.values()]
-        costs = Counter(unit for line in lines for unit in line.tolist())
+        weighed = [*self.coupling.inputs.values(), *self.coupling.outputs.values()]
+        costs = Counter(unit for line in weighed for unit in line.tolist())
         tensors = [np.unique(picture).tolist() for picture in self.coupling.pictures.values()]
         units = {unit for own in tensors for unit in own} - blocked - {-1}
         for own in sorted(tensors, key=len):
-            # No tensor may become empty: neither a layer's output nor a part that Split takes of it. Parts first: what they keep serves the whole.
+            # No tensor may become empty: neither a layer's output nor a part that Split takes of it.
+            # Parts come first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(min(own, key=lambda unit: (costs[unit], unit)))
         silenced = {layer.node: ~self._live(layer) for layer in self._free}

@@ -20,7 +20,8 @@ def reduced(net: Net, operator: str, x: str, *axes: int, keepdims: int = 1) -> s
 def sizes_of(net: Net, x: str, *entries: int | str) -> str:
     """A list of sizes as exporters write it: numbers as they are, "0" and the like read off that axis of x when the model runs."""
     parts = [
-        net.ints(entry) if isinstance(entry, int) else net.op("Gather", net.op("Shape", x), net.ints(int(entry)), axis=0) for entry in entries
+        net.ints(entry) if isinstance(entry, int) else net.op("Gather", net.op("Shape", x), net.ints(int(entry)), axis=0)
+        for entry in entries
     ]
     return str(net.op("Concat", *parts, axis=0))
 
@@ -70,7 +71,7 @@ def transformer_norm(net: Net, pool: Pool, rng: np.random.Generator, x: str, sha
 
 def _heads(net: Net, rng: np.random.Generator, x: str, shape: Shape, h: int, d: int, order: list[int]) -> str:
     """[N, T, H D] -> [N, H, T, D], or with D before T."""
-    n, t, _ = shape
+    _n, t, _ = shape
     form = int(rng.integers(3))
     target = [net.ints(0, t, h, d), net.ints(0, 0, h, -1), sizes_of(net, x, "0", "1", h, d)][form]
     return str(net.op("Transpose", net.op("Reshape", x, target), perm=order))
@@ -181,9 +182,7 @@ def pixel_attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shap
     """Attention over pixels with 1x1 convolutions, channels first."""
     n, c, height, width = shape
     d = channels(rng)
-    q, k, v = (
-        net.op("Reshape", net.op("Conv", x, net.weight(d, c, 1, 1), *maybe_bias(net, rng, d)), net.ints(0, d, -1)) for _ in range(3)
-    )
+    q, k, v = (net.op("Reshape", net.op("Conv", x, net.weight(d, c, 1, 1), *maybe_bias(net, rng, d)), net.ints(0, d, -1)) for _ in range(3))
     scores = net.op("Softmax", net.op("MatMul", net.op("Transpose", q, perm=[0, 2, 1]), k), axis=2)
     y = net.op("MatMul", v, net.op("Transpose", scores, perm=[0, 2, 1]))
     target = net.ints(0, d, height, width) if rng.random() < 0.5 else sizes_of(net, x, "0", d, "2", "3")
@@ -193,7 +192,7 @@ def pixel_attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shap
 @step(4)
 def channel_attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """Channels that look at channels: rows of the scores are channels, their softmax sees the others."""
-    n, c, height, width = shape
+    _n, c, height, width = shape
     flat = net.op("Reshape", x, net.ints(0, c, -1))
     scores = net.op("Softmax", net.op("MatMul", flat, net.op("Transpose", flat, perm=[0, 2, 1])), axis=2)
     pool.add(net.op("Reshape", net.op("MatMul", scores, flat), net.ints(0, c, height, width)), *shape)

@@ -89,7 +89,9 @@ def random_units(coupling: Coupling, rng: np.random.Generator, density: float = 
     return frozenset(chosen)
 
 
-def units_switched_off(model: onnx.ModelProto, rng: np.random.Generator) -> tuple[onnx.ModelProto, Operation, Plan, Coupling, frozenset[int]]:
+def units_switched_off(
+    model: onnx.ModelProto, rng: np.random.Generator
+) -> tuple[onnx.ModelProto, Operation, Plan, Coupling, frozenset[int]]:
     """A model with random units switched off, once with Mul nodes and once cut; with what was chosen from what."""
     graph = Graph(prepare(model))
     plan = find(graph)

@@ -56,11 +56,15 @@ def with_reader(plan: Plan, *shares: float) -> dict[str, LayerScore]:
     """Scores in which every output of the last layer gets those shares of its inputs."""
     layer = plan.layers[-1]
     scores = random_scores(plan)
-    scores[layer.name] = LayerScore(layer.weight, layer.name, np.tile(np.array(shares), (layer.out_channels, 1)), np.zeros(layer.out_channels))
+    scores[layer.name] = LayerScore(
+        layer.weight, layer.name, np.tile(np.array(shares), (layer.out_channels, 1)), np.zeros(layer.out_channels)
+    )
     return scores
 
 
-def cut(found: Traced, scores: Scores, alpha: float, round_to: int = 1, allowed: frozenset[str] | None = None, **values: Any) -> list[Choice]:
+def cut(
+    found: Traced, scores: Scores, alpha: float, round_to: int = 1, allowed: frozenset[str] | None = None, **values: Any
+) -> list[Choice]:
     _, plan, coupling = found
     weights = frozenset(layer.weight for layer in plan.layers) if allowed is None else allowed
     return choose(plan, coupling, scores, alpha=lambda layer: alpha, allowed=weights, round_to=round_to, **values)
@@ -185,7 +189,9 @@ def test_no_part_of_a_split_becomes_empty() -> None:
     first = found[1].layers[0]
     line = found[2].outputs[first.node].tolist()
     weights = {unit: 1.0 if place < 2 else 0.01 + 0.001 * place for place, unit in enumerate(line)}
-    choice = next(choice for choice in cut(found, random_scores(found[1]), 0.5, importance=lambda *_: weights) if first in choice.group.layers)
+    choice = next(
+        choice for choice in cut(found, random_scores(found[1]), 0.5, importance=lambda *_: weights) if first in choice.group.layers
+    )
     assert line[7] not in choice.removed  # the best of the second half
     assert set(line[4:7]) <= choice.removed
     assert "a part of it keeps its last one" in choice.reason

@@ -77,7 +77,9 @@ def test_groups_that_are_normalised_together_go_together() -> None:
     numbers = np.arange(C).reshape(1, C, 1, 1)
     found, _ = moved(lambda net, x: net.op("GroupNormalization", x, net.bias(4), net.bias(4), num_groups=4), numbers)
     assert isinstance(found, Together)
-    assert [set(found.alternatives[:, 0, place, 0, 0].tolist()) for place in range(C)] == [{place // 2 * 2, place // 2 * 2 + 1} for place in range(C)]
+    assert [set(found.alternatives[:, 0, place, 0, 0].tolist()) for place in range(C)] == [
+        {place // 2 * 2, place // 2 * 2 + 1} for place in range(C)
+    ]
 
 
 def test_what_is_not_tracked_stays_so() -> None:
