@@ -71,7 +71,7 @@ def transformer_norm(net: Net, pool: Pool, rng: np.random.Generator, x: str, sha
 
 def _heads(net: Net, rng: np.random.Generator, x: str, shape: Shape, h: int, d: int, order: list[int]) -> str:
     """[N, T, H D] -> [N, H, T, D], or with D before T."""
-    n, t, _ = shape
+    _n, t, _ = shape
     form = int(rng.integers(3))
     target = [net.ints(0, t, h, d), net.ints(0, 0, h, -1), sizes_of(net, x, "0", "1", h, d)][form]
     return str(net.op("Transpose", net.op("Reshape", x, target), perm=order))
@@ -192,7 +192,7 @@ def pixel_attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shap
 @step(4)
 def channel_attention(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """Channels that look at channels: rows of the scores are channels, their softmax sees the others."""
-    n, c, height, width = shape
+    _n, c, height, width = shape
     flat = net.op("Reshape", x, net.ints(0, c, -1))
     scores = net.op("Softmax", net.op("MatMul", flat, net.op("Transpose", flat, perm=[0, 2, 1])), axis=2)
     pool.add(net.op("Reshape", net.op("MatMul", scores, flat), net.ints(0, c, height, width)), *shape)

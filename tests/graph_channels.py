@@ -33,7 +33,7 @@ def sliced(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape)
 @step(4)
 def halves(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """Two slices, one of which has a layer of its own, put together again."""
-    n, c, h, w = shape
+    _n, c, _h, _w = shape
     if c < 2:
         return
     middle = c // 2
@@ -186,7 +186,7 @@ def focus(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) 
 @step(4)
 def group_norm(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """The operator, or as exporters write it: Reshape, InstanceNormalization, Reshape, scale and shift."""
-    n, c, h, w = shape
+    _n, c, h, w = shape
     fits = [groups for groups in (2, 3, 4) if c % groups == 0 and c > groups]
     if not fits:
         return
@@ -308,7 +308,7 @@ def nhwc_resize(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: S
 @step(4)
 def resized_like(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """To the size of another tensor, as exporters write interpolate."""
-    n, c, h, w = shape
+    n, c, _h, _w = shape
     other = pool.pick(rng, 4)
     if other is None or net.opset < 13:
         return
@@ -336,7 +336,7 @@ def embedded(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shap
     """Rows of a table, looked up with numbers that the model computes, added to what has those channels."""
     if len(shape) != 3:
         return
-    n, t, c = shape
+    _n, _t, c = shape
     numbers = net.op("ArgMax", x, axis=2, keepdims=0)
     table = net.weight(c, c)
     pool.add(net.op("Add", x, net.op("Gather", table, numbers, axis=0)), *shape)
@@ -345,7 +345,7 @@ def embedded(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shap
 @step(3)
 def positions(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """A stored row per token, whole, or the first rows of a longer table."""
-    n, t, c = shape
+    _n, t, c = shape
     form = int(rng.integers(3))
     if form == 0:
         y = net.weight(1, t, c)
@@ -366,7 +366,7 @@ def class_token(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: S
 
 @step(3)
 def pooled_tokens(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
-    n, t, c = shape
+    n, _t, c = shape
     form = int(rng.integers(3))
     if form == 0:
         pool.add(net.op("Gather", x, net.constant(np.asarray(0, np.int64)), axis=1), n, c)
@@ -379,7 +379,7 @@ def pooled_tokens(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape:
 @step(4)
 def partial(net: Net, pool: Pool, rng: np.random.Generator, x: str, shape: Shape) -> None:
     """A part of the channels is convolved, the rest goes on as it is."""
-    n, c, h, w = shape
+    _n, c, _h, _w = shape
     if c >= 3:
         a, b = split_in(net, x, 1, c // 3, c - c // 3)
         a = net.op("Conv", a, net.weight(c // 3, c // 3, 3, 3), *maybe_bias(net, rng, c // 3), pads=[1] * 4)

@@ -148,8 +148,8 @@ CASES: dict[str, Case] = {
     ),
     **{
         name: image(lambda net, x, name=name: pooled(net, x, name), opset=18)
-        for name in ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd", "ReduceLogSum",
-                     "ReduceLogSumExp"]
+        for name in ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
+                     "ReduceLogSum", "ReduceLogSumExp"]
     },
     "Softmax": image(lambda net, x: net.op("Softmax", x, axis=3)),
     "LogSoftmax": image(lambda net, x: net.op("LogSoftmax", x, axis=-1)),
@@ -377,7 +377,9 @@ CASES |= {
     "Split/equal parts": image(
         lambda net, x: net.op("Concat", *reversed(net.op("Split", x, outputs=4, num_outputs=4, axis=1)), axis=1), opset=18
     ),
-    "Split/attribute": image(lambda net, x: net.op("Concat", *reversed(net.op("Split", x, outputs=2, split=[3, 5], axis=1)), axis=1), opset=11),
+    "Split/attribute": image(
+        lambda net, x: net.op("Concat", *reversed(net.op("Split", x, outputs=2, split=[3, 5], axis=1)), axis=1), opset=11
+    ),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.model import prepare
-from relief_onnx.sizes import size_origin, sizes_behind
+from relief_onnx.sizes import size_origin
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.walk import trace
 
@@ -119,7 +119,6 @@ def test_where_a_size_comes_from() -> None:
     first, second = (node.input[1] for node in graph.nodes if node.op_type == "Reshape")
     assert [size_origin(graph, first, place) for place in range(3)] == [(x, 0), (x, 1), None]
     assert size_origin(graph, second, 1) is None
-    assert [sizes_behind(graph, second, place) for place in range(4)] == [set(), {(x, 1)}, set(), set()]
 
 
 def test_a_number_stays_a_number() -> None:
