@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.coupling import line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import Barrier, cuts_of, long_axes
 
@@ -169,15 +170,16 @@ def _escapes(graph: Graph, pictures: Mapping[str, NDArray[Any]], tensor: str, pl
         node = graph.nodes[use.node]
         axis_of = SIZE_SLOTS.get((node.op_type, use.slot)) if node.domain in ("", "ai.onnx") else None
         if axis_of is not None:
-            counted = pictures.get(node.output[0], np.zeros(()))
-            axes = [axis_of(graph, node, place) for place in places]
-            if any(
-                axis is None or axis >= counted.ndim or not np.isin(units, counted.take(range(counted.shape[axis]), axis)).all()
-                for axis in axes
-            ):
+            if not all(_counts(pictures, node.output[0], axis_of(graph, node, place), units) for place in places):
                 return True
             continue
         following = _flow(graph, node, use.slot, places) if use.slot >= 0 else None
         if following is None or _escapes(graph, pictures, node.output[0], following, units):
             return True
     return False
+
+
+def _counts(pictures: Mapping[str, NDArray[Any]], tensor: str, axis: int | None, units: NDArray[Any]) -> bool:
+    """Whether that axis of a tensor has those units."""
+    counted = pictures.get(tensor, np.zeros(()))
+    return axis is not None and axis < counted.ndim and counted.shape[axis] > 1 and bool(np.isin(units, line_of(counted, axis)).all())
