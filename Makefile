@@ -48,6 +48,7 @@ samples: $(VENV)/.samples  ## Train the sample models again, into their folder; 
 	$(BIN)/python sample_models/build.py
 
 nightly: test bench-score  ## Everything that takes longer than a commit should wait for.
+	RELIEF_ONNX_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_random_graphs.py
 
 bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prints the ratios.
 	$(BIN)/python -m benchmarks.score

@@ -6,7 +6,7 @@ the one here is the mean share that it has in the layers that read it (DESIGN se
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -145,8 +145,9 @@ def _choose_in(
         return nothing("its measured share is 0 everywhere")
     wanted = max(alphas)
     kept = int((shares > 0).sum()) if wanted >= 1.0 else int(np.searchsorted(running, wanted * running[-1])) + 1
-    rounded = min(_round_up(kept + len(group.pinned), group, round_to) - len(group.pinned), len(free))
-    removed = frozenset(free[order[rounded:]].tolist())
+    best = free[order].tolist()
+    stays = _rounded_up(group, coupling, {*best[:kept], *group.pinned}, best, round_to)
+    removed = frozenset(unit for unit in best if unit not in stays)
     if removed:
         return Choice(group, removed, f"units below the cut: {len(removed)} of {group.size}")
     if kept < len(free):
@@ -154,10 +155,26 @@ def _choose_in(
     return nothing(f"every unit is needed to keep {wanted:g} of what its readers get")
 
 
-def _round_up(kept: int, group: Group, round_to: int) -> int:
-    """The next number of units whose channels are a multiple of `round_to`, at least one."""
-    step = round_to // math.gcd(round_to, group.width)
-    return max(-(-kept // step) * step, 1)
+def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:
+    """Add units, best first, until every layer of the group makes, and reads of it alone, a multiple of `round_to` channels, or all."""
+    own = {*group.free, *group.pinned}
+    made = [coupling.outputs[layer.node].tolist() for layer in group.layers]
+    read = [coupling.inputs[layer.node].tolist() for layer in group.readers]
+    lines = sorted({tuple(line) for line in (*made, *(line for line in read if own.issuperset(line)))}, key=len)
+    stays, before = {*kept, *best[:1]}, -1
+    while len(stays) > before:
+        before = len(stays)
+        for line in lines:
+            counts = Counter(line)
+            count = sum(number for unit, number in counts.items() if unit in stays)
+            wanted = min(-(-count // round_to) * round_to, len(line))
+            for unit in best:
+                if count >= wanted:
+                    break
+                if unit in counts and unit not in stays:
+                    stays.add(unit)
+                    count += counts[unit]
+    return stays
 
 
 def _leave_no_tensor_empty(coupling: Coupling, found: list[Choice], values: Mapping[int, float]) -> list[Choice]:

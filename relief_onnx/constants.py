@@ -271,13 +271,6 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
     return np.broadcast_to(values, shape).copy() if broadcasts(values.shape, shape) else np.full(shape, np.nan)
 
 
-def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
-    """A stored constant, lifted to a picture's rank and reduced to the axes that it tracks."""
-    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape).astype(np.float64)
-    target = [1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=False)]
-    return _fit_values(lifted, tuple(target))
-
-
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
     copy = onnx.NodeProto.FromString(node.SerializeToString())
     opset = graph.opset

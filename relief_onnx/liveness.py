@@ -200,7 +200,7 @@ class _Liveness:
         tensors = [np.unique(picture).tolist() for picture in self.coupling.pictures.values()]
         units = {unit for own in tensors for unit in own} - blocked - {-1}
         for own in sorted(tensors, key=len):
-            # No tensor may become empty: neither a layer's output nor a part that Split takes of it. Parts first: what they keep serves the whole.
+            # No tensor may become empty: neither a layer's output nor a part of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(min(own, key=lambda unit: (costs[unit], unit)))
         silenced = {layer.node: ~self._live(layer) for layer in self._free}

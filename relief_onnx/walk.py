@@ -276,6 +276,9 @@ class Walk:
         self._make_boxes()
         canonical = self.units.canonical
         pictures = {name: canonical(picture) for name, picture in self.pictures.items()}
+        for name, picture in pictures.items():
+            if picture.size > 1 and picture.flat[0] >= 0 and bool((picture == picture.flat[0]).all()):
+                self.pin(picture, f"all channels of {name} hang together, so none can go without the others")
         pinned: dict[int, str] = {}
         for unit, why in self._pins:
             pinned.setdefault(self.units.root(unit), why)
