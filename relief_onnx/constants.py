@@ -271,6 +271,12 @@ def _fit_values(values: Values, shape: tuple[int, ...]) -> Values:
     return np.broadcast_to(values, shape).copy() if broadcasts(values.shape, shape) else np.full(shape, np.nan)
 
 
+def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
+    """A constant as a picture that broadcasts against one of that shape: NaN where it varies along an axis that is not tracked."""
+    lifted = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
+    return _fit_values(lifted, tuple(1 if size == 1 else wanted for size, wanted in zip(lifted.shape, shape, strict=True)))
+
+
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
     copy = onnx.NodeProto.FromString(node.SerializeToString())
     opset = graph.opset
