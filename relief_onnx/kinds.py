@@ -150,6 +150,25 @@ def _sum(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None
         walk.untracked(node.output[0])
 
 
+def _recurrent(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
+    """Features of each time step are read by one weight [directions, gates, features]; its states see them all."""
+    walk.rank_known([node.input[0]])
+    picture, where = walk.picture(node.input[0]), f"{node.op_type} node {walk.graph.names[index]}"
+    others = [axis for axis in long_axes(picture) if axis != 2]
+    if others:
+        raise Barrier("it carries other axes than the one it reads", others)
+    source = trace_constant(walk.graph, node.input[1])
+    if not isinstance(source, Source) or len(source.view.shape) != 3:
+        raise Barrier("its weight is computed")
+    walk.used(source.name)
+    if picture.size > 1:
+        walk.tie_view(source.name, source.view, 2, picture.reshape(-1), f"{where}: {source.name} cannot be cut", True)
+        walk.zero_readers.append(ZeroReader(index, ((node.input[0], 2),)))
+    for name in node.output:
+        if name:
+            walk.untracked(name)
+
+
 def _contract(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
     """Sums of products: equal labels meet; what is summed over may go where one factor is 0."""
     names = [name for name in node.input if name]
@@ -273,6 +292,7 @@ KINDS: Mapping[str, Callable[[Walk, int, onnx.NodeProto, OperatorRow], None]] = 
     "affine": _affine,
     "norm": _norm,
     "sum": _sum,
+    "recurrent": _recurrent,
     "contract": _contract,
     "carry": _carry,
     "grow": _grow,

@@ -94,7 +94,7 @@ class _Liveness:
                     self._read_all(name)
             elif index in self.layers:
                 self._layer_reads(self.layers[index])
-            elif row is not None and (row.kind in ("contract", "norm") or index in self._counting):
+            elif row is not None and (row.kind in ("contract", "norm", "recurrent") or index in self._counting):
                 for name in node.input:
                     self._read_all(name)
             elif row is not None and row.carry is not None:

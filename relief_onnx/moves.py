@@ -265,6 +265,20 @@ def gather(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> l
     return [picture.take(np.asarray(indices, np.int64), axis)]
 
 
+def gather_nd(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture | Together]:
+    """Picks along the leading axes (one token of each sample); the axes behind them stay."""
+    (picture,) = pictures
+    indices = dims_of(graph, node.input[1])
+    depth = indices[-1].value
+    if depth is None:
+        raise Barrier("how many axes it picks along is not known")
+    behind = attributes(node).get("batch_dims", 0) + depth
+    tracked = [axis for axis in long_axes(picture) if axis < behind]
+    if tracked:
+        raise Barrier("it picks along a tracked axis", tracked)
+    return [picture.reshape((*(1,) * (len(indices) - 1), *picture.shape[behind:]))]
+
+
 def expand(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture | Together]:
     """Copies along axes of size 1."""
     (picture,) = pictures
@@ -313,7 +327,7 @@ def keeps_zero(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def pad(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture | Together]:
-    """Zeros around the tracked axis are new channels."""
+    """Zeros around the tracked axis are new channels; other numbers there stay."""
     (picture,) = pictures
     tracked = long_axes(picture)
     if not tracked:
@@ -323,10 +337,9 @@ def pad(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list
     if not any(any(width) or None in width for width in widths):
         return [picture]
     known = [_known(width, "pads") for width in widths]
-    zeros = keeps_zero(graph, node) and attributes(node).get("mode", "constant") == "constant"
-    if not zeros or any(width < 0 for pair in known for width in pair):
-        raise Barrier("it pads channels, and not with zeros", tracked)
-    return [np.pad(picture, known, constant_values=NEW)]
+    if attributes(node).get("mode", "constant") != "constant" or any(width < 0 for pair in known for width in pair):
+        raise Barrier("it pads channels, and not with a constant", tracked)
+    return [np.pad(picture, known, constant_values=NEW if keeps_zero(graph, node) else UNTRACKED)]
 
 
 def resize(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture | Together]:

@@ -10,6 +10,7 @@ A row says how a node carries pictures from its inputs to its outputs:
 * `norm`     statistics over the channel axis, with per-channel parameters: a channel can go only where it is 0, and then still counts;
 * `sum`      reduces axes: a channel can go only where it is 0;
 * `contract` sums products of two activations (attention): a channel can go only where either factor is 0;
+* `recurrent` reads its input's last axis with one weight: a channel can go only where it is 0;
 * `grow`     copies one value along new axes (Expand): an axis that is as long as another tensor's channels has those channels;
 * no row     a barrier: the operator may see every channel, so none of its inputs' channels can go.
 
@@ -90,6 +91,8 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("Split", _carry(moves.split, "kept")),
     **_rows("Slice", _carry(moves.slice_, "kept")),
     **_rows("Gather", _carry(moves.gather, "kept")),
+    **_rows("GatherND", _carry(moves.gather_nd, "kept")),
+    **_rows("LSTM GRU RNN", OperatorRow("recurrent")),
     **_rows("Expand", OperatorRow("grow", moves.expand, constant="kept")),
     **_rows("ConstantOfShape", OperatorRow("grow", data=())),
     **_rows("Tile", _carry(moves.tile, "kept")),

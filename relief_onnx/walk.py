@@ -204,9 +204,9 @@ class Walk:
             self.pin(units, f"{layer.name} has one output channel")
         self._group(layer, inputs, units)
         weight_why = f"{layer.name}: its weight {layer.weight} reaches the node through a layout that mixes channels"
-        self._tie_view(layer.weight, layer.view, 0, units, weight_why, True)
+        self.tie_view(layer.weight, layer.view, 0, units, weight_why, True)
         if layer.groups == 1 or layer.in_per_group > 1:
-            self._tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], weight_why, True)
+            self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], weight_why, True)
         self.used(layer.weight)
         rank = len(graph.shape(node.output[0]) or ())
         shape = [1] * rank
@@ -232,7 +232,7 @@ class Walk:
     def used(self, initializer: str) -> None:
         self._tied_uses[initializer] = self._tied_uses.get(initializer, 0) + 1
 
-    def _tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool) -> None:
+    def tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool) -> None:
         if view.shape[axis] == 1:
             self.pin(units, why)
             return
@@ -264,7 +264,7 @@ class Walk:
                 self.pin(picture, f"{where}: the constant {tensor} does not fit")
                 continue
             # Other tracked axes are resolved at the end: what is left must be a box.
-            self._tie_view(source.name, view, axis - aligned, line_of(picture, axis), f"{where}: {tensor} cannot be cut", zeroable)
+            self.tie_view(source.name, view, axis - aligned, line_of(picture, axis), f"{where}: {tensor} cannot be cut", zeroable)
 
     # -- the result -------------------------------------------------------------------------------------------------------
 

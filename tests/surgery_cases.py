@@ -53,6 +53,14 @@ def unary(operator: str, opset: int = 17, before: str | None = None, **values: A
     return ALL, opset, build
 
 
+def recurrent(operator: str, gates: int) -> Case:
+    def build(net: Net, x: str, layer: str) -> tuple[str, int]:
+        weights = net.weight(1, gates * 5, C), net.weight(1, gates * 5, 5)
+        return net.op("Squeeze", net.op(operator, x, *weights, hidden_size=5, outputs=2)[0], net.ints(1)), 5
+
+    return ("MatMul",), 17, build
+
+
 def image(build: Callable[[Net, str], Any], opset: int = 17) -> Case:
     return IMAGES, opset, lambda net, x, layer: build(net, x)
 
@@ -355,6 +363,10 @@ CASES |= {
     "SpaceToDepth": image(unblocked),
     "Pad/channels": image(lambda net, x: padded(net, x, 1, 2, "input")),
     "Pad/channels, attribute": image(lambda net, x: padded(net, x, 2, 1, "attribute"), opset=10),
+    "GatherND": (("MatMul",), 17, lambda net, x, layer: net.op("GatherND", x, net.constant(np.asarray([[1], [0]])))),
+    "LSTM": recurrent("LSTM", 4),
+    "GRU": recurrent("GRU", 3),
+    "RNN": recurrent("RNN", 1),
     "Pad/channels, axes": image(lambda net, x: padded(net, x, 1, 1, "axes"), opset=18),
     "Pad/pixels, axes": image(lambda net, x: net.op("Pad", x, net.ints(1, 0), "", net.ints(2)), opset=18),
     "ArgMax": image(lambda net, x: net.op("Mul", x, net.op("Cast", net.op("ArgMax", x, axis=2, keepdims=1), to=1))),

@@ -125,6 +125,32 @@ def detour(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", net.op("Reshape", context, net.ints(0, 0, 12)), out), [(values, 1), (out, 0)]
 
 
+def recurrent(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """What an LSTM reads at each time step."""
+    stem, weight = net.weight(6, 8), net.weight(1, 20, 8)
+    y = net.op("Transpose", net.op("Relu", net.op("MatMul", x, stem)), perm=[1, 0, 2])
+    states = net.op("LSTM", y, weight, net.weight(1, 20, 5), hidden_size=5, outputs=2)
+    return net.op("MatMul", net.op("Squeeze", states[0], net.ints(1)), net.weight(5, 2)), [(stem, 1), (weight, 2)]
+
+
+def picked_token(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """One token of each sample, by GatherND."""
+    stem, out = net.weight(6, 8), net.weight(8, 5)
+    place = net.op("ArgMax", net.op("ReduceMax", x, axes=[2], keepdims=0), axis=1)
+    picked = net.op("GatherND", net.op("MatMul", x, stem), place, batch_dims=1)
+    return net.op("MatMul", picked, out), [(stem, 1), (out, 0)]
+
+
+def linear_attention(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A channel of ones beside the values counts how much attention there was."""
+    values, out = net.weight(6, 8), net.weight(8, 5)
+    v = net.op("Pad", net.op("MatMul", x, values), net.ints(0, 0, 0, 0, 0, 1), net.constant(np.float32(1.0)))
+    context = net.op("MatMul", net.op("Softmax", net.op("MatMul", x, net.op("Transpose", x, perm=[0, 2, 1])), axis=-1), v)
+    top = net.op("Slice", context, net.ints(0), net.ints(-1), net.ints(2))
+    total = net.op("Slice", context, net.ints(-1), net.ints(2**31), net.ints(2))
+    return net.op("MatMul", net.op("Div", top, total), out), [(values, 1), (out, 0)]
+
+
 CASES: dict[str, Case] = {
     "root mean square": Case(rms_norm, ("N", 3, 6)),
     "gated": Case(gated, ("N", 3, 6)),
@@ -132,6 +158,9 @@ CASES: dict[str, Case] = {
     "positions": Case(positions, ("N", 3, 6)),
     "masked heads": Case(masked_heads, ("N", "T", 6)),
     "detour": Case(detour, ("N", "T", 6)),
+    "recurrent": Case(recurrent, ("N", "T", 6)),
+    "picked token": Case(picked_token, ("N", "T", 6)),
+    "linear attention": Case(linear_attention, ("N", "T", 6)),
     "spread mask": Case(spread_mask, ("N", "T", 6)),
 }
 
