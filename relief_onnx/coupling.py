@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.groupnorms import GroupNorm
 from relief_onnx.views import View
 
 __all__ = ["Coupling", "Tie", "Units", "ZeroReader", "line_of"]
@@ -42,7 +43,8 @@ class ZeroReader:
 class Coupling:
     """The result of the walk. Unit numbers are canonical: equal numbers are coupled.
 
-    `constants` are the nodes that read constants only; `sources` initializers that emit channels (embeddings).
+    `constants` are the nodes that read constants only; `sources` initializers that emit channels (embeddings),
+    `restored` norms over groups that still count channels that are gone, by their first node.
     """
 
     pictures: Mapping[str, Units]
@@ -54,6 +56,7 @@ class Coupling:
     constants: frozenset[int]
     sources: Mapping[str, View]
     zero_readers: Sequence[ZeroReader]
+    restored: Mapping[int, GroupNorm]
 
     def line(self, tensor: str, axis: int) -> Units:
         """The units along one axis of a tensor."""

@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
+from relief_onnx.groupnorms import GroupNorm
 from relief_onnx.moves import cuts_of, pad_places, pads_of
 from relief_onnx.sizes import read_sizes, size_origin
 
@@ -124,7 +125,9 @@ def edit_nodes(cut: Cut) -> None:
     """Edit every node that names sizes or counts channels, then put the new nodes in place."""
     readers = {reader.node: reader for reader in cut.coupling.zero_readers}
     for index, node in enumerate(cut.model.graph.node):
-        if node.domain in ("", "ai.onnx") and index not in cut.coupling.barriers:
+        if index in cut.coupling.restored:
+            _restore(cut, node, cut.coupling.restored[index])
+        elif node.domain in ("", "ai.onnx") and index not in cut.coupling.barriers:
             if node.op_type in _EDITS:
                 _EDITS[node.op_type](cut, index, node)
             if node.op_type in _COUNTING and index in readers:
@@ -357,6 +360,31 @@ def _count_norm(cut: Cut, index: int, node: onnx.NodeProto, reader: ZeroReader) 
         cut.constant(f"{output}/{what}", np.array([value], np.int64)) for what, value in (("start", 0), ("end", left), ("axis", axis))
     ]
     cut.after.setdefault(index, []).append(helper.make_node("Slice", [node.output[0], *bounds], [output], name=f"{output}/left"))
+
+
+def _restore(cut: Cut, node: onnx.NodeProto, norm: GroupNorm) -> None:
+    """Zeros take the places of the channels that are gone, just for the statistics over groups: Pad, Gather, normalise, Gather."""
+    flags = cut.kept(norm.source, 1)
+    if flags is None:
+        return
+    last = cut.model.graph.node[norm.last]
+    output, left = last.output[0], int(flags.sum())
+    pads = [0] * (2 * len(cut.graph.shape(norm.source) or ()))
+    pads[len(pads) // 2 + 1] = 1
+    given: dict[str, Any] = {"pads": pads} if cut.graph.opset < 11 else {}
+    amounts = [] if given else [cut.constant(f"{output}/pads", np.array(pads, np.int64))]
+    padded = cut.node(cut.before, norm.first, "Pad", [norm.source, *amounts], f"{output}/padded", **given)
+    places = cut.constant(f"{output}/places", np.where(flags, np.cumsum(flags) - 1, left).astype(np.int64))
+    node.input[0] = cut.node(cut.before, norm.first, "Gather", [padded, places], f"{output}/restored", axis=1)
+    if norm.last == norm.first:
+        for slot, name in enumerate(node.input[1:], 1):
+            if cut.graph.shape(name) == (len(flags),):
+                node.input[slot] = cut.constant(f"{output}/{'scale' if slot == 1 else 'shift'}", cut.graph.array(name))
+    else:
+        _retarget(cut, norm.last, last, 1, {1: len(flags)})
+    last.output[0] = cut.name(f"{output}/whole")
+    kept = cut.constant(f"{output}/kept", np.flatnonzero(flags).astype(np.int64))
+    cut.after.setdefault(norm.last, []).append(helper.make_node("Gather", [last.output[0], kept], [output], name=f"{output}/left", axis=1))
 
 
 _COUNTING: Mapping[str, Callable[[Cut, int, onnx.NodeProto, ZeroReader], None]] = {

@@ -106,12 +106,14 @@ def _affine(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> N
     if others:
         raise Barrier("its channel axis is not the tracked one", others)
     where, result = walk.graph.names[index], picture
-    if row.carry is not None:
+    if row.carry is not None and index not in walk.restored:
         result = _accepted(walk, row.carry(walk.graph, node, [picture])[0], f"{node.op_type} node {where}")
     for slot, name in enumerate(node.input[1:], 1):
         entries = (walk.graph.shape(name) or (0,))[0]
         line = result.reshape(-1)
         if isinstance(entries, int) and 0 < entries < line.size:
+            if index in walk.restored:
+                continue  # a number per group, and all groups stay
             line = line[:: line.size // entries]  # before opset 21 GroupNormalization has one scale per group of channels
         walk.tie_constant(name, line, where, slot in row.zeroable)
     walk.pictures[node.output[0]] = result
@@ -160,10 +162,11 @@ def _recurrent(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -
     source = trace_constant(walk.graph, node.input[1])
     if not isinstance(source, Source) or len(source.view.shape) != 3:
         raise Barrier("its weight is computed")
-    walk.used(source.name)
+    since = len(walk.ties)
     if picture.size > 1:
         walk.tie_view(source.name, source.view, 2, picture.reshape(-1), f"{where}: {source.name} cannot be cut", True)
         walk.zero_readers.append(ZeroReader(index, ((node.input[0], 2),)))
+    walk.used(source.name, {tie.axis for tie in walk.ties[since:]})
     for name in node.output:
         if name:
             walk.untracked(name)
@@ -224,7 +227,7 @@ def _carry(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> No
     for name in names:
         source = trace_constant(walk.graph, name) if name in walk.sources else None
         if isinstance(source, Source):
-            walk.used(source.name)
+            walk.used(source.name, {walk.emitted[name]})
     tracked = any(long_axes(walk.picture(name)) for name in names)
     for name, result in zip(node.output, results, strict=False):
         if name:
@@ -283,7 +286,7 @@ def _emit(walk: Walk, name: str, node: onnx.NodeProto) -> None:
     shape = [1] * len(source.view.shape)
     shape[tracked[-1]] = -1
     walk.pictures[name] = units.reshape(shape)
-    walk.sources[name] = source.view
+    walk.sources[name], walk.emitted[name] = source.view, axis
     walk.ties.append(Tie(source.name, axis, units))
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import external_data_helper, helper
+from onnx import external_data_helper, helper, numpy_helper
 
 from relief_onnx.datatypes import InputSpec
 from relief_onnx.errors import ModelError, OutputError
-from relief_onnx.graph import FLOATS, Graph, subgraphs
+from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.nodes import captured, subgraphs
 
-__all__ = ["check_target", "input_specs", "load", "prepare", "save", "serialize", "write_atomically"]
+__all__ = ["check_target", "hoist", "input_specs", "load", "prepare", "save", "serialize", "share_again", "write_atomically"]
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
@@ -61,7 +65,7 @@ def _check_plausible(model: onnx.ModelProto, what: str) -> None:
         if item.data_location == onnx.TensorProto.EXTERNAL:
             continue
         try:
-            size = onnx.numpy_helper.to_array(item).size
+            size = numpy_helper.to_array(item).size
         except (ValueError, TypeError) as error:
             raise ModelError(f"{what} is damaged: initializer {item.name} does not hold what its shape says; export it again") from error
         del size
@@ -104,13 +108,79 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name, and local
-    functions are inlined.
+    """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name, local functions
+    are inlined, and vectors that exporters share because they hold the same numbers (the ones of every norm) have a copy per reader.
 
-    The function computed is the same; everything after this sees one kind of weight. The model itself where there is none.
+    The function computed is the same; everything after this sees one kind of weight. The model itself where there is nothing to do.
     """
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+    return _with_own_vectors(hoist(model))
+
+
+def hoist(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without local functions and Constant nodes of floats, but with vectors shared as they were: what `params` counts."""
+    return _with_initializers(onnx.inliner.inline_local_functions(model) if model.functions else model)
+
+
+def share_again(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """Undo the copies of `prepare` that are still alike."""
+    stored = {item.name: item for item in model.graph.initializer}
+    known = {item.name for item in original.graph.initializer}
+    renamed = {}
+    for name, item in stored.items():
+        base = stored.get(name.rpartition("/")[0])
+        if name in known or base is None or base.name not in known or base.dims != item.dims:
+            continue
+        if np.array_equal(numpy_helper.to_array(base), numpy_helper.to_array(item), equal_nan=True):
+            renamed[name] = base.name
+    if not renamed:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for node in result.graph.node:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = renamed.get(name, name)
+    for item in [item for item in result.graph.initializer if item.name in renamed]:
+        result.graph.initializer.remove(item)
+    return result
+
+
+def _with_own_vectors(model: onnx.ModelProto) -> onnx.ModelProto:
+    fixed = {item.name for item in model.graph.output}
+    fixed |= {name for node in model.graph.node for body in subgraphs(node) for name in captured(body)}
+    vectors = {
+        item.name: item
+        for item in model.graph.initializer
+        if item.data_type in FLOATS and len(item.dims) > 0 and 1 < np.prod(item.dims) == max(item.dims) <= LARGEST_VECTOR
+    }
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    shared = {name for name in vectors if uses[name] > 1 and name not in fixed}
+    if not shared or model.ir_version < 4:
+        return model
+    prepared = onnx.ModelProto()
+    prepared.CopyFrom(model)
+    taken = {item.name for item in model.graph.initializer} | {name for node in model.graph.node for name in node.output}
+    seen = {name for node in model.graph.node if node.op_type in WITH_BIAS for name in node.input}
+    for node in prepared.graph.node:
+        if node.op_type in WITH_BIAS:
+            continue
+        for slot, name in enumerate(node.input):
+            if name in shared and name in seen:
+                own = next(f"{name}/{number}" for number in count(1) if f"{name}/{number}" not in taken)
+                taken.add(own)
+                copy = prepared.graph.initializer.add()
+                copy.CopyFrom(vectors[name])
+                copy.name = node.input[slot] = own
+            seen.add(name)
+    return prepared
+
+
+# Vectors up to that length are copied for each reader.
+LARGEST_VECTOR = 1 << 16
+# A bias that layers share stays shared: the weights beside it usually are.
+WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     if not any(_held_tensor(node) is not None for node in model.graph.node):
         return model
     prepared = onnx.ModelProto()

@@ -16,7 +16,6 @@ from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
-from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
@@ -46,13 +45,13 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "totals": {
             "prunable_weights": sum(row["weights"] for row in layers),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
-            "coupled_params": _coupled_params(ready.graph, coupling),
+            "coupled_params": _coupled_params(ready, coupling),
         },
     }
 
 
 def _file(ready: Prepared, sample: Batch | None = None) -> dict[str, Any]:
-    size = measure(ready.graph.model, sample)
+    size = measure(files.hoist(ready.original), sample)
     return {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(size)}
 
 
@@ -78,12 +77,13 @@ def _group_row(group: Group) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _coupled_params(graph: Graph, coupling: Coupling) -> int:
-    """Numbers of float initializers that go if some unit that can go does."""
+def _coupled_params(ready: Prepared, coupling: Coupling) -> int:
+    """Numbers of the file's float initializers that go if some unit that can go does."""
+    graph, known = ready.graph, {item.name for item in files.hoist(ready.original).graph.initializer}
     reached: dict[str, Any] = {}
     pinned = np.array(sorted(coupling.pinned), np.int64)
     for tie in coupling.ties:
-        if graph.is_float(tie.initializer):
+        if tie.initializer in known and graph.is_float(tie.initializer):
             dims = tuple(graph.initializers[tie.initializer].dims)
             free = (tie.units >= 0) & ~np.isin(tie.units, pinned)
             line = free.reshape([-1 if axis == tie.axis else 1 for axis in range(len(dims))])

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,7 @@ def prune(
         masked = rules.insert_gates(insert(ready.graph, flags), gates)
     with clock("surgery"):
         operation = operate(rules.insert_gates(apply_weights(ready.graph.model, applied(ready.graph, flags)), gates))
+        operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
     evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, choices, shipped)

@@ -167,7 +167,7 @@ def build_report(
     ready, rows = evidence.ready, evidence.rows()
     sample = next(iter(dataset.batches(1, limit=1)))
     content = files.serialize(evidence.shipped)
-    before = measure(ready.graph.model, sample)
+    before = measure(files.hoist(ready.original), sample)
     after = measure(evidence.operation.model, sample)
     health = check_health(ready.graph.model, evidence.operation.model, evidence.operation.dead_branches)
     weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)

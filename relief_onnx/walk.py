@@ -6,7 +6,7 @@ united; where an operator may see every channel, units are pinned, with the reas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 from relief_onnx.coupling import Coupling, Tie, Units, ZeroReader, line_of
 from relief_onnx.detours import Detour, find_detours
 from relief_onnx.graph import Graph
+from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
@@ -27,10 +28,15 @@ __all__ = ["Walk", "trace"]
 
 
 def trace(graph: Graph, plan: Plan) -> Coupling:
-    """Walk the graph once and return its coupling."""
-    walk = Walk(graph, plan)
-    walk.run()
-    return walk.result()
+    """The coupling of a graph. A second walk lets single channels through norms over groups where whole groups hang together."""
+    found = Walk(graph, plan).run()
+    norms = [norm for norm in find_group_norms(graph) if _hangs_together(found.pictures.get(norm.source))]
+    return Walk(graph, plan, restored={norm.first: norm for norm in norms}).run() if norms else found
+
+
+def _hangs_together(picture: Units | None) -> bool:
+    """Whether all channels of a tensor are one unit."""
+    return picture is not None and picture.size > 1 and bool(picture.flat[0] >= 0) and bool((picture == picture.flat[0]).all())
 
 
 @dataclass
@@ -45,15 +51,18 @@ class Walk:
     constants: set[int] = field(default_factory=set)
     sources: dict[str, View] = field(default_factory=dict)
     zero_readers: list[ZeroReader] = field(default_factory=list)
+    restored: Mapping[int, GroupNorm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = {layer.node: layer for layer in self.plan.layers}
         self.units = UnionFind()
         self.widths = {size for layer in self.plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
         self._pins: list[tuple[int, str]] = []
-        self._tied_uses: dict[str, int] = {}
+        self._tied_uses: dict[str, list[set[int]]] = {}
+        self.emitted: dict[str, int] = {}
         self._detours = {detour.first: detour for detour in find_detours(self.graph)}
         self._away: dict[int, Detour] = {}
+        self._back = {norm.last: norm for norm in self.restored.values() if norm.last != norm.first}
 
     def unite(self, a: Units, b: Units, why: str) -> None:
         """Entry by entry; a unit that meets something untracked is pinned."""
@@ -72,7 +81,8 @@ class Walk:
 
     # -- the walk ---------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self) -> Coupling:
+        """Walk the graph once."""
         graph = self.graph
         for info in graph.inputs:
             self.untracked(info.name)
@@ -83,6 +93,7 @@ class Walk:
         for name, uses in graph.uses.items():
             if any(use.slot < 0 for use in uses):
                 self.pin(self.picture(name), "the body of a control flow node reads it")
+        return self._result()
 
     def _visit(self, index: int, node: onnx.NodeProto) -> None:
         """Carry a node; where it could if fewer axes were tracked, hold those together and try again."""
@@ -111,6 +122,14 @@ class Walk:
         if index in self.layers:
             self._layer(self.layers[index])
             return
+        if index in self.restored:
+            self._restore(self.restored[index])
+            if index in self.barriers:
+                return
+        if index in self._back:
+            self.pictures[node.output[0]] = self.picture(self._back[index].source)
+            self.barriers.add(index)
+            return
         if index in self._detours and self._leave(self._detours[index]):
             return
         if index in self._away:
@@ -128,6 +147,20 @@ class Walk:
             if row.data is not None and slot not in row.data and name in self.pictures and name not in self.sources:
                 self.pin(self.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
         KINDS[row.kind](self, index, node, row)
+
+    def _restore(self, norm: GroupNorm) -> None:
+        """Channels go through a norm over groups as they are; one of zeros can go if it still counts."""
+        picture = self.picture(norm.source)
+        if long_axes(picture) != [1]:
+            raise Barrier("its channel axis is not the only tracked one")
+        if self.graph.nodes[self.graph.producer.get(norm.source, norm.first)].op_type == "Gather":
+            # What stands there several times are zeros for channels that went before.
+            units, counts = np.unique(picture, return_counts=True)
+            self.pin(units[counts > 1], "it takes the place of channels that are gone but still count")
+        self.zero_readers.append(ZeroReader(norm.first, ((norm.source, 1),)))
+        if norm.last != norm.first:
+            self.untracked(self.graph.nodes[norm.first].output[0])
+            self.barriers.add(norm.first)
 
     def _leave(self, detour: Detour) -> bool:
         """Heads go on a detour: between its ends they are not tracked."""
@@ -203,11 +236,12 @@ class Walk:
         if layer.out_channels == 1:
             self.pin(units, f"{layer.name} has one output channel")
         self._group(layer, inputs, units)
+        since = len(self.ties)
         weight_why = f"{layer.name}: its weight {layer.weight} reaches the node through a layout that mixes channels"
         self.tie_view(layer.weight, layer.view, 0, units, weight_why, True)
         if layer.groups == 1 or layer.in_per_group > 1:
             self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], weight_why, True)
-        self.used(layer.weight)
+        self.used(layer.weight, {tie.axis for tie in self.ties[since:]})
         rank = len(graph.shape(node.output[0]) or ())
         shape = [1] * rank
         shape[layer.output_axis] = layer.out_channels
@@ -229,8 +263,9 @@ class Walk:
         for places in (inputs.reshape(layer.groups, -1), units.reshape(layer.groups, -1)):
             self.unite(places, places[:1], why)
 
-    def used(self, initializer: str) -> None:
-        self._tied_uses[initializer] = self._tied_uses.get(initializer, 0) + 1
+    def used(self, initializer: str, axes: set[int]) -> None:
+        """Note one use of an initializer, with the axes that it ties to units."""
+        self._tied_uses.setdefault(initializer, []).append(axes)
 
     def tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool) -> None:
         if view.shape[axis] == 1:
@@ -255,7 +290,7 @@ class Walk:
         if len(view.shape) > picture.ndim:
             self.pin(picture, f"{where}: the constant {tensor} has more axes than what it meets")
             return
-        self.used(source.name)
+        since = len(self.ties)
         aligned = picture.ndim - len(view.shape)
         for axis, size in enumerate(picture.shape):
             if size == 1 or axis < aligned or view.shape[axis - aligned] == 1:
@@ -265,10 +300,11 @@ class Walk:
                 continue
             # Other tracked axes are resolved at the end: what is left must be a box.
             self.tie_view(source.name, view, axis - aligned, line_of(picture, axis), f"{where}: {tensor} cannot be cut", zeroable)
+        self.used(source.name, {tie.axis for tie in self.ties[since:]})
 
     # -- the result -------------------------------------------------------------------------------------------------------
 
-    def result(self) -> Coupling:
+    def _result(self) -> Coupling:
         self._keep_what_others_read()
         axes: dict[tuple[str, int], Units] = {}
         for tie in self.ties:
@@ -277,7 +313,7 @@ class Walk:
         canonical = self.units.canonical
         pictures = {name: canonical(picture) for name, picture in self.pictures.items()}
         for name, picture in pictures.items():
-            if picture.size > 1 and picture.flat[0] >= 0 and bool((picture == picture.flat[0]).all()):
+            if _hangs_together(picture):
                 self.pin(picture, f"all channels of {name} hang together, so none can go without the others")
         pinned: dict[int, str] = {}
         for unit, why in self._pins:
@@ -292,14 +328,17 @@ class Walk:
             frozenset(self.constants),
             self.sources,
             self.zero_readers,
+            self.restored,
         )
 
     def _keep_what_others_read(self) -> None:
-        for name, uses in self._tied_uses.items():
-            if uses != self._readers(name) or self.graph.is_output(name):
-                for tie in self.ties:
-                    if tie.initializer == name:
-                        self.pin(tie.units, f"{name} is also read where it must keep its shape")
+        """An axis can be cut only if every reader follows."""
+        readers = {name: self._readers(name) for name in self._tied_uses}
+        for tie in self.ties:
+            uses = self._tied_uses.get(tie.initializer, [])
+            follow = len(uses) == readers.get(tie.initializer, 0) and all(tie.axis in axes for axes in uses)
+            if not follow or self.graph.is_output(tie.initializer):
+                self.pin(tie.units, f"{tie.initializer} is also read where it must keep its shape")
 
     def _readers(self, tensor: str) -> int:
         """Nodes that read a stored tensor, in whatever layout it reaches them."""
