@@ -146,6 +146,26 @@ def group_norm(net: Net, x: str, at_run_time: bool) -> str:
     return conv(net, y, 8, 3)
 
 
+def overlapping_norms(net: Net, x: str, form: str) -> str:
+    """A small U-Net: norms over 4 groups of 8, of 12 and, where two widths are joined, of 20 channels, so that groups overlap."""
+
+    def norm(y: str, size: int) -> str:
+        if form == "operator":
+            return str(net.op("Relu", net.op("GroupNormalization", y, net.bias(size), net.bias(size), num_groups=4)))
+        sizes = net.op("Shape", y) if form == "at run time" else net.ints(0, size, 8, 8)
+        inner = net.op("Reshape", y, net.ints(0, 4, -1))
+        inner = net.op("InstanceNormalization", inner, ones, zeros)
+        y = net.op("Mul", net.op("Reshape", inner, sizes), net.bias(size, 1, 1))
+        return str(net.op("Relu", net.op("Add", y, net.bias(size, 1, 1))))
+
+    # One vector of ones for all norms, as exporters that share equal numbers write it.
+    ones, zeros = net.constant(np.ones(4, np.float32)), net.constant(np.zeros(4, np.float32))
+    a = conv(net, norm(conv(net, x, 3, 8), 8), 8, 8)
+    b = conv(net, norm(a, 8), 8, 12)
+    c = conv(net, norm(b, 12), 12, 12)
+    return conv(net, norm(str(net.op("Concat", a, c, axis=1)), 20), 20, 3)
+
+
 def channels_last(net: Net, x: str) -> str:
     """A resized branch and a skip connection, all with channels last."""
     x = str(net.op("Transpose", net.op("Relu", conv(net, x, 3, 8)), perm=[0, 2, 3, 1]))
@@ -191,6 +211,9 @@ ARCHITECTURES: dict[str, Callable[[], Model]] = {
     "pixel shuffle": image(pixel_shuffle),
     "group norm": image(lambda net, x: group_norm(net, x, False)),
     "group norm, sizes at run time": image(lambda net, x: group_norm(net, x, True), opset=21),
+    "overlapping norms": image(lambda net, x: overlapping_norms(net, x, "operator"), opset=21),
+    "overlapping norms, in pieces": image(lambda net, x: overlapping_norms(net, x, "in pieces")),
+    "overlapping norms, sizes at run time": image(lambda net, x: overlapping_norms(net, x, "at run time")),
     "channels last": image(channels_last),
     "halves": image(halves),
 }

@@ -18,7 +18,7 @@ def test_nothing_but_the_output_is_pinned(name: str) -> None:
     graph = Graph(prepare(ARCHITECTURES[name]()[0]))
     plan = find(graph)
     coupling = trace(graph, plan)
-    assert not coupling.barriers
+    assert not coupling.barriers - {place for norm in coupling.restored.values() for place in (norm.first, norm.last)}
     assert not plan.skipped or name.startswith(("attention", "gated", "transformer", "vision"))  # tables are not layers
     assert set(coupling.pinned.values()) == {"it is an output of the model"}
 
