@@ -84,6 +84,12 @@ class Layer:
         return self.geometry is not None
 
     @property
+    def is_grouped_transposed(self) -> bool:
+        """Whether the weight is stored as a transposed convolution with groups has it: [in, out per group, *kernel]."""
+        transposed = self.geometry is not None and self.geometry.transposed
+        return transposed and self.groups > 1 and [kind for kind, _ in self.view.steps] == ["reshape", "transpose", "reshape"]
+
+    @property
     def out_channels(self) -> int:
         """Neurons or filters."""
         return self.view.shape[0]

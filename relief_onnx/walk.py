@@ -237,10 +237,7 @@ class Walk:
             self.pin(units, f"{layer.name} has one output channel")
         self._group(layer, inputs, units)
         since = len(self.ties)
-        weight_why = f"{layer.name}: its weight {layer.weight} reaches the node through a layout that mixes channels"
-        self.tie_view(layer.weight, layer.view, 0, units, weight_why, True)
-        if layer.groups == 1 or layer.in_per_group > 1:
-            self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], weight_why, True)
+        self._tie_weight(layer, inputs, units)
         self.used(layer.weight, {tie.axis for tie in self.ties[since:]})
         rank = len(graph.shape(node.output[0]) or ())
         shape = [1] * rank
@@ -251,6 +248,19 @@ class Walk:
             self.tie_constant(node.input[slot], units if layer.is_convolution else picture, layer.name, True)
         self.inputs[layer.node], self.outputs[layer.node] = inputs, units
         self.pictures[node.output[0]] = picture
+
+    def _tie_weight(self, layer: Layer, inputs: Units, units: Units) -> None:
+        why = f"{layer.name}: its weight {layer.weight} reaches the node through a layout that mixes channels"
+        if layer.is_grouped_transposed:
+            # W is [in, out per group, *kernel]: the same outputs go in each group.
+            own = View.of(layer.view.source)
+            self.tie_view(layer.weight, own, 0, inputs, why, True)
+            if layer.in_per_group > 1:
+                self.tie_view(layer.weight, own, 1, units[: own.shape[1]], why, True)
+            return
+        self.tie_view(layer.weight, layer.view, 0, units, why, True)
+        if layer.groups == 1 or layer.in_per_group > 1:
+            self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], why, True)
 
     def _group(self, layer: Layer, inputs: Units, units: Units) -> None:
         """Depthwise: a filter goes with its channel. Other groups keep equal sizes: the same place goes in each."""

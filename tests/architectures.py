@@ -136,6 +136,14 @@ def pixel_shuffle(net: Net, x: str) -> str:
     return conv(net, net.op("Reshape", y, net.ints(0, 4, 16, 16)), 4, 3)
 
 
+def transposed(net: Net, x: str, groups: int, per_group: int) -> str:
+    """A transposed convolution with groups; with one channel in each, a depthwise one."""
+    y = net.op("Relu", conv(net, x, 3, 8))
+    out = groups * per_group
+    y = net.op("ConvTranspose", y, net.weight(8, per_group, 2, 2), net.bias(out), strides=[2, 2], group=groups)
+    return conv(net, net.op("Relu", y), out, 3)
+
+
 def group_norm(net: Net, x: str, at_run_time: bool) -> str:
     """As exporters write it: Reshape, InstanceNormalization, Reshape."""
     x = conv(net, x, 3, 8)
@@ -209,6 +217,10 @@ ARCHITECTURES: dict[str, Callable[[], Model]] = {
     "squeeze and excitation": image(squeezed),
     "padded shortcut": image(padded_shortcut),
     "pixel shuffle": image(pixel_shuffle),
+    "transposed, two groups": image(lambda net, x: transposed(net, x, 2, 3)),
+    "transposed, four groups": image(lambda net, x: transposed(net, x, 4, 2)),
+    "transposed, depthwise": image(lambda net, x: transposed(net, x, 8, 1)),
+    "transposed, depthwise, doubled": image(lambda net, x: transposed(net, x, 8, 2)),
     "group norm": image(lambda net, x: group_norm(net, x, False)),
     "group norm, sizes at run time": image(lambda net, x: group_norm(net, x, True), opset=21),
     "overlapping norms": image(lambda net, x: overlapping_norms(net, x, "operator"), opset=21),
