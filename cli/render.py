@@ -148,9 +148,9 @@ def _print_layers(console: Console, rows: Sequence[Mapping[str, Any]], unit: str
 
 def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     times = before["bytes"] / max(after["bytes"], 1)
-    size = f"the file is {times:.2f} times smaller" if times > 1 else "the file is not smaller"
+    size = f"the file is {times:.2f} times smaller and" if times > 1 else "the file is not smaller, but"
     return (
-        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} and verified. "
+        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} verified. "
         f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
     )
 

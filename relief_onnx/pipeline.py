@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def score(
         raise _nothing(ready.plan, {})
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
-        return _measure(ready, dataset, options, None, progress, None)[0]
+        return _measure(ready, dataset, options, None, progress, None)
 
 
 def prune(
@@ -136,7 +136,7 @@ def prune(
             found: Scores = read_scores(Path(scores), ready.plan, options.scored)
             rules.measure_alone(dataset, options, progress)
         else:
-            found, _ = _measure(ready, dataset, options, rules, progress, folder)
+            found = _measure(ready, dataset, options, rules, progress, folder)
     with clock("mask"):
         masks, choices = _masks(ready, options, found, weights)
         masks, gates = rules.apply(masks)
@@ -217,14 +217,14 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _alpha(options: Options) -> Any:
+def _alpha(options: Options) -> Callable[[Layer], float]:
     def alpha(layer: Layer) -> float:
         return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
 
     return alpha
 
 
-def _unit_alpha(options: Options) -> Any:
+def _unit_alpha(options: Options) -> Callable[[Layer], float]:
     def alpha(layer: Layer) -> float:
         return options.unit_alpha_for((layer.name, layer.weight), layer.is_convolution)
 
@@ -243,21 +243,20 @@ def _measure(
     rules: PaperRules | None,
     progress: calibrate.Progress,
     folder: Path | None,
-) -> tuple[Scores, int]:
+) -> Scores:
     """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs."""
     key = _key(ready, dataset, options)
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        return read_scores(stored, ready.plan, options.scored), 0
+        return read_scores(stored, ready.plan, options.scored)
     wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored)
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
-    samples = 0
     if folder is not None:
         files.save(probe.model, folder / "probe.onnx")
     if wanted:
-        samples, _ = calibrate.run(
+        calibrate.run(
             probe,
             wanted,
             dataset,
@@ -268,9 +267,11 @@ def _measure(
         )
     scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
     if stored is not None:
+        note = stored.with_suffix(".json")
+        note.unlink(missing_ok=True)  # no moment in which an old note stands beside new scores
         write_scores(scores, stored)
-        files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
-    return scores, samples
+        files.write_atomically(note, json.dumps({"key": key}).encode())
+    return scores
 
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:

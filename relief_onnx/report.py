@@ -18,7 +18,7 @@ from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.dataset import Dataset
 from relief_onnx.health import Health, check_health
-from relief_onnx.layers import Layer
+from relief_onnx.layers import Layer, Skipped
 from relief_onnx.masks import Masks
 from relief_onnx.measure import measure
 from relief_onnx.options import Options
@@ -110,14 +110,20 @@ class Evidence:
         """One row for every weight that some tool could prune."""
         packed = {item.name: item for item in self.packed}
         rows = [self._row(layer, packed.get(layer.weight)) for layer in self._layers()]
-        return rows + [
-            {
-                "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped", "reason": row.reason,
-                "connections": int(np.prod(row.shape)), "connections_kept": int(np.prod(row.shape)),
-                "weights": int(np.prod(row.shape)), "weights_kept": int(np.prod(row.shape)), "alpha": None,
-            }
-            for row in self.ready.plan.skipped
-        ]  # fmt: skip
+        sizes = {item.name: int(np.prod(item.dims)) for item in self.operation.model.graph.initializer}
+        return rows + [self._skipped_row(row, sizes) for row in self.ready.plan.skipped]
+
+    def _skipped_row(self, row: Skipped, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """A weight that no rule ranks, such as an embedding; it can still be narrower, where channels of layers that it meets went."""
+        before = int(np.prod(row.shape))
+        left = min(sizes.get(row.weight, 0), before) if row.weight in self.ready.graph.initializers else before
+        reason = (
+            row.reason if left == before else f"it lost channels with the layers that it is coupled to; no others, because {row.reason}"
+        )
+        return {
+            "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped" if left == before else "pruned", "reason": reason,
+            "connections": before, "connections_kept": left, "weights": before, "weights_kept": left, "alpha": None,
+        }  # fmt: skip
 
     def _row(self, layer: Layer, packed: PackedTensor | None) -> dict[str, Any]:
         chosen = layer.weight not in self.reasons

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from architectures import C, dense, text
 from helpers import CALIB, LENET, SAMPLES, run
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+import relief_onnx
 
 MODELS = ("lenet300", "lenet5", "resnet8")
 GRANULARITIES = ("channel", "channel+connection", "channel+weight")
@@ -164,3 +167,17 @@ def test_the_alpha_of_a_row_is_the_one_that_was_used(tmp_path: Path) -> None:
         options = ("--granularity", granularity, "--alpha-channel", "0.9", "--json", "-", "-o", tmp_path / f"{granularity}.onnx")
         report = json.loads(run("prune", LENET, *FEW, *options).stdout)
         assert {row["alpha"] for row in report["layers"]} == {wanted}
+
+
+def test_a_table_counts_what_went_with_its_channels() -> None:
+    """An embedding is ranked by nobody, yet its columns go with the channels of the layers that read it."""
+    model, feed = text(lambda net, x: dense(net, net.op("Relu", dense(net, x, C, 16)), 16, 5))()
+    result = relief_onnx.prune(model, [feed], granularity="channel", alpha=0.6, round_to=1, storage="dense")
+    after = {item.name: numpy_helper.to_array(item) for item in result.model.graph.initializer}
+    rows = {row["weight"]: row for row in result.report["layers"]}
+    for row in rows.values():
+        assert row["weights_kept"] == np.count_nonzero(after[row["weight"]])
+    (table,) = (row for name, row in rows.items() if name.startswith("table"))
+    assert table["status"] == "pruned"
+    assert table["weights_kept"] < table["weights"]
+    assert table["reason"].startswith("it lost channels with the layers that it is coupled to; ")
