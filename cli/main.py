@@ -131,7 +131,9 @@ def main() -> None:
 @_bundle(_DATA)
 @click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .pruned.onnx.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
-@click.option("--alpha", type=float, help="Share of each neuron's contribution to keep, above 0 and up to 1.")
+@click.option(
+    "--alpha", type=float, help="Share of each neuron's contribution to keep, above 0 and up to 1 (of channels: of a group's importance)."
+)
 @click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.98).")
 @click.option("--alpha-fc", type=float, help="The same, for fully connected layers only (default 0.95).")
 @click.option(
@@ -139,13 +141,19 @@ def main() -> None:
 )
 @_GRANULARITY
 @click.option(
-    "--alpha-channel", type=float, help="Share of importance that the channels kept of a group carry (default: the layer's alpha)."
+    "--alpha-channel",
+    type=float,
+    help="Share of importance that the channels kept of a group carry (default --alpha, or 0.97 where no alpha is given).",
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
 @click.option("--bias", type=click.Choice(["keep", "prune"]), help="Whether biases may be removed (default keep).")
 @click.option("--skip-rule", type=click.Choice(["off", "branch", "both"]), help="The paper's rule for residual connections (default off).")
-@click.option("--silent", type=click.Choice(["keep", "remove"]), help="Units that are 0 on all samples (default keep).")
+@click.option(
+    "--silent",
+    type=click.Choice(["keep", "remove"]),
+    help="Units that are 0 on all samples: leave them to their scores, or always remove them (default keep).",
+)
 @click.option("--preset", type=click.Choice(["paper"]), help="All choices of arXiv 2109.10795 at once.")
 @click.option("--skip", help="Leave alone the nodes or weights whose name matches this regular expression.")
 @click.option("--only", help="Prune only the nodes or weights whose name matches this regular expression.")
@@ -167,7 +175,7 @@ def prune(
     Examples:
       relief-onnx prune model.onnx --data calib/
       relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
-      relief-onnx prune model.onnx --data calib/ --granularity channel --alpha 0.9
+      relief-onnx prune model.onnx --data calib/ --granularity channel --alpha 0.95
     """
     from relief_onnx import pipeline
     from relief_onnx.options import read_recipe
@@ -224,8 +232,11 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
         found = pipeline.score(model, data, images=_images(values), progress=progress, **values)
     write_scores(found, output)
     if not quiet:
+        # The scores hold for this granularity only, so the command that uses them has to name it.
+        granularity = f" --granularity {values['granularity']}" if values["granularity"] else ""
         click.echo(
-            f"Scores of {len(found)} layers are in {output}; use them with: relief-onnx prune {model} --data {data} --scores {output}"
+            f"Scores of {len(found)} layers are in {output}; use them with: "
+            f"relief-onnx prune {model} --data {data} --scores {output}{granularity}"
         )
 
 

@@ -66,8 +66,14 @@ def _count(value: int | None) -> str:
 def _table(*columns: str, title: str = "") -> Table:
     table = Table(title=title or None, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
     for name in columns:
-        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        number = name.startswith(">")
+        table.add_column(name.lstrip(">"), justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
+
+
+def _narrow(console: Console) -> bool:
+    """Whether a table of all columns would be cut into slivers."""
+    return console.width < 110
 
 
 def _agreement(quality: Mapping[str, Any]) -> list[str]:
@@ -94,16 +100,7 @@ def _accuracy(quality: Mapping[str, Any]) -> list[str]:
 def prune_report(report: Mapping[str, Any]) -> None:
     """The closing table of `prune`, the totals, and what to do next."""
     console = _console()
-    unit = "weights" if report["options"]["granularity"] == "weight" else "connections"
-    table = _table("layer", "operator", "status", f">{unit} kept", ">of", ">%", ">channels", "stored as", "reason")
-    for row in report["layers"]:
-        share = 100 * row[f"{unit}_kept"] / max(row[unit], 1)
-        channels = row.get("channels")
-        table.add_row(
-            escape(row["node"]), row["op"], row["status"], f"{row[f'{unit}_kept']:,}", f"{row[unit]:,}", f"{share:.1f}",
-            "" if channels is None else f"{channels[1]}/{channels[0]}", row.get("storage", ""), escape(row["reason"] or ""),
-        )  # fmt: skip
-    console.print(table)
+    _print_layers(console, report["layers"], "weights" if report["options"]["granularity"].endswith("weight") else "connections")
     if report["groups"]:
         console.print()
         console.print(_cut_groups(report["groups"]))
@@ -127,11 +124,33 @@ def prune_report(report: Mapping[str, Any]) -> None:
     console.print(_closing(report, totals, before, after), markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_layers(console: Console, rows: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """What happened to every weight; in a narrow window the reasons of what was not pruned stand below the table."""
+    narrow = _narrow(console)
+    numbers = (f">{unit} kept", ">of", ">%", ">channels")
+    table = _table("layer", "status", *numbers) if narrow else _table("layer", "operator", "status", *numbers, "stored as", "reason")
+    for row in rows:
+        channels = row.get("channels")
+        shown = (
+            f"{row[f'{unit}_kept']:,}", f"{row[unit]:,}", f"{100 * row[f'{unit}_kept'] / max(row[unit], 1):.1f}",
+            "" if channels is None else f"{channels[1]}/{channels[0]}",
+        )  # fmt: skip
+        layer, reason = escape(row["node"]), escape(row["reason"] or "")
+        if narrow:
+            table.add_row(layer, row["status"], *shown)
+        else:
+            table.add_row(layer, row["op"], row["status"], *shown, row.get("storage", ""), reason)
+    console.print(table)
+    for row in rows if narrow else ():
+        if row["status"] != "pruned":
+            console.print(f"{row['node']} {row['status']}: {row['reason']}", markup=False, highlight=False)
+
+
 def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     times = before["bytes"] / max(after["bytes"], 1)
-    size = f"the file is {times:.2f} times smaller" if times > 1 else "the file is not smaller"
+    size = f"the file is {times:.2f} times smaller and" if times > 1 else "the file is not smaller, but"
     return (
-        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} and verified. "
+        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} verified. "
         f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
     )
 
@@ -139,31 +158,45 @@ def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mappi
 def overview(document: Mapping[str, Any]) -> None:
     """The tables of `inspect`."""
     console = _console()
-    table = _table(
-        "layer", "operator", "weight", ">shape", ">weights", ">MACs", ">removable channels", "why not all", title="Can be pruned"
-    )
-    for row in document["layers"]:
-        table.add_row(
-            escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), f"{row['weights']:,}",
-            _count(row["macs"]),
-            f"{row['removable_channels']}/{row['out_channels']}", escape(row["channel_reason"] or ""),
-        )  # fmt: skip
-    console.print(table)
+    if document["layers"]:
+        console.print(_layers(document["layers"], _narrow(console)))
     if document["skipped"]:
         table = _table("node", "operator", "weight", ">shape", "reason", title="Left alone")
         for row in document["skipped"]:
             table.add_row(escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), escape(row["reason"]))
         console.print()
         console.print(table)
-    console.print()
-    console.print(_groups(document["groups"]))
+    if document["groups"]:
+        console.print()
+        console.print(_groups(document["groups"]))
     totals = document["totals"]
     console.print(
         f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['skipped_weights']:,} are left alone; "
-        f"{totals['coupled_params']:,} of {document['input']['params']:,} parameters go with some channel that can go. "
-        f"Next: relief-onnx prune {document['input']['path']} --data FOLDER",
+        f"{totals['coupled_params']:,} of {document['input']['params']:,} parameters belong to channels that can go. {_next(document)}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _next(document: Mapping[str, Any]) -> str:
+    """The command that makes sense after this look at a model."""
+    if not document["layers"]:
+        return "There is nothing to prune in this model."
+    channels = " [--granularity channel]" if document["totals"]["coupled_params"] else ""
+    return f"Next: relief-onnx prune {document['input']['path']} --data FOLDER{channels}"
+
+
+def _layers(rows: Sequence[Mapping[str, Any]], narrow: bool) -> Table:
+    """The weights that can be pruned; a narrow window has no room for their names beside those of their nodes."""
+    numbers = (">shape", ">weights", ">MACs", ">channels that can go")
+    columns = ("layer", *numbers[:-1], ">can go") if narrow else ("layer", "operator", "weight", *numbers)
+    table = _table(*columns, "why not all", title="Can be pruned")
+    for row in rows:
+        names = (escape(row["node"]),) if narrow else (escape(row["node"]), row["op"], escape(row["weight"]))
+        table.add_row(
+            *names, "x".join(map(str, row["shape"])), f"{row['weights']:,}", _count(row["macs"]),
+            f"{row['removable_channels']}/{row['out_channels']}", escape(row["channel_reason"] or ""),
+        )  # fmt: skip
+    return table
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
@@ -175,12 +208,12 @@ def _some(names: Sequence[str], shown: int = 3) -> str:
 def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line for channels that stand and fall together, wherever they are."""
     table = _table(
-        "#", ">units", ">can go", ">channels per unit", "written by", "read by", "why not all",
-        title="Coupled channels: a unit that goes takes its channel out of every layer named here",
+        ">#", ">units", ">can go", ">channels each", "written by", "read by", "why not all",
+        title="Coupled channels: a unit that goes takes its channels out of every layer named in its line",
     )  # fmt: skip
     for number, row in enumerate(rows, 1):
         table.add_row(
-            str(number), str(row["channels"]), str(row["removable"]), str(row["width"]), _some(row["members"]), _some(row["readers"]),
+            str(number), f"{row['channels']:,}", f"{row['removable']:,}", str(row["width"]), _some(row["members"]), _some(row["readers"]),
             escape(row["reason"] or ""),
         )  # fmt: skip
     return table

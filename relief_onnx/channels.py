@@ -133,7 +133,7 @@ def _choose_in(
         return nothing(next(iter(group.pinned.values()), "it has no channels of its own"))
     excluded = [layer.name for layer in (*group.layers, *group.readers) if layer.weight not in allowed]
     if excluded:
-        return nothing(f"--skip or --only keeps {excluded[0]} as it is")
+        return nothing(f"--skip or --only leaves {excluded[0]} alone, which makes or reads them too")
     if not group.readers:
         return nothing("no layer reads it, so the share that it carries is not known")
     alphas = [alpha(layer) for layer in group.layers or group.readers]
@@ -151,8 +151,8 @@ def _choose_in(
     if removed:
         return Choice(group, removed, f"units below the cut: {len(removed)} of {group.size}")
     if kept < len(free):
-        return nothing(f"rounding up to a multiple of {round_to} channels keeps all; --round-to 1 does not round")
-    return nothing(f"every unit is needed to keep {wanted:g} of what its readers get")
+        return nothing(f"rounded up to a multiple of {round_to} channels, all of them stay; a smaller --round-to removes more")
+    return nothing(f"every unit is needed at alpha {wanted:g}")
 
 
 def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:

@@ -6,7 +6,7 @@ largest number of layers on a way from an input to an output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -90,15 +90,12 @@ class Health:
         found = []
         if self.collapsed:
             found.append(
-                f"hardly anything is left of {', '.join(self.collapsed[:3])}"
-                f"{f' and {len(self.collapsed) - 3} more layers' if len(self.collapsed) > 3 else ''}; "
-                "the model has probably lost its function, raise alpha"
+                f"hardly anything is left of {_some(self.collapsed, 'layer')}; the model has probably lost its function, raise alpha"
             )
-        found += [
-            f"output {name} no longer depends on the input: everything on its way was removed, raise alpha"
-            for name in self.after.detached
-            if name not in self.before.detached
-        ]
+        detached = [name for name in self.after.detached if name not in self.before.detached]
+        if detached:
+            verb = "depends" if len(detached) == 1 else "depend"
+            found.append(f"{_some(detached, 'output')} no longer {verb} on the input: everything on the way was removed, raise alpha")
         found += [f"the branch into {item.join} died and was removed as a block, {len(item.nodes)} nodes" for item in self.dead_branches]
         if self.after.depth < self.before.depth:
             found.append(f"the model is less deep: {self.after.depth} layers on its longest way instead of {self.before.depth}")
@@ -114,6 +111,12 @@ class Health:
             "detached_outputs": list(self.after.detached),
             "dead_branches": [asdict(branch) | {"nodes": list(branch.nodes)} for branch in self.dead_branches],
         }
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    """The first three names with their kind, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
 def check_health(before: onnx.ModelProto, after: onnx.ModelProto, dead_branches: tuple[DeadBranch, ...]) -> Health:

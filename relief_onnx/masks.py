@@ -16,7 +16,7 @@ from relief_onnx.layers import Layer, Plan
 from relief_onnx.scoring import LayerScore, Scores
 from relief_onnx.views import View
 
-__all__ = ["Masks", "insert", "keep_prefix", "make_masks"]
+__all__ = ["Masks", "applied", "initializer_masks", "insert", "keep_all", "keep_prefix", "make_masks"]
 
 Flags = NDArray[np.bool_]
 
@@ -82,6 +82,15 @@ def make_masks(plan: Plan, scores: Scores, weights: frozenset[str], alpha: Calla
             keeps[weight] = _united(layers, [keep for keep, _ in made])
             biases[weight] = np.ones(layers[0].out_channels, bool)
     return Masks(keeps, biases)
+
+
+def keep_all(plan: Plan, weights: frozenset[str]) -> Masks:
+    """Masks of connections that remove nothing from the chosen weights."""
+    layers = {weight: readers[0] for weight, readers in plan.by_weight().items() if weight in weights}
+    return Masks(
+        {weight: np.ones(layer.view.shape[:2], bool) for weight, layer in layers.items()},
+        {weight: np.ones(layer.out_channels, bool) for weight, layer in layers.items()},
+    )
 
 
 def _united(layers: tuple[Layer, ...], keeps: list[Flags]) -> Flags:

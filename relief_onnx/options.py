@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 import re
 import tomllib
 from collections.abc import Mapping
@@ -98,9 +99,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("alpha", "alpha_conv", "alpha_fc", "alpha_channel"), (float, int)),
-    **dict.fromkeys(("samples", "seed", "threads", "round_to"), (int,)),
+# What an option must be (numpy's numbers count too), as what it is stored, and how to say so.
+_TYPES: Mapping[str, tuple[type, type, str]] = {
+    **dict.fromkeys(("alpha", "alpha_conv", "alpha_fc", "alpha_channel"), (numbers.Real, float, "number")),
+    **dict.fromkeys(("samples", "seed", "threads", "round_to"), (numbers.Integral, int, "whole number")),
 }  # fmt: skip
 
 
@@ -118,26 +120,44 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
     for key in values:
         if key not in _FIELDS:
             raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
+    values = {key: _layers("", value) if key == "layers" else _typed("", key, value) for key, value in values.items()}
     options = replace(Options(), **values)
+    _check_channel_options(options, given)
     for key in (*alphas, "alpha_channel"):
         _check_alpha(key, getattr(options, key))
     for _, alpha in options.layers:
         _check_alpha("alpha of a layer", alpha)
     for key, choices in CHOICES.items():
         if getattr(options, key) not in choices:
-            raise RecipeError(f"{key} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
+            raise RecipeError(f"{_shown(key)} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
     for key in ("skip", "only"):
         _check_pattern(key, getattr(options, key))
     for key, least in (("samples", 1), ("threads", 0), ("seed", 0), ("round_to", 1)):
         value = getattr(options, key)
         if value is not None and value < least:
-            raise RecipeError(f"{key} is {value}; give {least} or more")
+            raise RecipeError(f"{_shown(key)} is {value}; give {least} or more")
     return options
+
+
+def _shown(key: str) -> str:
+    """An option's name as the command line and a recipe write it."""
+    return key.replace("_", "-")
+
+
+def _check_channel_options(options: Options, given: Mapping[str, Any]) -> None:
+    """What only means something for channels is no silent no-op where the user asks for it; a recipe may hold it for other runs."""
+    idle = [key for key in ("alpha_channel", "round_to") if given.get(key) is not None]
+    if idle and options.granularity in CHOICES["granularity"] and not options.by_channel:
+        raise RecipeError(
+            f"{_shown(idle[0])} does nothing at granularity {options.granularity}; add --granularity channel (alone or with "
+            "+connection, +weight), or leave it out"
+        )
 
 
 def _check_alpha(key: str, value: float | None) -> None:
     if value is not None and not 0.0 < value <= 1.0:
-        raise RecipeError(f"{key} is {value}; it is the share of contribution to keep, above 0 and at most 1")
+        what = "importance" if key == "alpha_channel" else "contribution"
+        raise RecipeError(f"{_shown(key)} is {value}; it is the share of {what} to keep, above 0 and at most 1")
 
 
 def _check_pattern(key: str, pattern: str | None) -> None:
@@ -162,22 +182,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in valid:
-            near = _nearest(name, valid).replace("_", "-")
-            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {near!r}?")
-        recipe[name] = _layers(path, value) if name == "layers" else _typed(path, name, value)
+            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {_shown(_nearest(name, valid))!r}?")
+        recipe[name] = _layers(f"{path}: ", value) if name == "layers" else _typed(f"{path}: ", name, value)
     return recipe
 
 
-def _typed(path: Path, name: str, value: Any) -> Any:
-    wanted = _TYPES.get(name, (str,))
+def _typed(where: str, name: str, value: Any) -> Any:
+    wanted, made, kind = _TYPES.get(name, (str, str, "string"))
     if isinstance(value, bool) or not isinstance(value, wanted):
-        raise RecipeError(f"{path}: {name} is {value!r}; it must be a {'number' if name in _TYPES else 'string'}")
-    return value
+        raise RecipeError(f"{where}{_shown(name)} is {value!r}; it must be a {kind}")
+    return made(value)
 
 
-def _layers(path: Path, value: Any) -> tuple[tuple[str, float], ...]:
+def _layers(where: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """Pairs from a table {pattern: alpha}; pairs are taken as they are."""
+    if isinstance(value, tuple):
+        return value
     if not isinstance(value, dict) or not all(isinstance(item, float | int) for item in value.values()):
-        raise RecipeError(f'{path}: [layers] must hold lines such as "regular expression" = 0.99')
+        raise RecipeError(f'{where}[layers] must hold lines such as "regular expression" = 0.99')
     for pattern in value:
-        _check_pattern(f"{path}: layer pattern", pattern)
+        _check_pattern(f"{where}layer pattern", pattern)
     return tuple((pattern, float(alpha)) for pattern, alpha in value.items())

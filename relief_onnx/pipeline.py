@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice, choose, unit_masks, without_units
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import ModelError, NothingPrunedError, OutputError
+from relief_onnx.errors import ModelError, NothingPrunedError, OutputError, RecipeError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
-from relief_onnx.masks import Masks, applied, initializer_masks, insert, make_masks
+from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks
 from relief_onnx.options import Options, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
@@ -85,7 +85,7 @@ def score(
         raise _nothing(ready.plan, {})
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
-        return _measure(ready, dataset, options, None, progress, None)[0]
+        return _measure(ready, dataset, options, None, progress, None)
 
 
 def prune(
@@ -107,12 +107,15 @@ def prune(
     """Prune a model with calibration data, verify the result in onnxruntime and, with `output`, write it.
 
     source: path of an .onnx file, or a ModelProto. data: a path, an iterable of feeds (dict of arrays, batch first), or an onnxruntime
-    CalibrationDataReader. Further keywords are the fields of `Options` (alpha, criterion, skip ...).
+    CalibrationDataReader. Further keywords are the fields of `Options`: alpha, granularity ("connection", "weight", "channel",
+    "channel+connection" or "channel+weight"), round_to, alpha_channel, criterion, skip ...
 
     Raises ReliefError subclasses: bad input (exit code 1), VerificationError (3), NothingPrunedError (4). Then nothing is written at
     `output`.
     """
     options = resolve(preset, recipe or {}, given)
+    if scores is not None and given.get("criterion") is not None:
+        raise RecipeError(f"criterion has no effect on what {scores} holds already; leave out --criterion, or --scores to measure again")
     clock = _Clock()
     with clock("load"):
         ready = prepare(source)
@@ -133,19 +136,9 @@ def prune(
             found: Scores = read_scores(Path(scores), ready.plan, options.scored)
             rules.measure_alone(dataset, options, progress)
         else:
-            found, _ = _measure(ready, dataset, options, rules, progress, folder)
+            found = _measure(ready, dataset, options, rules, progress, folder)
     with clock("mask"):
-        choices: tuple[Choice, ...] = ()
-        shares, masks = found, Masks({}, {})
-        if options.by_channel:
-            coupling = trace(ready.graph, ready.plan)
-            choices = tuple(choose(ready.plan, coupling, found, alpha=_unit_alpha(options), allowed=weights, round_to=options.round_to))
-            removed = frozenset(unit for choice in choices for unit in choice.removed)
-            shares = without_units(ready.plan, coupling, found, removed)
-        if options.fine is not None:
-            masks = make_masks(ready.plan, shares, weights, _alpha(options), options.bias == "prune")
-        if options.by_channel:
-            masks = unit_masks(ready.graph, ready.plan, coupling, removed, masks)
+        masks, choices = _masks(ready, options, found, weights)
         masks, gates = rules.apply(masks)
         flags = initializer_masks(ready.plan, masks)
         masked = rules.insert_gates(insert(ready.graph, flags), gates)
@@ -156,7 +149,7 @@ def prune(
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
     evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, choices, shipped)
     if not evidence.pruned:
-        raise _nothing(ready.plan, {**reasons, **evidence.kept_reasons()})
+        raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
     with clock("verify"):
         verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads)
     with clock("compare"):
@@ -184,6 +177,23 @@ def prune(
     return Result(shipped, masked, masks, found, report)
 
 
+def _masks(ready: Prepared, options: Options, scores: Scores, weights: frozenset[str]) -> tuple[Masks, tuple[Choice, ...]]:
+    """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
+
+    def fine_masks(shares: Scores) -> Masks:
+        if options.fine is None:
+            return keep_all(ready.plan, weights)
+        return make_masks(ready.plan, shares, weights, _alpha(options), options.bias == "prune")
+
+    if not options.by_channel:
+        return fine_masks(scores), ()
+    coupling = trace(ready.graph, ready.plan)
+    choices = tuple(choose(ready.plan, coupling, scores, alpha=_unit_alpha(options), allowed=weights, round_to=options.round_to))
+    removed = frozenset(unit for choice in choices for unit in choice.removed)
+    inside = fine_masks(without_units(ready.plan, coupling, scores, removed))
+    return unit_masks(ready.graph, ready.plan, coupling, removed, inside), choices
+
+
 @contextmanager
 def _named(path: Path | None) -> Iterator[None]:
     """Name the user's file where onnxruntime refuses a model that was made from it."""
@@ -208,14 +218,14 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _alpha(options: Options) -> Any:
+def _alpha(options: Options) -> Callable[[Layer], float]:
     def alpha(layer: Layer) -> float:
         return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
 
     return alpha
 
 
-def _unit_alpha(options: Options) -> Any:
+def _unit_alpha(options: Options) -> Callable[[Layer], float]:
     def alpha(layer: Layer) -> float:
         return options.unit_alpha_for((layer.name, layer.weight), layer.is_convolution)
 
@@ -234,21 +244,20 @@ def _measure(
     rules: PaperRules | None,
     progress: calibrate.Progress,
     folder: Path | None,
-) -> tuple[Scores, int]:
+) -> Scores:
     """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs."""
     key = _key(ready, dataset, options)
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        return read_scores(stored, ready.plan, options.scored), 0
+        return read_scores(stored, ready.plan, options.scored)
     wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored)
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
-    samples = 0
     if folder is not None:
         files.save(probe.model, folder / "probe.onnx")
     if wanted:
-        samples, _ = calibrate.run(
+        calibrate.run(
             probe,
             wanted,
             dataset,
@@ -259,9 +268,11 @@ def _measure(
         )
     scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
     if stored is not None:
+        note = stored.with_suffix(".json")
+        note.unlink(missing_ok=True)  # no moment in which an old note stands beside new scores
         write_scores(scores, stored)
-        files.write_atomically(stored.with_suffix(".json"), json.dumps({"key": key}).encode())
-    return scores, samples
+        files.write_atomically(note, json.dumps({"key": key}).encode())
+    return scores
 
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
@@ -283,6 +294,8 @@ def _work_folder(work_dir: str | os.PathLike[str] | None) -> Path | None:
     if work_dir is None:
         return None
     folder = Path(work_dir)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file, not a folder; choose another --work-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -291,7 +304,8 @@ def _work_folder(work_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
-    rows = [(row.weight, row.reason) for row in plan.skipped] + list(reasons.items())
+    # The reasons that another option would change come first.
+    rows = list(reasons.items()) + [(row.weight, row.reason) for row in plan.skipped]
     if not rows:
         return NothingPrunedError("nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight")
     return NothingPrunedError(

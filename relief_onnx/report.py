@@ -18,7 +18,7 @@ from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.dataset import Dataset
 from relief_onnx.health import Health, check_health
-from relief_onnx.layers import Layer
+from relief_onnx.layers import Layer, Skipped
 from relief_onnx.masks import Masks
 from relief_onnx.measure import measure
 from relief_onnx.options import Options
@@ -83,31 +83,47 @@ class Evidence:
         }
 
     def _group_reasons(self, layer: Layer) -> list[str]:
-        """Why the channels that a layer makes, and those that it reads, were not cut."""
+        """Why the channels that a layer makes, and those that it reads, were not cut; each reason once."""
         own = [choice.reason for choice in self.choices if layer in choice.group.layers and not choice.removed]
         read = [choice.reason for choice in self.choices if layer in choice.group.readers and not choice.removed]
-        return [f"its channels: {reason}" for reason in own] + [f"the channels that it reads: {reason}" for reason in read]
+        whose = {
+            reason: "the channels that it makes and reads" if reason in own and reason in read
+            else "its channels" if reason in own else "the channels that it reads"
+            for reason in (*own, *read)
+        }  # fmt: skip
+        return [f"{channels}: {reason}" for reason, channels in whose.items()]
 
     def _kept_reason(self, layer: Layer) -> str:
         if self.options.fine is None:
             return "; ".join(self._group_reasons(layer)) or "no channel that it makes or reads can be told apart"
-        alpha = self.options.alpha_for((layer.name, layer.weight), layer.is_convolution)
+        alpha = self._alpha(layer)
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
             return f"some node that shares it needs each {self._unit} at alpha {alpha:g}"
         return f"every {self._unit} is needed to keep {alpha:g} of the contribution of its output"
+
+    def _alpha(self, layer: Layer) -> float:
+        """The share that the finest rule of this run kept of a layer: of connections or weights, else of the channels of its group."""
+        share = self.options.unit_alpha_for if self.options.fine is None else self.options.alpha_for
+        return share((layer.name, layer.weight), layer.is_convolution)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for every weight that some tool could prune."""
         packed = {item.name: item for item in self.packed}
         rows = [self._row(layer, packed.get(layer.weight)) for layer in self._layers()]
-        return rows + [
-            {
-                "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped", "reason": row.reason,
-                "connections": int(np.prod(row.shape)), "connections_kept": int(np.prod(row.shape)),
-                "weights": int(np.prod(row.shape)), "weights_kept": int(np.prod(row.shape)), "alpha": None,
-            }
-            for row in self.ready.plan.skipped
-        ]  # fmt: skip
+        sizes = {item.name: int(np.prod(item.dims)) for item in self.operation.model.graph.initializer}
+        return rows + [self._skipped_row(row, sizes) for row in self.ready.plan.skipped]
+
+    def _skipped_row(self, row: Skipped, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """A weight that no rule ranks, such as an embedding; it can still be narrower, where channels of layers that it meets went."""
+        before = int(np.prod(row.shape))
+        left = min(sizes.get(row.weight, 0), before) if row.weight in self.ready.graph.initializers else before
+        reason = (
+            row.reason if left == before else f"it lost channels with the layers that it is coupled to; no others, because {row.reason}"
+        )
+        return {
+            "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped" if left == before else "pruned", "reason": reason,
+            "connections": before, "connections_kept": left, "weights": before, "weights_kept": left, "alpha": None,
+        }  # fmt: skip
 
     def _row(self, layer: Layer, packed: PackedTensor | None) -> dict[str, Any]:
         chosen = layer.weight not in self.reasons
@@ -123,7 +139,7 @@ class Evidence:
             "connections": connections.size, "connections_kept": int(connections.sum()),
             "connections_kept_by_rule": int(_connections(rule).sum()),
             "weights": left.size, "weights_kept": int(left.sum()),
-            "alpha": self.options.alpha_for((layer.name, layer.weight), layer.is_convolution) if chosen else None,
+            "alpha": self._alpha(layer) if chosen else None,
             "channels": list(self.operation.channels[layer.name]),
             "storage": packed.storage if packed is not None else "dense",
         }  # fmt: skip
@@ -135,7 +151,7 @@ class Evidence:
             before, left, rule = _connections(before), _connections(left), _connections(rule)
         rule = rule.reshape(*rule.shape, *(1,) * (before.ndim - rule.ndim))
         below, dead = int((before & ~rule).sum()), int((before & rule & ~left).sum())
-        cut = "of channels below the cut, or with a score below it" if self.options.by_channel else "with a score below the cut"
+        cut = "below the cut, by their own score or with their channel" if self.options.by_channel else "with a score below the cut"
         if self.options.fine is None:
             cut = "of channels below the cut"
         parts = (f"{cut}: {below}" if below else "", f"of dead units: {dead}" if dead else "")
@@ -221,6 +237,9 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: i
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
     if worst < 0.9:
         found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")
+    classes = [item.top1 for item in quality.outputs.values() if item.top1 is not None]
+    if worst >= 0.9 and classes and min(classes) < 0.9:
+        found.append(f"the top class is another one on {100 * (1 - min(classes)):.1f} % of the samples; raise alpha")
     return found
 
 

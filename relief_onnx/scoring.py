@@ -193,7 +193,8 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
         if arrays[name].shape != shape and other is not None and name.endswith("/score"):
             raise DataError(
                 f"{path} was measured with --granularity {other}: {name} is {list(arrays[name].shape)}, {granularity} granularity needs "
-                f"{list(shape)}; measure again with relief-onnx score --granularity {granularity}, or prune with --granularity {other}"
+                f"{list(shape)}; measure again with relief-onnx score --granularity {granularity}, or prune with --granularity {other} or "
+                f"channel+{other}"
             )
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise DataError(f"{path}: {name} is {list(arrays[name].shape)}, the model needs {list(shape)} finite numbers; measure again")

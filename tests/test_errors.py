@@ -244,8 +244,16 @@ def test_every_command_names_the_bad_file(command: str, here: Path) -> None:
 
 OPTIONS: dict[str, str] = {
     "--alpha 0": "alpha is 0.0; it is the share of contribution to keep, above 0 and at most 1.",
-    "--alpha-conv 1.5": "alpha_conv is 1.5; it is the share of contribution to keep, above 0 and at most 1.",
-    "--alpha-fc nan": "alpha_fc is nan; it is the share of contribution to keep, above 0 and at most 1.",
+    "--alpha-conv 1.5": "alpha-conv is 1.5; it is the share of contribution to keep, above 0 and at most 1.",
+    "--alpha-fc nan": "alpha-fc is nan; it is the share of contribution to keep, above 0 and at most 1.",
+    "--granularity channel --alpha-channel 2": "alpha-channel is 2.0; it is the share of importance to keep, above 0 and at most 1.",
+    "--granularity channel --round-to 0": "round-to is 0; give 1 or more.",
+    "--round-to 4": (
+        "round-to does nothing at granularity connection; add --granularity channel (alone or with +connection, +weight), or leave it out."
+    ),
+    "--granularity weight --alpha-channel 0.9": (
+        "alpha-channel does nothing at granularity weight; add --granularity channel (alone or with +connection, +weight), or leave it out."
+    ),
     "--skip (": "skip '(' is not a regular expression (...); escape special characters with a backslash.",
     "--only [a": "only '[a' is not a regular expression (...); escape special characters with a backslash.",
     "--samples 0": "samples is 0; give 1 or more.",
@@ -253,6 +261,9 @@ OPTIONS: dict[str, str] = {
     "--seed -1": "seed is -1; give 0 or more.",
     "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
     "--scores m.onnx": "m.onnx is not a score file (.npz); measure it with relief-onnx score.",
+    "--scores s.npz --criterion wanda": (
+        "criterion has no effect on what s.npz holds already; leave out --criterion, or --scores to measure again."
+    ),
     "--recipe none.toml": "none.toml does not exist; check the path of the recipe.",
 }
 
@@ -272,6 +283,9 @@ RECIPES: dict[str, str] = {
     "criterion = 'taylor'": "criterion is 'taylor'; choose one of relief, relief-fast, magnitude, wanda.",
     "repair = 'least-squares'": "repair is 'least-squares'; choose one of none.",
     "preset = 'papr'": "there is no preset papr; the presets are paper.",
+    "granularity = 'channels'": "granularity is 'channels'; choose one of connection, weight, channel, channel+connection, channel+weight.",
+    "round-to = 2.5": "r.toml: round-to is 2.5; it must be a whole number.",
+    "rounds-to = 4": "r.toml has an unknown key 'rounds-to'; did you mean 'round-to'?",
     "alpha =": "r.toml is not valid TOML (...); correct that line.",
     "layers = 3": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
     "[layers]\n'fc' = 1.2": "alpha of a layer is 1.2; it is the share of contribution to keep, above 0 and at most 1.",
@@ -282,6 +296,23 @@ RECIPES: dict[str, str] = {
 def test_recipe(text: str, here: Path) -> None:
     (here / "r.toml").write_text(text)
     check("prune m.onnx --data data -o out.onnx --recipe r.toml", 1, RECIPES[text])
+
+
+KEYWORDS: tuple[tuple[dict[str, object], str], ...] = (
+    ({"alpha": "0.9"}, "alpha is '0.9'; it must be a number"),
+    ({"granularity": "channel", "round_to": 2.5}, "round-to is 2.5; it must be a whole number"),
+    ({"only": 3}, "only is 3; it must be a string"),
+    ({"layers": {"conv": "all"}}, '[layers] must hold lines such as "regular expression" = 0.99'),
+    ({"layers": {"conv": 2}}, "alpha of a layer is 2.0; it is the share of contribution to keep, above 0 and at most 1"),
+)
+
+
+@pytest.mark.parametrize(("keywords", "sentence"), KEYWORDS)
+@pytest.mark.usefixtures("here")
+def test_a_keyword_of_a_wrong_type_from_python(keywords: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        pipeline.prune("m.onnx", "data", **keywords)
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.usefixtures("here")
@@ -304,7 +335,8 @@ TARGETS: dict[str, str] = {
     "-o out.onnx --json out.onnx": "out.onnx is given for two things at once; choose another name for one of them.",
     "-o out.onnx --save-masks m.onnx": "m.onnx is given for two things at once; choose another name for one of them.",
     "-o out.onnx --save-masks none/m.npz": "none is not a folder, so m.npz cannot be written there; create it or choose another place.",
-    "-o out.onnx --work-dir m.onnx": "m.onnx cannot be made (...); choose another --work-dir.",
+    "-o out.onnx --work-dir m.onnx": "m.onnx is a file, not a folder; choose another --work-dir.",
+    "-o out.onnx --work-dir /proc/none": "/proc/none cannot be made (...); choose another --work-dir.",
 }
 
 

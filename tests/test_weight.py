@@ -261,7 +261,7 @@ def test_scores_are_measured_for_one_granularity(tmp_path: Path) -> None:
         assert result.stderr == (
             f"Error: {tmp_path / given}.npz was measured with --granularity {given}: features.0.weight/score is {shapes[0]}, {wanted} "
             f"granularity needs {shapes[1]}; measure again with relief-onnx score --granularity {wanted}, "
-            f"or prune with --granularity {given}.\n"
+            f"or prune with --granularity {given} or channel+{given}.\n"
         )
     assert not (tmp_path / "no.onnx").exists()
 
