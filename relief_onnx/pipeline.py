@@ -18,7 +18,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice, choose, unit_masks, without_units
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import ModelError, NothingPrunedError, OutputError, RecipeError
+from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks
@@ -250,7 +250,10 @@ def _measure(
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        return read_scores(stored, ready.plan, options.scored)
+        try:
+            return read_scores(stored, ready.plan, options.scored)
+        except DataError as error:
+            raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
     wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored)
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
