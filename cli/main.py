@@ -76,11 +76,29 @@ _RUN = _bundle(
     click.option("--threads", type=int, help="Threads for onnxruntime and scoring (default: one per core)."),
     click.option("--quiet", is_flag=True, help="Print nothing but errors."),
 )
+
+
+class _Granularity(click.ParamType):  # type: ignore[type-arg]
+    """One granularity, or channel and a finer one in any order."""
+
+    name = "granularity"
+    choices = ("connection", "weight", "channel", "channel+connection", "channel+weight")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from relief_onnx.options import granularity_of
+
+        found = granularity_of(value)
+        if found not in self.choices:
+            self.fail(f"{value!r} is not one of {', '.join(self.choices)}.", param, ctx)
+        return found
+
+
 _GRANULARITY = click.option(
     "--granularity",
-    type=click.Choice(["connection", "weight", "channel", "channel+connection", "channel+weight"]),
-    help="What is ranked and removed: connections (the default; of a convolution, whole kernels), single weights, whole channels (a "
-    "smaller and faster dense model), or channels first and then the others inside those that stay.",
+    type=_Granularity(),
+    metavar="G",
+    help="What is ranked and removed: connection (the default; of a convolution, whole kernels), weight (single weights), channel (a "
+    "smaller and faster dense model), or channel+connection, channel+weight: channels first, the others inside those that stay.",
 )
 _JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
 

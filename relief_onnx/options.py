@@ -13,7 +13,7 @@ from typing import Any
 
 from relief_onnx.errors import RecipeError
 
-__all__ = ["CHOICES", "PRESETS", "Options", "read_recipe", "resolve"]
+__all__ = ["CHOICES", "PRESETS", "Options", "granularity_of", "idle", "read_recipe", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
         if key not in _FIELDS:
             raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
     values = {key: _layers("", value) if key == "layers" else _typed("", key, value) for key, value in values.items()}
+    if "granularity" in values:
+        values["granularity"] = granularity_of(values["granularity"])
     options = replace(Options(), **values)
-    _check_channel_options(options, given)
     for key in (*alphas, "alpha_channel"):
         _check_alpha(key, getattr(options, key))
     for _, alpha in options.layers:
@@ -144,14 +145,22 @@ def _shown(key: str) -> str:
     return key.replace("_", "-")
 
 
-def _check_channel_options(options: Options, given: Mapping[str, Any]) -> None:
-    """What only means something for channels is no silent no-op where the user asks for it; a recipe may hold it for other runs."""
-    idle = [key for key in ("alpha_channel", "round_to") if given.get(key) is not None]
-    if idle and options.granularity in CHOICES["granularity"] and not options.by_channel:
-        raise RecipeError(
-            f"{_shown(idle[0])} does nothing at granularity {options.granularity}; add --granularity channel (alone or with "
-            "+connection, +weight), or leave it out"
-        )
+def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str]:
+    """A sentence for each option that was given and does nothing in this run."""
+    found = [
+        f"{_shown(key)} does nothing at granularity {options.granularity}; it needs channel, channel+connection or channel+weight"
+        for key in ("alpha_channel", "round_to")
+        if given.get(key) is not None and not options.by_channel
+    ]
+    if scores is not None and given.get("criterion") is not None:
+        found.append(f"criterion does nothing: {scores} holds what was measured; leave out --scores to measure again")
+    return found
+
+
+def granularity_of(text: str) -> str:
+    """The name of a granularity, whatever the order and separator of its parts: "connection,channel" is "channel+connection"."""
+    parts = sorted({part for part in re.split(r"[+,\s]+", text) if part}, key=lambda part: (part != "channel", part))
+    return "+".join(parts)
 
 
 def _check_alpha(key: str, value: float | None) -> None:

@@ -18,11 +18,11 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice, choose, unit_masks, without_units
 from relief_onnx.compare import compare_models
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
+from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks
-from relief_onnx.options import Options, resolve
+from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
@@ -114,8 +114,6 @@ def prune(
     `output`.
     """
     options = resolve(preset, recipe or {}, given)
-    if scores is not None and given.get("criterion") is not None:
-        raise RecipeError(f"criterion has no effect on what {scores} holds already; leave out --criterion, or --scores to measure again")
     clock = _Clock()
     with clock("load"):
         ready = prepare(source)
@@ -162,7 +160,7 @@ def prune(
             threads=options.threads,
             progress=progress,
         )
-    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, options)
+    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, idle(options, given, scores))
     with clock("write"):
         if folder is not None:
             files.save(masked, folder / "masked.onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,7 @@ def _connections(flags: Flags) -> Flags:
 
 def build_report(
     evidence: Evidence, verification: Verification, quality: Comparison, seconds: Mapping[str, float], dataset: Dataset,
-    target: Path | None, options: Options,
+    target: Path | None, notes: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The report of one pruning run; every key that README.md lists."""
     ready, rows = evidence.ready, evidence.rows()
@@ -193,7 +193,8 @@ def build_report(
         "output": {
             "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content), **asdict(after),
         },
-        "options": {key: value for key, value in asdict(options).items() if key != "layers"} | {"layers": dict(options.layers)},
+        "options": {key: value for key, value in asdict(evidence.options).items() if key != "layers"}
+        | {"layers": dict(evidence.options.layers)},
         "data": {"source": dataset.source, "kind": dataset.kind, "samples": quality.samples, "labelled": dataset.labelled},
         "layers": rows,
         "groups": evidence.group_rows(),
@@ -208,7 +209,7 @@ def build_report(
         },
         "quality": quality_report(quality),
         "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},
-        "warnings": _warnings(evidence, quality, dataset, before.macs, health),
+        "warnings": [*notes, *_warnings(evidence, quality, dataset, before.macs, health)],
     }  # fmt: skip
 
 

@@ -217,7 +217,7 @@ def test_connections_and_channels_together(name: str) -> None:
     model, feed = ARCHITECTURES[name]()
     graph, plan, coupling = found = traced(model)
     scores = random_scores(plan)
-    gone = frozenset(unit for choice in cut(found, scores, 0.7) for unit in choice.removed)
+    gone = frozenset(unit for choice in cut(found, scores, 0.4) for unit in choice.removed)
     assert gone
     left = without_units(plan, coupling, scores, gone)
     weights = frozenset(layer.weight for layer in plan.layers)
@@ -294,3 +294,12 @@ def test_both_granularities_through_the_library() -> None:
     assert both.report["totals"]["weights_kept"] < coarse.report["totals"]["weights_kept"]
     for result in (coarse, both):
         assert_same_outputs(result.masked, result.model, feeds[0], 1e-5)
+
+
+@pytest.mark.parametrize("given", ["channel+weight", "weight+channel", "channel,weight", "weight, channel"])
+def test_granularities_in_any_order(given: str, tmp_path: Path) -> None:
+    result = run(
+        "prune", LENET, "--data", CALIB, "--samples", 8, "-o", tmp_path / "o.onnx", "--alpha", 0.8, "--json", "-", "--granularity", given
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["options"]["granularity"] == "channel+weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -248,12 +249,6 @@ OPTIONS: dict[str, str] = {
     "--alpha-fc nan": "alpha-fc is nan; it is the share of contribution to keep, above 0 and at most 1.",
     "--granularity channel --alpha-channel 2": "alpha-channel is 2.0; it is the share of importance to keep, above 0 and at most 1.",
     "--granularity channel --round-to 0": "round-to is 0; give 1 or more.",
-    "--round-to 4": (
-        "round-to does nothing at granularity connection; add --granularity channel (alone or with +connection, +weight), or leave it out."
-    ),
-    "--granularity weight --alpha-channel 0.9": (
-        "alpha-channel does nothing at granularity weight; add --granularity channel (alone or with +connection, +weight), or leave it out."
-    ),
     "--skip (": "skip '(' is not a regular expression (...); escape special characters with a backslash.",
     "--only [a": "only '[a' is not a regular expression (...); escape special characters with a backslash.",
     "--samples 0": "samples is 0; give 1 or more.",
@@ -261,11 +256,26 @@ OPTIONS: dict[str, str] = {
     "--seed -1": "seed is -1; give 0 or more.",
     "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
     "--scores m.onnx": "m.onnx is not a score file (.npz); measure it with relief-onnx score.",
-    "--scores s.npz --criterion wanda": (
-        "criterion has no effect on what s.npz holds already; leave out --criterion, or --scores to measure again."
-    ),
     "--recipe none.toml": "none.toml does not exist; check the path of the recipe.",
 }
+
+
+IDLE: dict[str, str] = {
+    "--round-to 4": "round-to does nothing at granularity connection; it needs channel, channel+connection or channel+weight",
+    "--granularity weight --alpha-channel 0.9": (
+        "alpha-channel does nothing at granularity weight; it needs channel, channel+connection or channel+weight"
+    ),
+    "--scores s.npz --criterion wanda": "criterion does nothing: s.npz holds what was measured; leave out --scores to measure again",
+}
+
+
+@pytest.mark.parametrize("options", IDLE)
+@pytest.mark.usefixtures("here")
+def test_an_option_that_does_nothing_is_a_warning(options: str) -> None:
+    assert run("score", "m.onnx", "--data", "data", "-o", "s.npz").exit_code == 0
+    result = run("prune", "m.onnx", "--data", "data", "-o", "out.onnx", "--json", "-", *options.split())
+    assert result.exit_code == 0
+    assert IDLE[options] in json.loads(result.stdout)["warnings"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
