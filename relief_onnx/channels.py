@@ -143,7 +143,8 @@ def _choose_in(
     running = np.cumsum(shares[order])
     if running[-1] <= 0:
         return nothing("its measured share is 0 everywhere")
-    wanted = max(alphas)
+    # What several layers read is lost to each of them: the losses of all readers together are those of one.
+    wanted = 1.0 - (1.0 - max(alphas)) / len(group.readers)
     kept = int((shares > 0).sum()) if wanted >= 1.0 else int(np.searchsorted(running, wanted * running[-1])) + 1
     best = free[order].tolist()
     stays = _rounded_up(group, coupling, {*best[:kept], *group.pinned}, best, round_to)

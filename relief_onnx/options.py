@@ -80,7 +80,7 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
 DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
 # Of the importance of a coupling group: channels share it more evenly than connections, so 0.98 would remove next to nothing.
-DEFAULT_CHANNEL_ALPHA = 0.97
+DEFAULT_CHANNEL_ALPHA = 0.9
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("relief", "relief-fast", "magnitude", "wanda"),
