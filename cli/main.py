@@ -161,7 +161,7 @@ def main() -> None:
 @click.option(
     "--alpha-channel",
     type=float,
-    help="Share of importance that the channels kept of a group carry (default --alpha, or 0.97 where no alpha is given).",
+    help="Share of importance that the channels kept of a group carry (default --alpha, or 0.9 where no alpha is given).",
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")

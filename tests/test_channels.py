@@ -142,6 +142,22 @@ def test_the_shortest_prefix_that_carries_alpha_stays() -> None:
     assert places(found, cut(found, scores, 1e-6)[0]) == [0, 2, 3, 4]  # one stays
 
 
+def test_the_losses_of_several_readers_count_together() -> None:
+    """Where two layers read the same channels, each may lose half of 1 - alpha; every layer but for rounding loses no more."""
+    net = Net(seed=2)
+    x = net.input("N", 3, 6, 6)
+    y = net.op("Relu", conv(net, x, 3, 12))
+    found = traced(net.model(conv(net, y, 12, 4), conv(net, y, 12, 5)))
+    _, plan, coupling = found
+    scores = random_scores(plan)
+    values = consumer_shares(plan, coupling, scores)
+    alpha, removed = 0.6, cut(found, scores, 0.6)[0].removed
+    total, lost = sum(values.values()), sum(values[unit] for unit in removed)
+    assert lost <= (1 - alpha) / 2 * total
+    weakest = min((values[unit] for unit in values if unit not in removed), default=0.0)
+    assert lost + weakest > (1 - alpha) / 2 * total  # and no unit more could go
+
+
 def test_alpha_1_removes_only_what_has_no_share() -> None:
     found = chain(5)
     assert not any(choice.removed for choice in cut(found, random_scores(found[1]), 1.0))
