@@ -153,7 +153,7 @@ def _choose_in(
         return Choice(group, removed, f"units below the cut: {len(removed)} of {group.size}")
     if kept < len(free):
         return nothing(f"rounded up to a multiple of {round_to} channels, all of them stay; a smaller --round-to removes more")
-    return nothing(f"every unit is needed at alpha {wanted:g}")
+    return nothing(f"every unit is needed at alpha {wanted:.3g}")
 
 
 def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:
