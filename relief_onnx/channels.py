@@ -116,8 +116,9 @@ def choose(
     round_to: int,
     importance: Importance = consumer_shares,
 ) -> list[Choice]:
-    """Per group the shortest prefix of units, sorted by importance, that carries the share alpha of it, rounded up to whole `round_to`
-    channels. Nothing that is tied to a weight outside `allowed` goes."""
+    """Per group the shortest prefix of units, sorted by importance, that carries the share alpha of it (in [0, 1]); of a group with k
+    readers the share 1 - (1 - alpha) / k, so that the losses of all its readers together are those of one. Rounded up until every
+    layer has a multiple of `round_to` channels. Nothing that is tied to a weight outside `allowed` goes."""
     values = importance(plan, coupling, scores)
     found = [_choose_in(group, coupling, values, alpha, allowed, round_to) for group in groups(plan, coupling)]
     return _leave_no_tensor_empty(coupling, found, values)

@@ -38,7 +38,6 @@ class Graph:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        self.proto = model.graph
         self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.initializers: dict[str, onnx.TensorProto] = {item.name: item for item in model.graph.initializer}
         self.inputs = [item for item in model.graph.input if item.name not in self.initializers]

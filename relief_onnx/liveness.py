@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.branches import dead_inputs
 from relief_onnx.constants import Constants, Routes, along, broadcasts, exact
-from relief_onnx.coupling import Coupling, line_of
+from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.ops import OperatorRow, row_of
@@ -193,7 +193,7 @@ class _Liveness:
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
             blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
         for reader in self.coupling.zero_readers:
-            lines = [(line_of(self.coupling.pictures[name], axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
+            lines = [(self.coupling.line(name, axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
         channels = [*self.coupling.inputs.values(), *self.coupling.outputs.values()]
         costs = Counter(unit for line in channels for unit in line.tolist())

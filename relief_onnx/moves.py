@@ -318,9 +318,9 @@ def pad_places(graph: Graph, node: onnx.NodeProto, rank: int) -> list[int]:
     return [*named, *(axis + rank for axis in named)]
 
 
-def keeps_zero(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether a channel of zeros stays one: of the operators in the table only Pad can bring in another value."""
-    if node.op_type != "Pad" or attributes(node).get("mode", "constant") != "constant":
+def pads_with_zeros(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a channel of zeros stays one under Pad: always where it repeats or mirrors values, else where its value is 0."""
+    if attributes(node).get("mode", "constant") != "constant":
         return True
     fill = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
     return fill is not None and not fill.any() and attributes(node).get("value", 0.0) == 0
@@ -339,7 +339,7 @@ def pad(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list
     known = [_known(width, "pads") for width in widths]
     if attributes(node).get("mode", "constant") != "constant" or any(width < 0 for pair in known for width in pair):
         raise Barrier("it pads channels, and not with a constant", tracked)
-    return [np.pad(picture, known, constant_values=NEW if keeps_zero(graph, node) else UNTRACKED)]
+    return [np.pad(picture, known, constant_values=NEW if pads_with_zeros(graph, node) else UNTRACKED)]
 
 
 def resize(graph: Graph, node: onnx.NodeProto, pictures: Sequence[Picture]) -> list[Picture | Together]:

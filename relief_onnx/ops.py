@@ -20,7 +20,7 @@ A row says how a node carries pictures from its inputs to its outputs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -39,6 +39,7 @@ class OperatorRow:
 
     `absorbs_zero`: one input that is 0 makes the result 0, whatever the others are (finite, as activations are).
     `zeroable`: inputs whose constants are scales and shifts: with 0 there a channel that is 0 comes out as 0.
+    `keeps_zero`: whether a node leaves a channel of zeros as it is, for operators that may bring in another value (None: always).
     """
 
     kind: str
@@ -47,10 +48,11 @@ class OperatorRow:
     constant: str = "lost"
     absorbs_zero: bool = False
     zeroable: tuple[int, ...] = ()
+    keeps_zero: Callable[[Graph, onnx.NodeProto], bool] | None = None
 
     def survives(self, graph: Graph, node: onnx.NodeProto) -> str:
         """What happens to constants in this node."""
-        return "lost" if self.constant == "zero" and not moves.keeps_zero(graph, node) else self.constant
+        return "lost" if self.keeps_zero is not None and not self.keeps_zero(graph, node) else self.constant
 
 
 def _rows(names: str, row: OperatorRow) -> dict[str, OperatorRow]:
@@ -106,7 +108,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("TopK", _carry(moves.along_axis(-1))),
     **_rows("CumSum", _carry(moves.cumulative, "zero")),
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
-    **_rows("Pad", _carry(moves.pad, "zero")),
+    **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape)),
 }
 
