@@ -20,6 +20,7 @@ __all__ = [
     "ChannelMaximum",
     "ChannelMean",
     "Contribution",
+    "Job",
     "ImageNorm",
     "KernelNorm",
     "MeanImage",
