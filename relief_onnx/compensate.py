@@ -57,7 +57,7 @@ def compensate(
     Weights keep their names and values; a new bias is a new initializer or, after a MatMul, a new Add. The model itself is returned
     where nothing is moved.
     """
-    edit = _Edit(graph)
+    edit = _Edit(graph, frozenset(masks.vectors))
     flags = initializer_masks(plan, masks)
     shifts = []
     for layer in plan.layers:
@@ -136,8 +136,9 @@ def _amount(graph: Graph, layer: Layer, keep: Flags, means: Doubles) -> Doubles:
 class _Edit:
     """The model with new biases in the making; copied when the first one changes."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, named: frozenset[str]) -> None:
+        """`named`: initializers that must stay, read or not: masks will look for them."""
+        self._graph, self._named = graph, named
         self._model: onnx.ModelProto | None = None
         self._after: dict[int, onnx.NodeProto] = {}  # new nodes by the one that they follow
         self._replaced: set[str] = set()
@@ -236,7 +237,7 @@ class _Edit:
             for i, node in enumerate(nodes):
                 graph.node.extend([node, self._after[i]] if i in self._after else [node])
         fixed = {item.name for item in (*graph.input, *graph.output)} | {name for node in graph.node for name in node.input}
-        fixed |= {name for node in graph.node for body in subgraphs(node) for name in captured(body)}
+        fixed |= {name for node in graph.node for body in subgraphs(node) for name in captured(body)} | self._named
         for item in [item for item in graph.initializer if item.name in self._replaced - fixed]:
             graph.initializer.remove(item)
         return self._model

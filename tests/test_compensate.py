@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import laws
 import numpy as np
 import onnx
 import pytest
 from builders import Net
-from laws import assert_inferred_dims, assert_same_frame
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from laws import Feed, assert_inferred_dims, assert_same_frame, assert_same_outputs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from random_graphs import KINDS, STEPS, build
 from test_score import CONVOLUTIONS, DENSE, convolution
 
 from relief_onnx import calibrate
+from relief_onnx.channels import unit_masks
 from relief_onnx.compensate import Shift, compensate
 from relief_onnx.data import open_dataset
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, find
-from relief_onnx.masks import Masks, initializer_masks, insert
+from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.model import input_specs, prepare
 from relief_onnx.probes import instrument
 from relief_onnx.session import Session
 from relief_onnx.streaming import InputMeans
+from relief_onnx.surgery import Operation, apply_weights, operate
+from relief_onnx.walk import trace
 
 Array = NDArray[Any]
 NAMES = [*CONVOLUTIONS, *DENSE]
@@ -209,9 +217,9 @@ def test_all_moments_from_one_look(name: str, positive: bool) -> None:
         split = moments(x, layer, 3, signed=True, squares=True)
         np.testing.assert_allclose(split.input_means(layer, moment), wanted, rtol=1e-5, atol=1e-6)
     magnitude = np.abs(layer.view.apply(Graph(model).array(layer.weight)))
-    for given in ({}, {"power": 2}, {"per_weight": True}):
-        if layer.geometry is None or given != {"power": 2}:
-            alone, all_of_them = (moments(x, layer, **given, signed=more, squares=more) for more in (False, True))
+    for options in ({}, {"power": 2}, {"per_weight": True}):
+        if layer.geometry is None or options != {"power": 2}:
+            alone, all_of_them = (moments(x, layer, **options, signed=more, squares=more) for more in (False, True))
             assert np.array_equal(alone.contributions(layer, magnitude)[0], all_of_them.contributions(layer, magnitude)[0])
 
 
@@ -411,3 +419,51 @@ def test_a_unit_without_a_bias_that_lost_all_its_weights(removed: list[bool] | N
     silent = removed is None or removed[1]
     np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], rtol=1e-4)
     np.testing.assert_allclose(after[1], 0 if silent else before[1], rtol=1e-4)
+
+
+# -- together with the cut ----------------------------------------------------------------------------------------------------------
+
+steps = st.lists(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 999)), min_size=1, max_size=14)
+graphs = given(steps, st.sampled_from([9, 11, 13, 17, 18, 21]), st.sampled_from(KINDS), st.booleans(), st.integers(0, 999))
+EXAMPLES = int(os.environ.get("RELIEF_ONNX_EXAMPLES", "300")) // 10
+some = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def shifted_and_cut(graph: Graph, masks: Masks, rng: np.random.Generator, feed: Feed, **given: Any) -> Operation:
+    """With any means at all the cut model computes what the masked one does."""
+    plan = find(graph)
+    shape = {layer.name: (layer.groups * layer.in_per_group, *layer.view.shape[2:]) for layer in plan.layers}
+    means = {name: rng.uniform(-0.5, 0.5, size) for name, size in shape.items()}
+    result, shifts = compensate(graph, plan, masks, means, **given)
+    assert (result is graph.model) == (not any(shift.moved for shift in shifts))
+    assert_same_frame(graph.model, result)
+    again = Graph(result)
+    flags = initializer_masks(find(again), masks)
+    operation = operate(apply_weights(result, applied(again, flags)))
+    assert_same_outputs(insert(again, flags), operation.model, feed, 1e-5)
+    return operation
+
+
+@some
+@graphs
+def test_mask_is_surgery_after_a_shift(steps: list[tuple[int, int]], opset: int, kind: str, dynamic: bool, seed: int) -> None:
+    model, feed = build(steps, opset, kind, dynamic)
+    graph, rng = Graph(prepare(model)), np.random.default_rng(seed)
+    shifted_and_cut(graph, laws.random_masks(find(graph), rng), rng, feed)
+
+
+@some
+@graphs
+def test_units_that_were_switched_off_still_go(steps: list[tuple[int, int]], opset: int, kind: str, dynamic: bool, seed: int) -> None:
+    model, feed = build(steps, opset, kind, dynamic)
+    graph, rng = Graph(prepare(model)), np.random.default_rng(seed)
+    plan = find(graph)
+    coupling = trace(graph, plan)
+    chosen = laws.random_units(coupling, rng)
+    removed = {layer.name: np.isin(coupling.outputs[layer.node], list(chosen)) for layer in plan.layers}
+    masks = unit_masks(graph, plan, coupling, chosen, Masks({}, {}))
+    operation = shifted_and_cut(graph, masks, rng, feed, removed=removed)
+    read = {unit for reader in coupling.zero_readers for name, axis in reader.factors for unit in coupling.line(name, axis).tolist()}
+    for layer in plan.layers:
+        stay = int((~np.isin(coupling.outputs[layer.node], list(chosen - read))).sum())
+        assert operation.channels[graph.names[layer.node]][1] <= stay
