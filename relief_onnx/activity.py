@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.streaming import Job
+from relief_onnx.streaming import Job, Moment, sums_of
 
 __all__ = ["Activity"]
 
@@ -17,24 +17,25 @@ Doubles = NDArray[np.float64]
 
 
 class Activity:
-    """mean |x| along the kept axes, over the samples and all other axes: an array of the tensor's rank with 1 on those."""
+    """Means of x and x^2, or of |x|, along the kept axes, over the samples and all other axes: arrays of the tensor's rank."""
 
-    def __init__(self, axes: tuple[int, ...]) -> None:
-        self._axes = axes
-        self._sum: Any = 0.0
+    def __init__(self, axes: tuple[int, ...], moments: tuple[Moment, ...]) -> None:
+        self._axes, self._moments = axes, moments
+        self._sums: dict[Moment, Any] = dict.fromkeys(moments, 0.0)
         self._count = 0.0
 
     def jobs(self, x: NDArray[np.float32], weight: float) -> Iterator[Job]:
         """One piece of work per batch."""
-        yield partial(self._add, x, weight)
+        yield partial(self.add, x, weight)
 
-    def _add(self, x: NDArray[np.float32], weight: float) -> None:
-        others = tuple(axis for axis in range(x.ndim) if axis not in self._axes)
-        total = np.abs(x).sum(others, dtype=np.float64, keepdims=True)
-        self._sum = self._sum + weight * total
+    def add(self, x: NDArray[np.float32], weight: float = 1.0) -> None:
+        """Count a batch in."""
+        for moment in self._moments:
+            total = sums_of(x, moment, tuple(axis for axis in range(x.ndim) if axis not in self._axes))
+            self._sums[moment] = self._sums[moment] + weight * total
         self._count += weight * x.size / max(total.size, 1)
 
-    def mean(self) -> Doubles:
-        """The result."""
-        result: Doubles = np.asarray(self._sum / max(self._count, 1e-300))
+    def mean(self, moment: Moment) -> Doubles:
+        """One of the means, with 1 on the axes that are not kept."""
+        result: Doubles = np.asarray(self._sums[moment] / max(self._count, 1e-300))
         return result

@@ -18,16 +18,15 @@ A node without a row, or one whose row cannot follow a track, passes its total o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
-from relief_onnx.moves import Barrier
+from relief_onnx.moves import Barrier, reduced_axes
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent import initial_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
@@ -153,8 +152,6 @@ def _ask_recurrent(at: _Node, row: OperatorRow) -> list[Ask]:
 def _through(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
     running = [name for name in at.data(row) if not _is_stored(at.graph, name)] or at.data(row)[:1]
     chosen = next((name for name in running if name in walk.fed), running[0])
-    if chosen != running[0] and at.node.input[0] == running[0]:
-        chosen = running[0] if running[0] in walk.fed else chosen
     return [(chosen, _lowered(at, chosen, found)) for found in values if found is not None]
 
 
@@ -222,25 +219,11 @@ def _reduce(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles |
     name = at.node.input[0]
     track = at.track(name)
     own = walk.activity(at.asked(name, track))
-    if own.shape != tuple(track):
-        return [(name, np.asarray(values[0].sum()))]
-    # The output's track is the input's without the reduced axes, in order.
-    kept = [axis for axis, size in enumerate(track) if size > 1]
-    left = [size for size in values[0].shape if size > 1]
-    lifted = _kept_axes(at, track, values[0], kept, left)
-    other = tuple(axis for axis in range(own.ndim) if lifted.shape[axis] == 1)
-    total = own.sum(other, keepdims=True)
-    share = np.where(total > 0, own / np.where(total > 0, total, 1.0), 1.0 / max(own.size // max(total.size, 1), 1))
-    return [(name, lifted * share)]
-
-
-def _kept_axes(at: _Node, track: Track, values: Doubles, kept: Sequence[int], left: Sequence[int]) -> Doubles:
-    if values.ndim == len(track):
-        return values
-    from relief_onnx.moves import reduced_axes
-
-    axes = reduced_axes(at.graph, at.node, len(track))
-    return np.expand_dims(values, tuple(sorted(axes))) if values.ndim + len(axes) == len(track) else np.asarray(values.sum()).reshape((1,) * len(track))
+    axes = tuple(sorted(reduced_axes(at.graph, at.node, len(track))))
+    lifted = values[0] if values[0].ndim == len(track) else np.expand_dims(values[0], axes)
+    total = own.sum(axes, keepdims=True)
+    number = int(np.prod([own.shape[axis] for axis in axes]))
+    return [(name, lifted * np.where(total > 0, own / np.where(total > 0, total, 1.0), 1.0 / number))]
 
 
 def _contract(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
@@ -253,10 +236,9 @@ def _contract(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles
     for ask, own in zip(_ask_labels(at, row), labels, strict=True):
         products = products * _aligned(walk.activity(ask), own, every)
     summed = tuple(axis for axis, label in enumerate(every) if label not in out)
-    total = products.sum(summed, keepdims=True)
     full = np.broadcast_to(products, [sizes[label] for label in every])
     number = int(np.prod([sizes[every[axis]] for axis in summed]))
-    total = np.broadcast_to(full.sum(summed, keepdims=True), full.sum(summed, keepdims=True).shape)
+    total = full.sum(summed, keepdims=True)
     share = np.where(total > 0, full / np.where(total > 0, total, 1.0), 1.0 / number)
     given = _aligned(fit(values[0], [sizes.get(label, 1) for label in out]), out, every) * share
     running = [(name, own) for name, own in zip(names, labels, strict=True) if not _is_stored(at.graph, name)]
@@ -269,15 +251,13 @@ def _contract(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles
     return passed
 
 
-def _aligned(values: Doubles, own: Sequence[object], every: Sequence[object]) -> Doubles:
+def _aligned(values: Doubles, own: Sequence[Hashable], every: Sequence[Hashable]) -> Doubles:
     """An array with the axes of the labels `own` as one with an axis for every tracked label."""
-    for label in [label for label in own if label not in every]:
-        values = values.take([0], list(own).index(label)) if values.shape[list(own).index(label)] == 1 else values.sum(list(own).index(label), keepdims=True)
-    order = [list(own).index(label) for label in every if label in own]
-    rest = [axis for axis in range(len(own)) if axis not in order]
-    moved_axes = values.transpose([*order, *rest]).reshape([values.shape[axis] for axis in order])
-    sizes = iter(moved_axes.shape)
-    return moved_axes.reshape([next(sizes) if label in own else 1 for label in every])
+    places = [own.index(label) for label in every if label in own]
+    others = tuple(axis for axis in range(len(own)) if axis not in places)
+    packed = values.sum(others, keepdims=True).transpose([*places, *others])
+    sizes = iter(packed.shape)
+    return packed.reshape([next(sizes) if label in own else 1 for label in every])
 
 
 def _recur(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:

@@ -6,7 +6,7 @@ all others (batch, pixels, tokens), which are summed over. Layers begin tracks; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,15 +66,16 @@ def moved(graph: Graph, node: onnx.NodeProto, row: OperatorRow, tracks: Mapping[
         return Moved(names, tuple(starts[:-1]), tuple(np.asarray(item) for item in alternatives)), why
 
 
-def labels_of(graph: Graph, node: onnx.NodeProto, tracks: Mapping[str, Track]) -> tuple[list[tuple[object, ...]], tuple[object, ...], dict[object, int]]:
+Label = Hashable
+
+
+def labels_of(
+    graph: Graph, node: onnx.NodeProto, tracks: Mapping[str, Track]
+) -> tuple[list[tuple[Label, ...]], tuple[Label, ...], dict[Label, int]]:
     """A contraction's labels per input and of its output, and the sizes of those that are tracked."""
     labels, out = LABELS[node.op_type](graph, node)
-    sizes: dict[object, int] = {}
-    for name, own in zip(node.input, labels, strict=False):
-        for label, size in zip(own, tracks.get(name, ()), strict=False):
-            if size > 1:
-                sizes[label] = size
-    return [tuple(own) for own in labels], tuple(out), sizes
+    pairs = (pair for name, own in zip(node.input, labels, strict=False) for pair in zip(own, tracks.get(name, ()), strict=False))
+    return [tuple(own) for own in labels], tuple(out), {label: size for label, size in pairs if size > 1}
 
 
 def follow(graph: Graph, plan: Plan) -> Tracks:
