@@ -1,0 +1,200 @@
+"""make bench-flow-channels: accuracy of CIFAR-10 ResNets after whole channels went, at 75 and 50 % of the multiply-accumulates.
+
+Nothing is trained or repaired. Ours: `flow` with `keep` as the share of work, and `relief` with the alpha that comes closest to it from
+below. Opponents: all one-shot criteria of Torch-Pruning, and onnxsim's structured pruning (benchmarks/flow_channels_peers.py, run here in
+the peers' environment; what it measured stays in build/flow_channels until the tools' versions change). Of each criterion the best of its
+scopes and forms on the test images counts, and of each tool the best criterion: the opponents are chosen on the test images, ours are not.
+Work is counted the same way for everyone. Prints tables, writes results/flow_channels.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import relief_onnx
+from benchmarks.flow_channels_data import (
+    ALL,
+    CACHE,
+    CALIBRATION,
+    FIRST,
+    FORMS,
+    INPUT,
+    MODELS,
+    ROUNDING,
+    TARGETS,
+    Row,
+    accuracies,
+    at_most,
+    batches,
+    best_rows,
+    images,
+    model_path,
+    onnx_macs,
+    runner,
+    unpack_images,
+)
+from benchmarks.zoo_models import RESULTS, ROOT
+from relief_onnx.scoring import write_scores
+
+CRITERIA = ("flow", "relief")
+TOOL = "relief-onnx"
+
+
+def by_keep(path: Path, feeds: list[Any], criterion: str, round_to: int, target: float) -> onnx.ModelProto:
+    """One run with the share of the work as `keep`, as a user gives it."""
+    given: dict[str, Any] = {"criterion": criterion, "granularity": "channel", "keep": f"{100 * target:g}%"}
+    return relief_onnx.prune(path, feeds, round_to=round_to, storage="dense", **given).model
+
+
+def by_alpha(path: Path, feeds: list[Any], criterion: str, round_to: int, target: float) -> onnx.ModelProto | None:
+    """The largest cut by alpha that is at most the target; scores are measured once."""
+    total, found = onnx_macs(onnx.load(path)), {}
+    with tempfile.TemporaryDirectory() as folder:
+        scores = Path(folder) / "scores.npz"
+        write_scores(relief_onnx.score(path, feeds, criterion=criterion, granularity="channel"), scores)
+
+        def share(alpha: float) -> float:
+            given: dict[str, Any] = {"granularity": "channel", "alpha": alpha, "round_to": round_to, "storage": "dense"}
+            try:
+                found[alpha] = relief_onnx.prune(path, feeds[:1], scores=scores, **given).model
+            except relief_onnx.NothingPrunedError:
+                return 1.0
+            return onnx_macs(found[alpha]) / total
+
+        best = at_most(share, target)
+    return None if best is None else found[best[0]]
+
+
+def ours(name: str, form: str, criterion: str, round_to: int, target: float) -> Row:
+    start = time.perf_counter()
+    path = model_path(name, form)
+    feeds = [{INPUT: batch} for batch in batches(images("calib")[0], 100)]
+    row: Row = {"tool": TOOL, "criterion": criterion, "labels": False, "setting": "keep" if criterion == "flow" else "alpha"}
+    row |= {"form": form, "round_to": round_to, "target": target}
+    try:
+        pruned = (by_keep if criterion == "flow" else by_alpha)(path, feeds, criterion, round_to, target)
+    except relief_onnx.ReliefError as error:
+        return row | {"reason": str(error)}
+    if pruned is None:
+        return row | {"reason": "cannot come down to the target"}
+    work, run = onnx_macs(pruned), runner(pruned)
+    row |= {"macs": work, "share": round(work / onnx_macs(onnx.load(path)), 4), "seconds": round(time.perf_counter() - start, 1)}
+    return row | accuracies(run)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    where = f"{row['form']}, {row['setting']}"
+    whole = f" ({row['accuracy_10000']:.2f})" if "accuracy_10000" in row else ""
+    return f"{row['accuracy_2500']:.2f}{whole} at {100 * row['share']:.1f} %, {where}"
+
+
+def table(rows: list[Row], round_to: int) -> list[list[str]]:
+    """A line per tool and criterion, best first at the smallest target; a column per target; only rows of one rounding."""
+    chosen = [row for row in rows if row["round_to"] == round_to]
+    best = best_rows(chosen, ("tool", "criterion", "target"))
+    names = list(dict.fromkeys((row["tool"], row["criterion"]) for row in chosen))
+
+    def order(name: tuple[str, str]) -> list[float]:
+        return [-(best[*name, target]["accuracy_2500"] if (*name, target) in best else -1.0) for target in TARGETS]
+
+    lines = []
+    for tool, criterion in sorted(names, key=lambda name: (name[0] != TOOL, order(name))):
+        labels = any(row["labels"] for row in chosen if row["criterion"] == criterion and row["tool"] == tool)
+        cells = [cell(best.get((tool, criterion, target))) for target in TARGETS]
+        lines.append([tool, criterion + (" (reads labels)" if labels else ""), *cells])
+    return lines
+
+
+def verdicts(rows: list[Row]) -> list[Row]:
+    """For each rounding and target: ours and the best of every opponent, and whether ours is ahead of all of them."""
+    found = []
+    for round_to in sorted({row["round_to"] for row in rows}):
+        for target in TARGETS:
+            here = [row for row in rows if row["target"] == target and row["round_to"] == round_to]
+            own = best_rows([row for row in here if row["tool"] == TOOL], ("criterion",))
+            # onnxsim cannot round, so its one row stands against both of ours.
+            peers = [row for row in rows if row["target"] == target and (row["round_to"] == round_to or row["tool"] == "onnxsim")]
+            best = best_rows([row for row in peers if row["tool"] != TOOL], ("tool", "labels"))
+            line: Row = {"round_to": round_to, "target": target}
+            line |= {criterion: row["accuracy_2500"] for (criterion,), row in own.items()}
+            line |= {f"{tool}{', labels' if labels else ''}": row["accuracy_2500"] for (tool, labels), row in best.items()}
+            mine = line.get("flow")
+            unlabelled = [row["accuracy_2500"] for (_, labels), row in best.items() if not labels]
+            line["flow ahead"] = None if mine is None or not unlabelled else mine > max(unlabelled)
+            line["flow ahead of labels too"] = None if mine is None or not best else mine > max(r["accuracy_2500"] for r in best.values())
+            found.append(line)
+    return found
+
+
+def show(heads: list[str], lines: Iterable[list[str]]) -> None:
+    whole = [heads, *lines]
+    widths = [max(len(line[column]) for line in whole) for column in range(len(heads))]
+    for line in whole:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def report(name: str, entry: dict[str, Any]) -> None:
+    before = entry["accuracy_2500"], entry["accuracy_10000"]
+    print(f"\n{name}: {entry['macs'] / 1e6:.1f} MMACs, {before[0]} % on the first {FIRST:,} test images, {before[1]} % on all {ALL:,}")
+    for round_to in sorted({row["round_to"] for row in entry["rows"]}):
+        print(
+            f"\nChannels in multiples of {round_to}: % on {FIRST:,} test images (on all), share of the work, form and setting of the best"
+        )
+        show(["tool", "criterion", *(f"{100 * target:g} % of the MACs" for target in TARGETS)], table(entry["rows"], round_to))
+    print()
+    for line in entry["verdicts"]:
+        print(", ".join(f"{key} {value}" for key, value in line.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy after channel pruning, beside Torch-Pruning and onnxsim.")
+    parser.add_argument("--ours-only", action="store_true", help="do not measure the peers; their stored rows are shown")
+    parser.add_argument("--peers", type=Path, default=ROOT / "build" / "peers" / "bin" / "python", help="python of the peers' environment")
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--round-to", nargs="*", type=int, default=ROUNDING)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "flow_channels.json")
+    given = parser.parse_args()
+    unpack_images()
+    if not given.ours_only:
+        chosen = ["--models", *given.models, "--round-to", *map(str, given.round_to)]
+        subprocess.run([given.peers, "-m", "benchmarks.flow_channels_peers", *chosen], cwd=ROOT, check=True)
+    document = json.loads(given.output.read_text()) if given.output.exists() else {}
+    document |= {"calibration_images": CALIBRATION, "relief_onnx": relief_onnx.__version__}
+    models = document.setdefault("models", {})
+    for name in given.models:
+        original = onnx.load(model_path(name, "folded"))
+        run = runner(original)
+        entry = {"macs": onnx_macs(original)} | accuracies(run)
+        rows = []
+        for criterion in CRITERIA:
+            for form in FORMS:
+                rows += [partial(ours, name, form, criterion)(round_to, target) for round_to in given.round_to for target in TARGETS]
+        stored = CACHE / f"{name}_peers.json"
+        if stored.exists():
+            peers = json.loads(stored.read_text())
+            document["versions"] = peers["versions"]
+            rows += [row for row in peers["rows"].values() if row["round_to"] in given.round_to or row["tool"] == "onnxsim"]
+        models[name] = entry | {"rows": rows, "verdicts": verdicts(rows)}
+        # After every model, so that a run that is stopped leaves what it measured.
+        given.output.parent.mkdir(exist_ok=True)
+        given.output.write_text(json.dumps(document, indent=1) + "\n")
+        report(name, models[name])
+
+
+if __name__ == "__main__":
+    main()
