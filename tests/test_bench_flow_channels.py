@@ -70,7 +70,7 @@ ROWS = [
     row("Torch-Pruning", "LAMP", 0.75, 70.0),
     row("Torch-Pruning", "LAMP", 0.75, 75.0, form="folded"),
     row("Torch-Pruning", "LAMP", 0.5, 20.0),
-    row("Torch-Pruning", "BN scale", 0.75, None),
+    row("Torch-Pruning", "BN scale", 0.75, None, accuracy_500=12.4),
     row("Torch-Pruning", "BN scale", 0.5, None),
     row("Torch-Pruning", "taylor", 0.75, 78.0, labels=True),
     row("Torch-Pruning", "taylor", 0.5, 35.0, labels=True),
@@ -84,7 +84,7 @@ def test_the_table_takes_the_best_of_each_criterion() -> None:
     assert lines[0][2] == "80.00 (79.00) at 74.9 %, bn, global"
     assert lines[2][2].startswith("75.00 at")
     assert "folded" in lines[2][2]
-    assert lines[4][2:] == ["-", "-"]
+    assert lines[4][2:] == ["about 12 (500 images)", "-"]
     assert table(ROWS, 8) == []
     assert best_rows(ROWS, ("tool",))[("Torch-Pruning",)]["accuracy_2500"] == 78.0
 
