@@ -1,7 +1,8 @@
 """The other pruners of make bench-flow-channels: every one-shot criterion of Torch-Pruning and onnxsim, nothing trained or repaired.
 
 Runs in build/peers. Each criterion is tried in every form of the file and with every scope of ranking that the tool has; the ratio is
-searched so that the multiply-accumulates come to at most the target. `labels` marks criteria that read labels and gradients.
+searched so that the multiply-accumulates come to at most the target (0.6 points more where all layers get one ratio, which moves the work
+in large steps: in the peers' favour). `labels` marks criteria that read labels and gradients.
 
 Torch-Pruning works on what onnx2torch makes of the file, with the groups whose cut breaks that model left out (benchmarks/peers_torch.py
 finds them: the residual streams, because of the Pad of the shortcuts). Importances are computed once per criterion by its own code, and
@@ -48,6 +49,8 @@ from benchmarks.peers_forms import first_line
 from benchmarks.peers_torch import Trial, graph_of, prune_groups, roots, shapes, stub_torchvision
 
 SCOPES = {"local": {}, "global": {"global_pruning": True}, "isomorphic": {"global_pruning": True, "isomorphic": True}}
+# With one ratio for all layers the work falls in steps of 3 points; a quarter of all channels leaves 75.3 %, half of them 50.5 %.
+LOCAL_SLACK = 0.006
 ONNXSIM_CALIBRATION = 250
 # Hundreds of cuts: one that is this many points behind on 500 images (their standard error is about 2) is not measured on more.
 SCREEN, SCREEN_MARGIN = 500, 8.0
@@ -275,7 +278,8 @@ def torch_pruning(name: str, form: str, cells: Cells, rounding: tuple[int, ...])
             values, side = importances(criterion), source()
             if all(item is None for item in values.values()):
                 return row | {"reason": "has nothing to rank by in this form"}
-            found = at_most(lambda kept: side.share(side.planned(values, kept, settings)), target)
+            limit = target + (LOCAL_SLACK if scope == "local" else 0.0)
+            found = at_most(lambda kept: side.share(side.planned(values, kept, settings)), limit)
             if found is None:
                 return row | {"reason": "cannot come down to the target"}
             network = side.cut(values, found[0], settings)
@@ -345,13 +349,14 @@ def onnxsim_pruning(name: str, cells: Cells) -> None:
         row: Row = {"tool": "onnxsim", "criterion": criterion, "labels": False, "setting": setting}
         row |= {"form": "folded", "round_to": 1, "target": target}
         try:
-            found = at_most(lambda kept: onnx_macs(cheaper(model, 1 - kept)) / total, target, close=0.005)
+            limit = target + (LOCAL_SLACK if setting == "local" else 0.0)
+            found = at_most(lambda kept: onnx_macs(cheaper(model, 1 - kept)) / total, limit, close=0.005)
             if found is None:
                 return row | {"reason": "cannot come down to the target"}
             pruned = cut(model, 1 - found[0])
             if onnx_macs(pruned) / total != found[1]:
                 # Given the images it sometimes removes a channel or two more.
-                found = at_most(lambda kept: onnx_macs(cut(model, 1 - kept)) / total, target, close=0.005) or found
+                found = at_most(lambda kept: onnx_macs(cut(model, 1 - kept)) / total, limit, close=0.005) or found
                 pruned = cut(model, 1 - found[0])
             row |= {"kept": found[0], "macs": onnx_macs(pruned), "share": round(onnx_macs(pruned) / total, 4)}
             row |= accuracies(runner(pruned))
