@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -249,7 +250,7 @@ def screened(run: Run, leader: float) -> dict[str, float]:
     return {"accuracy_500": quick} if far else {"accuracy_2500": accuracy(run, FIRST)}
 
 
-def torch_pruning(name: str, form: str, cells: Cells, rounding: tuple[int, ...]) -> None:
+def torch_pruning(name: str, form: str, cells: Cells, rounding: tuple[int, ...], wanted: re.Pattern[str]) -> None:
     made: list[Torch] = []
     stored: dict[str, Any] = {}
     seen: dict[str, dict[str, float]] = {}
@@ -296,7 +297,7 @@ def torch_pruning(name: str, form: str, cells: Cells, rounding: tuple[int, ...])
         return row | {"seconds": round(time.perf_counter() - start, 1)}
 
     for round_to in rounding:
-        for criterion in criteria():
+        for criterion in filter(wanted.search, criteria()):
             for scope in SCOPES:
                 for target in TARGETS:
                     key = ("Torch-Pruning", form, criterion, scope, round_to, target)
@@ -339,7 +340,7 @@ def onnxsim_ways() -> Iterator[tuple[str, str, Cut, Cut]]:
             yield f"structured Wanda {norm}", setting, by_images, by_images if scope else by_weights
 
 
-def onnxsim_pruning(name: str, cells: Cells) -> None:
+def onnxsim_pruning(name: str, cells: Cells, wanted: re.Pattern[str]) -> None:
     """It has no rounding to multiples, and its simplify turns the file with BatchNormalization into the folded one."""
     model = onnx.load(model_path(name, "folded"))
     total = onnx_macs(model)
@@ -364,7 +365,7 @@ def onnxsim_pruning(name: str, cells: Cells) -> None:
             row |= {"reason": first_line(error)}
         return row | {"seconds": round(time.perf_counter() - start, 1)}
 
-    for criterion, setting, cut, cheaper in onnxsim_ways():
+    for criterion, setting, cut, cheaper in (way for way in onnxsim_ways() if wanted.search(way[0])):
         for target in TARGETS:
             key = ("onnxsim", "folded", criterion, setting, 1, target)
             show(cells.get(key, partial(measure, criterion, setting, cut, cheaper, target)))
@@ -381,13 +382,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy that the other pruners keep; results go to build/flow_channels.")
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--round-to", nargs="*", type=int, default=ROUNDING)
+    parser.add_argument("--forms", nargs="*", default=FORMS, choices=FORMS)
+    parser.add_argument("--criteria", default="", help="only those whose name matches this regular expression; others' stored rows stay")
     given = parser.parse_args()
+    wanted = re.compile(given.criteria)
     versions = {name: metadata.version(name) for name in ("torch", "torch-pruning", "onnx2torch", "onnxsim", "onnxruntime")}
     for name in given.models:
         cells = Cells(CACHE / f"{name}_peers.json", versions)
-        onnxsim_pruning(name, cells)
-        for form in FORMS:
-            torch_pruning(name, form, cells, tuple(given.round_to))
+        onnxsim_pruning(name, cells, wanted)
+        for form in given.forms:
+            torch_pruning(name, form, cells, tuple(given.round_to), wanted)
 
 
 if __name__ == "__main__":
