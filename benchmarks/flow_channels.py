@@ -44,6 +44,7 @@ from benchmarks.flow_channels_data import (
     unpack_images,
 )
 from benchmarks.zoo_models import RESULTS, ROOT
+from relief_onnx.options import CHOICES
 from relief_onnx.scoring import write_scores
 
 CRITERIA = ("flow", "relief")
@@ -56,40 +57,55 @@ def by_keep(path: Path, feeds: list[Any], criterion: str, round_to: int, target:
     return relief_onnx.prune(path, feeds, round_to=round_to, storage="dense", **given).model
 
 
-def by_alpha(path: Path, feeds: list[Any], criterion: str, round_to: int, target: float) -> onnx.ModelProto | None:
-    """The largest cut by alpha that is at most the target; scores are measured once."""
-    total, found = onnx_macs(onnx.load(path)), {}
-    with tempfile.TemporaryDirectory() as folder:
-        scores = Path(folder) / "scores.npz"
-        write_scores(relief_onnx.score(path, feeds, criterion=criterion, granularity="channel"), scores)
+class ByAlpha:
+    """The largest cuts by alpha that are at most a target; scores are measured once, and no alpha is tried twice."""
 
-        def share(alpha: float) -> float:
+    def __init__(self, path: Path, feeds: list[Any], criterion: str, folder: Path) -> None:
+        self.path, self.feeds, self.scores = path, feeds[:1], folder / "scores.npz"
+        self.total = onnx_macs(onnx.load(path))
+        self.found: dict[tuple[int, float], tuple[onnx.ModelProto, float]] = {}
+        write_scores(relief_onnx.score(path, feeds, criterion=criterion, granularity="channel"), self.scores)
+
+    def share(self, round_to: int, alpha: float) -> float:
+        key = (round_to, alpha)
+        if key not in self.found:
             given: dict[str, Any] = {"granularity": "channel", "alpha": alpha, "round_to": round_to, "storage": "dense"}
             try:
-                found[alpha] = relief_onnx.prune(path, feeds[:1], scores=scores, **given).model
+                model = relief_onnx.prune(self.path, self.feeds, scores=self.scores, **given).model
             except relief_onnx.NothingPrunedError:
-                return 1.0
-            return onnx_macs(found[alpha]) / total
+                model = onnx.load(self.path)
+            self.found[key] = (model, onnx_macs(model) / self.total)
+        return self.found[key][1]
 
-        best = at_most(share, target)
-    return None if best is None else found[best[0]]
+    def __call__(self, round_to: int, target: float) -> onnx.ModelProto | None:
+        best = at_most(partial(self.share, round_to), target, steps=10)
+        return None if best is None else self.found[round_to, best[0]][0]
 
 
-def ours(name: str, form: str, criterion: str, round_to: int, target: float) -> Row:
-    start = time.perf_counter()
-    path = model_path(name, form)
+def ours(name: str, form: str, criterion: str, rounding: Iterable[int]) -> list[Row]:
+    """A row per rounding and target. Raises ReliefError where a cut fails; only a version without the criterion is a reason."""
+    path, rows = model_path(name, form), []
     feeds = [{INPUT: batch} for batch in batches(images("calib")[0], 100)]
-    row: Row = {"tool": TOOL, "criterion": criterion, "labels": False, "setting": "keep" if criterion == "flow" else "alpha"}
-    row |= {"form": form, "round_to": round_to, "target": target}
-    try:
-        pruned = (by_keep if criterion == "flow" else by_alpha)(path, feeds, criterion, round_to, target)
-    except relief_onnx.ReliefError as error:
-        return row | {"reason": str(error)}
-    if pruned is None:
-        return row | {"reason": "cannot come down to the target"}
-    work, run = onnx_macs(pruned), runner(pruned)
-    row |= {"macs": work, "share": round(work / onnx_macs(onnx.load(path)), 4), "seconds": round(time.perf_counter() - start, 1)}
-    return row | accuracies(run)
+    known = criterion in CHOICES["criterion"]
+    with tempfile.TemporaryDirectory() as folder:
+        by_alpha = ByAlpha(path, feeds, criterion, Path(folder)) if criterion != "flow" else None
+        for round_to in rounding:
+            for target in TARGETS:
+                start = time.perf_counter()
+                row: Row = {"tool": TOOL, "criterion": criterion, "labels": False, "setting": "alpha" if by_alpha else "keep"}
+                row |= {"form": form, "round_to": round_to, "target": target}
+                rows.append(row)
+                if not known:
+                    row["reason"] = "this version does not have it"
+                    continue
+                pruned = by_alpha(round_to, target) if by_alpha else by_keep(path, feeds, criterion, round_to, target)
+                row["seconds"] = round(time.perf_counter() - start, 1)
+                if pruned is None:
+                    row["reason"] = "cannot come down to the target"
+                    continue
+                row |= {"macs": onnx_macs(pruned), "share": round(onnx_macs(pruned) / onnx_macs(onnx.load(path)), 4)}
+                row |= accuracies(runner(pruned))
+    return rows
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------------
@@ -187,7 +203,7 @@ def main() -> None:
         rows = []
         for criterion in CRITERIA:
             for form in FORMS:
-                rows += [partial(ours, name, form, criterion)(round_to, target) for round_to in given.round_to for target in TARGETS]
+                rows += ours(name, form, criterion, given.round_to)
         stored = CACHE / f"{name}_peers.json"
         if stored.exists():
             peers = json.loads(stored.read_text())

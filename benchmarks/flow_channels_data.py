@@ -63,7 +63,7 @@ def images(part: str) -> tuple[np.ndarray, np.ndarray]:
     """("calib" or "test") normalised images [n, 3, 32, 32] float32 as the models want them, and labels [n]."""
     with np.load(CACHE / "images.npz") as file:
         pixels, labels = file[part], file[f"{part}_labels"].astype(np.int64)
-    values = (pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    values = (pixels.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32), labels
 
 
