@@ -3,7 +3,8 @@
 Nothing is trained or repaired. Ours: `flow` with `keep` as the share of work, and `relief` with the alpha that comes closest to it from
 below. Opponents: all one-shot criteria of Torch-Pruning, and onnxsim's structured pruning (benchmarks/flow_channels_peers.py, run here in
 the peers' environment; what it measured stays in build/flow_channels until the tools' versions change). Of each criterion the best of its
-scopes and forms on the test images counts, and of each tool the best criterion: the opponents are chosen on the test images, ours are not.
+scopes and forms on the test images counts, and of each opponent the best criterion: chosen on the test images, which favours the opponents.
+Of each of our two criteria it is the better of the two forms of the file.
 Work is counted the same way for everyone. Prints tables, writes results/flow_channels.json.
 """
 
