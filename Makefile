@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow-channels peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ $(PEERS)/.installed: Makefile
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy onnx==1.23.2 onnxruntime==1.31.1 onnxsim==0.8.1
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch==1.5.15 torch-pruning==1.6.1
 	@touch $@
+
+bench-flow-channels: $(VENV)/.dev $(PEERS)/.installed  ## Measure the accuracy of ResNets without whole channels, beside the other pruners.
+	$(BIN)/python -m benchmarks.flow_channels --peers $(PEERS)/bin/python $(FLOW_CHANNELS_OPTIONS)
 
 peers: $(PEERS)/.installed  ## Measure what Torch-Pruning and onnxsim can remove from the same models, for bench-zoo's table.
 	$(PEERS)/bin/python -m benchmarks.peers $(ZOO_OPTIONS)
