@@ -100,6 +100,14 @@ _GRANULARITY = click.option(
     help="What is ranked and removed: connection (the default; of a convolution, whole kernels), weight (single weights), channel (a "
     "smaller and faster dense model), or channel+connection, channel+weight: channels first, the others inside those that stay.",
 )
+_CRITERION = click.option(
+    "--criterion",
+    type=click.Choice(["flow", "relief", "relief-fast", "magnitude", "wanda"]),
+    help="What ranks connections: flow, the share of the network's output that passes through (the default), or a score within the neuron.",
+)
+_OUTPUT_WEIGHT = click.option(
+    "--output-weight", multiple=True, metavar="NAME=W", help="Weight of an output for flow (default 1 each); may be given several times."
+)
 _JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
 
 
@@ -119,6 +127,11 @@ def _write_json(target: Path | None, document: Any) -> None:
         click.echo(to_json(document), nl=False)
     else:
         write_atomically(target, to_json(document))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Options as the library takes them: one that may be repeated and was not given is not there."""
+    return {key: value for key, value in values.items() if value != ()}
 
 
 def _writable(target: Path | None, *taken: Path | None) -> None:
@@ -155,8 +168,13 @@ def main() -> None:
 @click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.98).")
 @click.option("--alpha-fc", type=float, help="The same, for fully connected layers only (default 0.95).")
 @click.option(
-    "--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What ranks connections (default relief)."
+    "--keep",
+    metavar="PERCENT",
+    help="Instead of alpha: keep this share of the weights, 30% for example; at channel granularity, of the MACs.",
 )
+@click.option("--pattern", metavar="N:M", help="Instead of alpha: of every M inputs of a neuron keep N, as 2:4 for sparse tensor cores.")
+@_CRITERION
+@_OUTPUT_WEIGHT
 @_GRANULARITY
 @click.option(
     "--alpha-channel",
@@ -165,6 +183,11 @@ def main() -> None:
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
+@click.option(
+    "--mean-shift",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Move the mean of what is removed into biases (default auto: with flow only).",
+)
 @click.option("--bias", type=click.Choice(["keep", "prune"]), help="Whether biases may be removed (default keep).")
 @click.option("--skip-rule", type=click.Choice(["off", "branch", "both"]), help="The paper's rule for residual connections (default off).")
 @click.option(
@@ -192,7 +215,7 @@ def prune(
     \b
     Examples:
       relief-onnx prune model.onnx --data calib/
-      relief-onnx prune model.onnx --data calib/ --alpha 0.98 -o small.onnx --json report.json
+      relief-onnx prune model.onnx --data calib/ --keep 30% -o small.onnx --json report.json
       relief-onnx prune model.onnx --data calib/ --granularity channel --alpha 0.95
     """
     from relief_onnx import pipeline
@@ -214,7 +237,7 @@ def prune(
             recipe=read_recipe(recipe) if recipe is not None else None,
             save_report=None if str(json_file) == "-" else json_file,
             progress=progress,
-            **values,
+            **_given(values),
         )
     if str(json_file) == "-":
         _write_json(json_file, result.report)
@@ -227,7 +250,8 @@ def prune(
 @_bundle(_DATA)
 @click.option("-o", "--output", type=FILE, required=True, help="The .npz to write.")
 @click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
-@click.option("--criterion", type=click.Choice(["relief", "relief-fast", "magnitude", "wanda"]), help="What to measure (default relief).")
+@_CRITERION
+@_OUTPUT_WEIGHT
 @_GRANULARITY
 @_bundle(_IMAGES, _RUN)
 @_edge
@@ -247,7 +271,7 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     check_target(output, force)
     _writable(output, model)
     with render.progress(quiet) as progress:
-        found = pipeline.score(model, data, images=_images(values), progress=progress, **values)
+        found = pipeline.score(model, data, images=_images(values), progress=progress, **_given(values))
     write_scores(found, output)
     if not quiet:
         # The scores hold for this granularity only, so the command that uses them has to name it.

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from relief_onnx.flow import DEFAULT_RULE, FlowRule
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, as_stored, whole_units
+from relief_onnx.patterns import keep_pattern
 from relief_onnx.scoring import LayerScore, Scores
 
-__all__ = ["FLOOR", "Floor", "Pool", "cut", "worths"]
+__all__ = ["FLOOR", "Floor", "Pool", "cut", "pattern_masks", "worths"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -132,6 +133,16 @@ def cut(
     keeps = {weight: whole_units(plan.by_weight()[weight], keep) for weight, keep in keeps.items()}
     biases = {weight: np.ones(plan.by_weight()[weight][0].out_channels, bool) for weight in keeps}
     return Masks(keeps, biases), tuple(floors)
+
+
+def pattern_masks(plan: Plan, scores: Scores, weights: frozenset[str], n: int, m: int) -> Masks:
+    """N:M masks of the chosen weights: by flow where it was measured, else by score. Layers with fewer than m inputs stay whole."""
+    keeps = {}
+    for entry in worths(plan, scores, weights):
+        wide = entry.worth.shape[1] >= m
+        keeps[entry.weight] = keep_pattern(entry.worth, n, m) if wide else np.ones(entry.worth.shape, bool)
+    keeps = {weight: whole_units(plan.by_weight()[weight], keep) for weight, keep in keeps.items()}
+    return Masks(keeps, {weight: np.ones(plan.by_weight()[weight][0].out_channels, bool) for weight in keeps})
 
 
 def _cut_pool(

@@ -7,7 +7,7 @@ One calibration pass, no labels, no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +66,8 @@ class FlowMeasure:
         self._tracks = follow(graph, plan)
         self._stored = {name: graph.constant(name) for name, _ in asks(graph, plan, self._tracks)}
         self._asked = {ask: Activity(ask[1], rule.moments) for ask in asks(graph, plan, self._tracks)}
-        self._inputs: dict[str, InputMeans] = {}
-        shared: dict[tuple[str, int | None], InputMeans] = {}
-        for layer in plan.layers:
-            key = (layer.input, None if layer.is_convolution else layer.input_axis)
-            if key not in shared:
-                shared[key] = InputMeans(key[1], power=1 if rule.absolute else 2, signed=True)
-            self._inputs[layer.name] = shared[key]
-        self.measurements = [Measurement(name, statistic) for (name, _), statistic in shared.items()]
+        power = 1 if rule.absolute else 2
+        self._inputs, self.measurements = _inputs(plan, lambda axis: InputMeans(axis, power=power, signed=True))
         for ask, activity in self._asked.items():
             value = self._stored[ask[0]]
             if value is None:
@@ -113,6 +107,28 @@ class FlowMeasure:
         total = part.reshape(layer.out_channels, -1).sum(1) + bias
         safe = np.where(total > 0, total, 1.0)
         return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe
+
+
+class MeanMeasure:
+    """The means that `compensate` needs, for criteria that do not measure them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._inputs, self.measurements = _inputs(plan, lambda axis: InputMeans(axis, power=2, signed=True))
+        self._plan = plan
+
+    def means(self) -> dict[str, Doubles]:
+        """What each weight meets on average after the pass, by layer name: [in channels, *kernel]."""
+        return {layer.name: self._inputs[layer.name].input_means(layer) for layer in self._plan.layers}
+
+
+def _inputs(plan: Plan, make: Callable[[int | None], InputMeans]) -> tuple[dict[str, InputMeans], list[Measurement]]:
+    """A statistic of what each layer reads, by name; layers that read the same share it."""
+    shared: dict[tuple[str, int | None], InputMeans] = {}
+    found = {}
+    for layer in plan.layers:
+        key = (layer.input, None if layer.is_convolution else layer.input_axis)
+        found[layer.name] = shared.setdefault(key, shared.get(key) or make(key[1]))
+    return found, [Measurement(name, statistic) for (name, _), statistic in shared.items()]
 
 
 def passed_evenly(graph: Graph, plan: Plan) -> tuple[Even, ...]:

@@ -14,7 +14,7 @@ from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.probes import instrument
 from relief_onnx.session import Session
 
-__all__ = ["Size", "layer_macs", "measure"]
+__all__ = ["Size", "layer_macs", "macs_of_layers", "measure"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ def _run_shapes(graph: Graph, plan: Plan, sample: Batch) -> dict[str, Shape | No
     values = Session(probe.model, 1, "the probe model").run(sample.feed, list(probe.taps.values()), sample.source) if probe.taps else []
     shapes: dict[str, Shape | None] = {name: tuple(np.shape(value)) for name, value in zip(probe.taps, values, strict=True)}
     return shapes | {name: tuple(np.shape(value)) for name, value in sample.feed.items()}
+
+
+def macs_of_layers(graph: Graph, plan: Plan, sample: Batch) -> dict[str, float]:
+    """MACs of every layer by name, of one sample; of a layer whose sizes are not known even then, its number of weights."""
+    shapes = _run_shapes(graph, plan, sample)
+    found = {}
+    for layer in plan.layers:
+        work = layer_macs(graph, layer, shapes)
+        found[layer.name] = float(np.prod(layer.view.shape)) if work is None else work / sample.size
+    return found
 
 
 def layer_macs(graph: Graph, layer: Layer, shapes: Mapping[str, Shape | None]) -> int | None:

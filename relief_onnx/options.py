@@ -80,7 +80,7 @@ class Options:
         return next(((pattern, alpha) for pattern, alpha in self.layers if any(re.search(pattern, name) for name in names)), None)
 
     def alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
-        """The share of contribution (of flow, where that is the criterion) that a layer keeps, or that all layers with the same alpha keep."""
+        """The share of contribution that a layer keeps; of flow, that all layers with the same alpha keep together."""
         own = self.layer_alpha(names)
         if own is not None:
             return own[1]

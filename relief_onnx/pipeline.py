@@ -11,24 +11,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
-from relief_onnx.channels import Choice, choose, unit_masks, without_units
+from relief_onnx.channels import Choice, unit_masks, without_units
 from relief_onnx.compare import compare_models
+from relief_onnx.compensate import Shift, compensate
+from relief_onnx.coupling import Coupling
+from relief_onnx.cut import Floor, Pool, cut, pattern_masks
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError
+from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
+from relief_onnx.flow import FlowMeasure, MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks
+from relief_onnx.measure import macs_of_layers
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
+from relief_onnx.patterns import parse_pattern
 from relief_onnx.probes import instrument
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
+from relief_onnx.unit_budget import choose_units
 from relief_onnx.verify import verify
 from relief_onnx.walk import trace
 
@@ -83,6 +91,7 @@ def score(
     ready, options = prepare(source), resolve(None, {}, given)
     if not ready.plan.layers:
         raise _nothing(ready.plan, {})
+    _check_outputs(ready.graph, options)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
         return _measure(ready, dataset, options, None, progress, None)
@@ -123,6 +132,7 @@ def prune(
         for path in (save_masks, save_report):
             if path is not None:
                 files.check_target(Path(path), force=True)
+        _check_outputs(ready.graph, options)
         weights, reasons = select(ready.plan, options.only, options.skip)
         if not weights:
             raise _nothing(ready.plan, reasons)
@@ -133,19 +143,24 @@ def prune(
         if scores is not None:
             found: Scores = read_scores(Path(scores), ready.plan, options.scored)
             rules.measure_alone(dataset, options, progress)
+            options = replace(options, criterion=_criterion_of(found, options))
         else:
             found = _measure(ready, dataset, options, rules, progress, folder)
     with clock("mask"):
-        masks, choices = _masks(ready, options, found, weights)
-        masks, gates = rules.apply(masks)
-        flags = initializer_masks(ready.plan, masks)
-        masked = rules.insert_gates(insert(ready.graph, flags), gates)
+        chosen = _choose(ready, options, found, weights, dataset)
+        masks, gates = rules.apply(chosen.masks)
+        graph, shifts = _shifted(ready, options, found, chosen, masks, dataset, progress)
+        flags = initializer_masks(ready.plan if graph is ready.graph else find(graph), masks)
+        masked = rules.insert_gates(insert(graph, flags), gates)
     with clock("surgery"):
-        operation = operate(rules.insert_gates(apply_weights(ready.graph.model, applied(ready.graph, flags)), gates))
+        operation = operate(rules.insert_gates(apply_weights(graph.model, applied(graph, flags)), gates))
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
-    evidence = Evidence(ready, options, masks, operation, packed, reasons, gates, choices, shipped)
+    evidence = Evidence(
+        ready, options, masks, operation, packed, reasons, gates, chosen.choices, shipped, found, chosen.floors, shifts,
+        passed_evenly(ready.graph, ready.plan) if options.criterion == "flow" else (),
+    )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
     with clock("verify"):
@@ -175,21 +190,110 @@ def prune(
     return Result(shipped, masked, masks, found, report)
 
 
-def _masks(ready: Prepared, options: Options, scores: Scores, weights: frozenset[str]) -> tuple[Masks, tuple[Choice, ...]]:
+def _check_outputs(graph: Graph, options: Options) -> None:
+    weights = dict(options.output_weight)
+    for name in weights:
+        if name not in graph.outputs:
+            raise RecipeError(f"output-weight names {name!r}, which is no output of the model; its outputs are {', '.join(graph.outputs)}")
+    if all(weights.get(name, 1.0) == 0 for name in graph.outputs):
+        raise RecipeError("output-weight is 0 for every output, so nothing would matter; give one of them a weight")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the rules keep: masks, what happened to each coupling group, units that go as a whole, layers that a floor saved."""
+
+    masks: Masks
+    choices: tuple[Choice, ...] = ()
+    coupling: Coupling | None = None
+    floors: tuple[Floor, ...] = ()
+
+    def removed(self, plan: Plan) -> dict[str, Any]:
+        """Flags [out] of the units that go, by layer name."""
+        if self.coupling is None:
+            return {}
+        gone = np.array(sorted(unit for choice in self.choices for unit in choice.removed), np.int64)
+        return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
+
+
+def _choose(ready: Prepared, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset) -> _Chosen:
     """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
-
-    def fine_masks(shares: Scores) -> Masks:
-        if options.fine is None:
-            return keep_all(ready.plan, weights)
-        return make_masks(ready.plan, shares, weights, _alpha(options), options.bias == "prune")
-
     if not options.by_channel:
-        return fine_masks(scores), ()
+        masks, floors = _fine_masks(ready.plan, options, scores, weights, options.keep)
+        return _Chosen(masks, floors=floors)
     coupling = trace(ready.graph, ready.plan)
-    choices = tuple(choose(ready.plan, coupling, scores, alpha=_unit_alpha(options), allowed=weights, round_to=options.round_to))
+    sample = next(iter(dataset.batches(1, limit=1)))
+    choices = tuple(choose_units(
+        ready.plan, coupling, scores, alpha=_unit_alpha(options), keep=options.keep, macs=macs_of_layers(ready.graph, ready.plan, sample),
+        allowed=weights, round_to=options.round_to,
+    ))  # fmt: skip
     removed = frozenset(unit for choice in choices for unit in choice.removed)
-    inside = fine_masks(without_units(ready.plan, coupling, scores, removed))
-    return unit_masks(ready.graph, ready.plan, coupling, removed, inside), choices
+    inside, floors = _fine_masks(ready.plan, options, without_units(ready.plan, coupling, scores, removed), weights, None)
+    return _Chosen(unit_masks(ready.graph, ready.plan, coupling, removed, inside), choices, coupling, floors)
+
+
+def _fine_masks(
+    plan: Plan, options: Options, scores: Scores, weights: frozenset[str], keep: float | None
+) -> tuple[Masks, tuple[Floor, ...]]:
+    """Masks of connections or single weights: by pattern, by one ranking over the network, or neuron by neuron."""
+    if options.fine is None:
+        return keep_all(plan, weights), ()
+    if options.pattern is not None:
+        return pattern_masks(plan, scores, weights, *parse_pattern(options.pattern)), ()
+    if options.criterion == "flow" or keep is not None:
+        return cut(plan, scores, _pools(plan, options, weights, keep), keep)
+    return make_masks(plan, scores, weights, _alpha(options), options.bias == "prune"), ()
+
+
+def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
+    """Weights with one and the same alpha are ranked together; where a recipe names a layer it is on its own."""
+    pools: dict[tuple[str, float | None], list[str]] = {}
+    for weight, layers in plan.by_weight().items():
+        if weight not in weights:
+            continue
+        names = (layers[0].name, weight)
+        named = options.layer_alpha(names)
+        alpha = named[1] if named is not None else None if keep is not None else _alpha(options)(layers[0])
+        pools.setdefault(("" if named is None else named[0], alpha), []).append(weight)
+    return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
+
+
+def _shifted(
+    ready: Prepared, options: Options, scores: Scores, chosen: _Chosen, masks: Masks, dataset: Dataset, progress: calibrate.Progress
+) -> tuple[Graph, tuple[Shift, ...]]:
+    """The graph with the mean of what goes in its biases, where that is wanted."""
+    if not options.shifts_means:
+        return ready.graph, ()
+    means = {name: score.means for name, score in scores.items() if score.means is not None}
+    if not means:
+        measure = MeanMeasure(ready.plan)
+        probe = instrument(ready.graph, [item.tensor for item in measure.measurements])
+        calibrate.run(
+            probe, measure.measurements, dataset, limit=options.samples, seed=options.seed, threads=options.threads or os.cpu_count() or 1,
+            progress=progress,
+        )  # fmt: skip
+        means = measure.means()
+    model, shifts = compensate(ready.graph, ready.plan, masks, means, _silenced(ready.plan, chosen, masks))
+    return (ready.graph if model is ready.graph.model else Graph(model)), shifts
+
+
+def _silenced(plan: Plan, chosen: _Chosen, masks: Masks) -> dict[str, Any]:
+    """Units that emit 0 from now on: those that go as a whole, and those that the paper's rules switched off after the cut."""
+    found = chosen.removed(plan)
+    for weight, layers in plan.by_weight().items():
+        if weight not in masks.keep or weight not in chosen.masks.keep:
+            continue
+        before, after = (part.keep[weight].reshape(layers[0].out_channels, -1).any(1) for part in (chosen.masks, masks))
+        for layer in layers:
+            found[layer.name] = found.get(layer.name, np.zeros(layer.out_channels, bool)) | (before & ~after)
+    return found
+
+
+def _criterion_of(scores: Scores, options: Options) -> str:
+    """What a score file holds decides: R of every unit makes it flow."""
+    if all(score.relevance is not None for score in scores.values()):
+        return "flow"
+    return options.criterion if options.criterion != "flow" else "relief"
 
 
 @contextmanager
@@ -252,7 +356,9 @@ def _measure(
             return read_scores(stored, ready.plan, options.scored)
         except DataError as error:
             raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
-    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored)
+    flow = FlowMeasure(ready.graph, ready.plan, options.scored) if options.criterion == "flow" else None
+    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored) if flow is None else ([], {}, {})
+    wanted += flow.measurements if flow is not None else []
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
     if folder is not None:
@@ -267,7 +373,11 @@ def _measure(
             threads=options.threads or os.cpu_count() or 1,
             progress=progress,
         )
-    scores = {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
+    scores = (
+        flow.scores(dict(options.output_weight))
+        if flow is not None
+        else {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
+    )
     if stored is not None:
         note = stored.with_suffix(".json")
         note.unlink(missing_ok=True)  # no moment in which an old note stands beside new scores
@@ -277,7 +387,9 @@ def _measure(
 
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
-    parts = (ready.sha256, dataset.fingerprint, options.scored, options.criterion, options.samples, options.seed)
+    parts = (
+        ready.sha256, dataset.fingerprint, options.scored, options.criterion, options.samples, options.seed, options.output_weight,
+    )  # fmt: skip
     return files.sha256(repr(parts).encode())
 
 

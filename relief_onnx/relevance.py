@@ -255,7 +255,7 @@ def _aligned(values: Doubles, own: Sequence[Hashable], every: Sequence[Hashable]
     """An array with the axes of the labels `own` as one with an axis for every tracked label."""
     places = [own.index(label) for label in every if label in own]
     others = tuple(axis for axis in range(len(own)) if axis not in places)
-    packed = values.sum(others, keepdims=True).transpose([*places, *others])
+    packed: Doubles = values.sum(others, keepdims=True).transpose([*places, *others])
     sizes = iter(packed.shape)
     return packed.reshape([next(sizes) if label in own else 1 for label in every])
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from relief_onnx import model as files
 from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
+from relief_onnx.compensate import Shift
+from relief_onnx.cut import Floor
 from relief_onnx.dataset import Dataset
 from relief_onnx.health import Health, check_health
 from relief_onnx.layers import Layer, Skipped
@@ -24,6 +26,8 @@ from relief_onnx.measure import measure
 from relief_onnx.options import Options
 from relief_onnx.pack import PackedTensor
 from relief_onnx.paper import Gate
+from relief_onnx.relevance import Even
+from relief_onnx.scoring import Scores
 from relief_onnx.surgery import Operation
 from relief_onnx.verify import Verification
 
@@ -53,6 +57,10 @@ class Evidence:
     gates: tuple[Gate, ...]
     choices: tuple[Choice, ...]
     shipped: onnx.ModelProto
+    scores: Scores
+    floors: tuple[Floor, ...] = ()
+    shifts: tuple[Shift, ...] = ()
+    evenly: tuple[Even, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -141,7 +149,7 @@ class Evidence:
             "weights": left.size, "weights_kept": int(left.sum()),
             "alpha": self._alpha(layer) if chosen else None,
             "channels": list(self.operation.channels[layer.name]),
-            "storage": packed.storage if packed is not None else "dense",
+            "storage": packed.storage if packed is not None else "dense", **self._flow_of(layer),
         }  # fmt: skip
 
     def _pruned_reason(self, layer: Layer, rule: Flags) -> str:
@@ -156,6 +164,25 @@ class Evidence:
             cut = "of channels below the cut"
         parts = (f"{cut}: {below}" if below else "", f"of dead units: {dead}" if dead else "")
         return f"{self._unit if self.options.fine else 'connection'}s " + "; ".join(part for part in parts if part)
+
+    def flow_document(self) -> dict[str, Any] | None:
+        """Nodes that passed relevance on evenly, and layers that a floor saved from the ranking; None without the criterion flow."""
+        if self.options.criterion != "flow":
+            return None
+        return {
+            "evenly": [{"node": item.node, "op": item.op, "reason": item.reason} for item in self.evenly],
+            "floors": [{"weight": item.weight, "ranked": item.ranked, "kept": item.kept} for item in self.floors],
+        }
+
+    def _flow_of(self, layer: Layer) -> dict[str, float]:
+        """R of all units of a layer together, and the share of its flow that the rule keeps; nothing without the criterion flow."""
+        score = self.scores[layer.name]
+        if score.relevance is None:
+            return {}
+        keep, flow = self.masks.keep.get(layer.weight), score.flow
+        kept = flow if keep is None else flow * keep.reshape(*keep.shape, *(1,) * (flow.ndim - keep.ndim))
+        total = float(flow.sum())
+        return {"relevance": float(score.relevance.sum()), "flow_kept": float(kept.sum()) / total if total > 0 else 1.0}
 
     def group_rows(self) -> list[dict[str, Any]]:
         """What happened to every coupling group; empty where no channels were ranked."""
@@ -198,6 +225,11 @@ def build_report(
         "data": {"source": dataset.source, "kind": dataset.kind, "samples": quality.samples, "labelled": dataset.labelled},
         "layers": rows,
         "groups": evidence.group_rows(),
+        "flow": evidence.flow_document(),
+        "mean_shift": {
+            "moved": [shift.layer.name for shift in evidence.shifts if shift.moved],
+            "left": [{"node": shift.layer.name, "reason": shift.reason} for shift in evidence.shifts if not shift.moved],
+        },
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,
         "health": health.document(),

@@ -154,11 +154,18 @@ def normalise(graph: Graph, layer: Layer, statistic: Contribution | None, granul
 
 
 def write_scores(scores: Scores, path: Path) -> None:
-    """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`. Raises OutputError."""
+    """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`. Raises OutputError.
+
+    Of the criterion flow also `W/relevance` [out], `W/flow` (shaped as the score) and `W/input_mean` [in channels, *kernel].
+    """
     arrays: dict[str, NDArray[Any]] = {}
     for layer in scores.values():
         key = f"{layer.weight}@{layer.node}" if f"{layer.weight}/score" in arrays else layer.weight
         arrays[f"{key}/score"], arrays[f"{key}/bias_score"] = layer.score, layer.bias_score
+        if layer.relevance is not None:
+            arrays[f"{key}/relevance"], arrays[f"{key}/flow"] = layer.relevance, layer.flow
+        if layer.means is not None:
+            arrays[f"{key}/input_mean"] = layer.means
     write_arrays(arrays, path)
 
 
@@ -195,6 +202,9 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
         (f"{key}/score", _score_shape(layer, granularity)),
         (f"{key}/bias_score", (layer.out_channels,)),
     )
+    if any(name.endswith("/relevance") for name in arrays):
+        means = (layer.groups * layer.in_per_group, *layer.view.shape[2:])
+        parts = (*parts, (f"{key}/relevance", (layer.out_channels,)), (f"{key}/input_mean", means))
     for name, shape in parts:
         if name not in arrays:
             raise DataError(f"{path} has no {name}; it was measured on another model, measure again with relief-onnx score")
@@ -207,4 +217,4 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
             )
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise DataError(f"{path}: {name} is {list(arrays[name].shape)}, the model needs {list(shape)} finite numbers; measure again")
-    return LayerScore(layer.weight, layer.name, arrays[parts[0][0]].astype(float), arrays[parts[1][0]].astype(float))
+    return LayerScore(layer.weight, layer.name, *(arrays[name].astype(float) for name, _ in parts))

@@ -6,7 +6,7 @@ all others (batch, pixels, tokens), which are summed over. Layers begin tracks; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,12 +66,9 @@ def moved(graph: Graph, node: onnx.NodeProto, row: OperatorRow, tracks: Mapping[
         return Moved(names, tuple(starts[:-1]), tuple(np.asarray(item) for item in alternatives)), why
 
 
-Label = Hashable
-
-
 def labels_of(
     graph: Graph, node: onnx.NodeProto, tracks: Mapping[str, Track]
-) -> tuple[list[tuple[Label, ...]], tuple[Label, ...], dict[Label, int]]:
+) -> tuple[list[tuple[Hashable, ...]], tuple[Hashable, ...], dict[Hashable, int]]:
     """A contraction's labels per input and of its output, and the sizes of those that are tracked."""
     labels, out = LABELS[node.op_type](graph, node)
     pairs = (pair for name, own in zip(node.input, labels, strict=False) for pair in zip(own, tracks.get(name, ()), strict=False))
