@@ -107,6 +107,7 @@ def _train(name: str) -> bytes:
     """Adam with a falling learning rate on the first 50,000 training images, one thread, so that a machine repeats itself."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
+
     from sample_models import build
 
     torch.set_num_threads(1)
