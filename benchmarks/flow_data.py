@@ -8,6 +8,7 @@ They are written to build/flow as .npz once, where the peers' environment (numpy
 from __future__ import annotations
 
 import hashlib
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks import flow_metrics as metrics
 from benchmarks import flow_models as models
 from benchmarks.flow_models import NAMES
 
-__all__ = ["NAMES", "SPLITS", "Feed", "calibration", "evaluate", "load", "outputs"]
+__all__ = ["NAMES", "SPLITS", "Feed", "calibration", "evaluate", "file", "load", "outputs"]
 
 SPLITS = ("calib_a", "calib_b", "test")
 LABELLED = {"calib_a": 1000, "calib_b": 2000, "test": 2500}
@@ -39,24 +40,24 @@ def load(name: str, split: str) -> tuple[Feed, NDArray[np.int64] | None]:
 
     Inputs of a model whose batch is fixed to 1 have the same form: sample i is row i of every array, see `calibration`.
     """
-    file = _file(name, split)
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    stored = _file(name, split)
+    if not stored.exists():
+        stored.parent.mkdir(parents=True, exist_ok=True)
         feed, labels = _make(name, split)
-        part = file.with_suffix(".part.npz")
-        np.savez(part, **{f"x:{key}": value for key, value in feed.items()}, **({} if labels is None else {"label": labels}))
-        part.replace(file)
-    with np.load(file) as found:
-        feed = {key[2:]: found[key] for key in found.files if key.startswith("x:")}
+        part = stored.with_suffix(".part.npz")
+        np.savez(part, **feed, **({} if labels is None else {"label": labels}))
+        part.replace(stored)
+    with np.load(stored) as found:
+        feed = {key: found[key] for key in found.files if key != "label"}
         return feed, found["label"] if "label" in found.files else None
 
 
-def calibration(name: str, split: str = "calib_a", batch: int = 1) -> list[Feed]:
-    """The same samples as a list of feeds of `batch` rows: what `relief_onnx.prune` and the peers take, for every model alike."""
+def calibration(name: str, split: str = "calib_a", batch: int = 1, samples: int | None = None) -> list[Feed]:
+    """The same samples, or the first so many, as a list of feeds of `batch` rows: what the peers take, for every model alike."""
     feed, _ = load(name, split)
-    count = len(next(iter(feed.values())))
+    count = min(len(next(iter(feed.values()))), samples or sys.maxsize)
     step = 1 if name in _FIXED_BATCH else batch
-    return [{key: value[start : start + step] for key, value in feed.items()} for start in range(0, count, step)]
+    return [{key: value[start : min(start + step, count)] for key, value in feed.items()} for start in range(0, count, step)]
 
 
 def evaluate(name: str, model: onnx.ModelProto | bytes | Path, split: str, threads: int = 1) -> float:
@@ -83,6 +84,12 @@ def outputs(name: str, model: onnx.ModelProto | bytes | Path, split: str, thread
 @lru_cache(maxsize=4)
 def _original(name: str, split: str, threads: int) -> dict[str, NDArray[np.float64]]:
     return outputs(name, models.path(name), split, threads)
+
+
+def file(name: str, split: str) -> Path:
+    """The .npz of a split as `relief_onnx.prune` reads it: the inputs by name, and `label`."""
+    load(name, split)
+    return _file(name, split)
 
 
 def _file(name: str, split: str) -> Path:

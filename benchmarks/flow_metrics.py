@@ -5,9 +5,11 @@
 - `embedding`: mean cosine with the original's embedding, negative ones as 0.
 - `characters`: of all frames where the original or the pruned model reads a character (not the CTC blank), the share where
   both read the same one. Plain agreement per frame would give an all-blank garbage output most of its points.
-- `explained`: the mean over outputs of `max(0, R^2)`, where R^2 = 1 - sum w (y' - y)^2 / sum w (y - mean y)^2 and the mean is that of
-  each output element over the samples. So a model that answers the same to everything gets 0, even where its constants
-  (anchor grids, a centre bias) are right. Detectors weight the errors of boxes and landmarks by the original's score there.
+- `concordant`: the mean over outputs of the concordance `2 sum w a b / sum w (a a + b b)`, negative ones as 0, where b is how far an
+  element of the original's output is from that element's mean over the samples, and a how far the pruned model's is from the same
+  mean. 1 only for equal outputs; a wrong scale or offset lowers it; a model that answers the same to everything gets 0 even where its
+  constants (anchor grids, a centre bias) are right. Kinder than R^2, which is 0 already when the error is as large as the signal.
+  Detectors weight the errors of boxes and landmarks by the original's score there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-Values = Mapping[str, NDArray[np.float64]]  # by output name, stacked over samples: [samples, ...]
+Values64 = NDArray[np.float64]
+Values = Mapping[str, Values64]  # by output name, stacked over samples: [samples, ...]
 Labels = NDArray[np.int64]
 
 
@@ -55,35 +58,36 @@ def characters(values: Values, original: Values, blank: int = 0) -> float:
     return same / either if either else 0.0
 
 
-def r_squared(y: NDArray[np.float64], wanted: NDArray[np.float64], weight: NDArray[np.float64] | None = None) -> float:
-    """max(0, R^2) with the mean over samples as what must be beaten; 0 where something is not finite."""
-    if not np.isfinite(y).all():
+def concordance(x: Values64, y: Values64, weight: Values64 | None = None) -> float:
+    """Of what an output was (y) and is now (x), both [samples, ...], 0..1; 0 where something is not finite."""
+    if not np.isfinite(x).all():
         return 0.0
-    w = np.ones_like(wanted) if weight is None else np.broadcast_to(weight, wanted.shape)
-    mean = (w * wanted).sum(0) / np.maximum(w.sum(0), 1e-12)
-    spread = float((w * (wanted - mean) ** 2).sum())
-    return max(0.0, 1 - float((w * (y - wanted) ** 2).sum()) / spread) if spread > 0 else 0.0
+    w = np.ones_like(y) if weight is None else np.broadcast_to(weight, y.shape)
+    mean = (w * y).sum(0) / np.maximum(w.sum(0), 1e-12)
+    a, b = x - mean, y - mean
+    spread = float((w * (a * a + b * b)).sum())
+    return max(0.0, 2 * float((w * a * b).sum()) / spread) if spread > 0 else 0.0
 
 
-def explained(values: Values, original: Values) -> float:
-    """Mean of max(0, R^2) over outputs."""
-    return float(np.mean([r_squared(values[name], original[name]) for name in original]))
+def concordant(values: Values, original: Values) -> float:
+    """Mean concordance of the outputs."""
+    return float(np.mean([concordance(values[name], original[name]) for name in original]))
 
 
 def yolo(values: Values, original: Values) -> float:
-    """Of one output [samples, 4 + classes, anchors]: the mean of class scores' R^2 and of boxes' R^2, weighted by the best score."""
+    """Of one output [samples, 4 + classes, anchors]: mean concordance of class scores and of boxes, these weighted by the best score."""
     ((name, y),) = original.items()
     x = values[name]
-    return (r_squared(x[:, 4:], y[:, 4:]) + r_squared(x[:, :4], y[:, :4], y[:, 4:].max(1, keepdims=True))) / 2
+    return (concordance(x[:, 4:], y[:, 4:]) + concordance(x[:, :4], y[:, :4], y[:, 4:].max(1, keepdims=True))) / 2
 
 
 def yunet(values: Values, original: Values) -> float:
-    """Of cls, obj, bbox and kps at strides 8, 16, 32: mean R^2; boxes and landmarks weighted by cls * obj."""
+    """Of cls, obj, bbox and kps at strides 8, 16, 32: mean concordance; boxes and landmarks weighted by cls * obj."""
     found = []
     for name, y in original.items():
         part, stride = name.split("_")
         weight = None if part in ("cls", "obj") else np.maximum(original[f"cls_{stride}"] * original[f"obj_{stride}"], 0)
-        found.append(r_squared(values[name], y, weight))
+        found.append(concordance(values[name], y, weight))
     return float(np.mean(found))
 
 
@@ -92,8 +96,8 @@ AGAINST_ORIGINAL: dict[str, Callable[[Values, Values], float]] = {
     "ppocrv4_rec": characters,
     "nudenet_320n": yolo,
     "yunet_n": yunet,
-    "vit_s_focus": explained,
-    "dtln_2": explained,
+    "vit_s_focus": concordant,
+    "dtln_2": concordant,
     "ppocr_cls": agreement,
 }
 """By model: the metric against the original's outputs. Models that are not here have labels and are judged by `accuracy`."""
