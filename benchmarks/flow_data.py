@@ -45,7 +45,8 @@ def load(name: str, split: str) -> tuple[Feed, NDArray[np.int64] | None]:
         stored.parent.mkdir(parents=True, exist_ok=True)
         feed, labels = _make(name, split)
         part = stored.with_suffix(".part.npz")
-        np.savez(part, **feed, **({} if labels is None else {"label": labels}))
+        arrays: dict[str, Any] = {**feed, **({} if labels is None else {"label": labels})}
+        np.savez(part, **arrays)
         part.replace(stored)
     with np.load(stored) as found:
         feed = {key: found[key] for key in found.files if key != "label"}

@@ -27,14 +27,14 @@ Labels = NDArray[np.int64]
 def accuracy(values: Values, labels: Labels) -> float:
     """Share of samples whose largest output is the label; of the only output."""
     (logits,) = values.values()
-    return float((logits.argmax(1) == labels).mean())
+    return float(np.mean(logits.argmax(1) == labels))
 
 
 def agreement(values: Values, original: Values) -> float:
     """Share of samples with the original's class, less chance."""
     share = float(np.mean([np.mean(values[name].argmax(-1) == original[name].argmax(-1)) for name in original]))
     classes = next(iter(original.values())).shape[-1]
-    return max(0.0, (share - 1 / classes) / (1 - 1 / classes))
+    return max(0.0, float((share - 1 / classes) / (1 - 1 / classes)))
 
 
 def embedding(values: Values, original: Values) -> float:
@@ -55,7 +55,7 @@ def characters(values: Values, original: Values, blank: int = 0) -> float:
         some = (read != blank) | (wanted != blank)
         same += int(np.sum(some & (read == wanted)))
         either += int(np.sum(some))
-    return same / either if either else 0.0
+    return float(same / either) if either else 0.0
 
 
 def concordance(x: Values64, y: Values64, weight: Values64 | None = None) -> float:

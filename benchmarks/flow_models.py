@@ -131,4 +131,4 @@ def _train(name: str) -> bytes:
     model = build.to_onnx(net, {key: value.detach().numpy() for key, value in weights.items()}, {"training": WEIGHTS_OF_TRAINING})
     model.doc_string = f"{net.title}, trained on MNIST: Adam {LEARNING_RATE}, {EPOCHS} epochs, seed {SEED}."
     model.producer_name = "relief-onnx benchmarks"
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flow_models import NAMES
+
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers say the same again.
 STYLES: dict[str, tuple[str, str]] = {
     "flow": ("#000000", "o"),
@@ -27,13 +29,13 @@ def draw(document: dict[str, Any], target: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "flow", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
-    models = document["models"]
+    models = {name: document["models"][name] for name in NAMES if name in document["models"]}
     rows = -(-(len(models) + 1) // COLUMNS)  # one more panel for the legend
     figure, grid = pyplot.subplots(rows, COLUMNS, figsize=(3.6 * COLUMNS, 2.7 * rows), squeeze=False, layout="constrained")
     panels = list(grid.flat)
     for panel, (name, model) in zip(panels, models.items(), strict=False):
         _panel(panel, name, model)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = (items[::-1] for items in panels[0].get_legend_handles_labels())  # flow is drawn last and named first
     for panel in panels[len(models) :]:
         panel.axis("off")
     panels[len(models)].legend(handles, labels, loc="center left", frameon=False, title="nothing repaired, single weights")

@@ -66,8 +66,9 @@ class Subject:
     def scores(self, criterion: str) -> Scores:
         """Scores of single weights, measured once."""
         if criterion not in self._scores:
-            given = {"criterion": criterion, "granularity": "weight", "threads": self.threads}
-            self._scores[criterion] = relief_onnx.score(self.path, self.data, **given)
+            self._scores[criterion] = relief_onnx.score(
+                self.path, self.data, criterion=criterion, granularity="weight", threads=self.threads
+            )
         return self._scores[criterion]
 
     @cached_property

@@ -79,7 +79,7 @@ def _utterance(rng: np.random.Generator, seconds: float) -> Sound:
     colour[1:] /= np.fft.rfftfreq(len(sound))[1:] ** rng.uniform(0, 0.8)
     background = np.fft.irfft(colour, len(sound))
     sound += background / background.std() * level * 10 ** (-rng.uniform(0, 20) / 20)
-    return 0.5 * sound / np.abs(sound).max()
+    return np.asarray(0.5 * sound / np.abs(sound).max())
 
 
 def dtln_2(seed: int, count: int) -> dict[str, NDArray[Any]]:
@@ -91,7 +91,8 @@ def dtln_2(seed: int, count: int) -> dict[str, NDArray[Any]]:
         for file in (zoo_file("dtln_1"), path("dtln_2"))
     )
     rng = np.random.default_rng(seed)
-    frames, states = [], []
+    frames: list[NDArray[np.float32]] = []
+    states: list[NDArray[np.float32]] = []
     while len(frames) < count:
         sound = _utterance(rng, 2.0)
         mask_state = state = np.zeros((1, 2, 128, 2), np.float32)
