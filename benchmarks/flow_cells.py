@@ -2,7 +2,7 @@
 
 A cell is one model at one share of weights kept. Where an opponent kept another share than asked, flow is judged by a run at the share
 that the opponent really kept, so nobody gains from keeping more. Cells that an opponent could not fill are counted apart, and
-so are ties: a tie at the bottom, where every result is garbage, is no merit.
+so are ties: a tie at the bottom, where every result is garbage, is no merit. `of these, in use` leaves the garbage out.
 """
 
 from __future__ import annotations
@@ -62,9 +62,18 @@ def count(words: Iterable[str]) -> dict[str, int]:
     return {word: listed.count(word) for word in ("ahead", "tied", "behind", "open")}
 
 
+def useful(model: Mapping[str, Any]) -> list[bool]:
+    """For each share: whether flow or anyone without weight updates keeps half of the original's score; below that no one would use it."""
+    columns = zip(*(rows for method, rows in model["rows"].items() if method not in WITH_UPDATES), strict=True)
+    return [max((row["score"] for row in column if "score" in row), default=0.0) >= model["original"] / 2 for column in columns]
+
+
 def summary(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Counts over all models: against every opponent without weight updates together, and against each opponent alone."""
     found = {"all without updates": count(word for model in models.values() for word in best(model["rows"], model["matched"]))}
+    found["of these, in use"] = count(
+        word for model in models.values() for word, alive in zip(best(model["rows"], model["matched"]), useful(model), strict=True) if alive
+    )
     for method in (*WITHOUT_UPDATES, *WITH_UPDATES):
         found[method] = count(word for model in models.values() for word in versus(model["rows"], model["matched"], method))
     return found

@@ -115,7 +115,10 @@ def test_cells_are_counted() -> None:
     }
     assert cells.best(rows, []) == ["ahead", "tied", "ahead", "behind"]
     assert cells.versus(rows, [], "wanda") == ["ahead", "ahead", "open", "ahead"]
-    found = cells.summary({"one": {"rows": rows, "matched": []}, "two": {"rows": rows, "matched": []}})
+    model = {"rows": rows, "matched": [], "original": 1.0}
+    found = cells.summary({"one": model, "two": model})
+    assert cells.useful(model) == [True, True, False, False]
+    assert found["of these, in use"] == {"ahead": 2, "tied": 2, "behind": 0, "open": 0}
     assert found["all without updates"] == {"ahead": 4, "tied": 2, "behind": 2, "open": 0}
     assert found["sparsegpt"] == {"ahead": 0, "tied": 0, "behind": 0, "open": 8}
 
