@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow bench-flow-channels peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ $(PEERS)/.installed: Makefile
 
 bench-flow: $(VENV)/.bench $(PEERS)/.installed  ## Compare accuracy at the same share of weights kept with other criteria; prints tables.
 	$(BIN)/python -m benchmarks.flow $(FLOW_OPTIONS)
+
+bench-flow-channels: $(VENV)/.dev $(PEERS)/.installed  ## Measure the accuracy of ResNets without whole channels, beside the other pruners.
+	$(BIN)/python -m benchmarks.flow_channels --peers $(PEERS)/bin/python $(FLOW_CHANNELS_OPTIONS)
 
 peers: $(PEERS)/.installed  ## Measure what Torch-Pruning and onnxsim can remove from the same models, for bench-zoo's table.
 	$(PEERS)/bin/python -m benchmarks.peers $(ZOO_OPTIONS)

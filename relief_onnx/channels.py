@@ -1,14 +1,14 @@
 """Whole units: how much each matters, which of a coupling group stay, and the masks that switch the others off.
 
-A unit is a channel, neuron or head with everything that is coupled to it. Its importance is an exchangeable function of the scores;
-the one here is the mean share that it has in the layers that read it (DESIGN section 2, Granularity).
+A unit is a channel, neuron or head with everything that is coupled to it. Its importance is its relevance R, or for a score that is
+local to a layer the mean share that it has in the layers that read it (DESIGN section 2, Granularity).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,21 @@ from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks
 from relief_onnx.scoring import LayerScore, Scores
 
-__all__ = ["Choice", "Group", "choose", "consumer_shares", "groups", "unit_masks", "without_units"]
+__all__ = [
+    "Choice",
+    "Group",
+    "Keep",
+    "by_share",
+    "choose",
+    "consumer_shares",
+    "groups",
+    "obstacle",
+    "relevance",
+    "unit_masks",
+    "without_units",
+]
 
 Flags = NDArray[np.bool_]
-Importance = Callable[[Plan, Coupling, Scores], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -106,55 +117,74 @@ def consumer_shares(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int,
     return found
 
 
+def relevance(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, float]:
+    """Importance of a unit by flow: R of all the channels that are coupled in it, summed over the layers that make them."""
+    found: dict[int, float] = {}
+    for layer in plan.layers:
+        own = scores[layer.name].relevance
+        assert own is not None
+        for unit, share in zip(coupling.outputs[layer.node].tolist(), own.tolist(), strict=True):
+            if unit >= 0:
+                found[unit] = found.get(unit, 0.0) + share
+    return found
+
+
+# How many of a group's units stay, given their importance in descending order and their numbers.
+Keep = Callable[[Group, Sequence[float], Sequence[int]], int]
+
+
+def by_share(alpha: Callable[[Layer], float]) -> Keep:
+    """The shortest prefix that carries the share alpha of the group's importance (in [0, 1]); of a group with k readers the share
+    1 - (1 - alpha) / k: what several layers read is lost to each of them, so the losses of all readers together are those of one."""
+
+    def keep(group: Group, shares: Sequence[float], units: Sequence[int]) -> int:
+        wanted = 1.0 - (1.0 - max(alpha(layer) for layer in group.layers or group.readers)) / len(group.readers)
+        running = np.cumsum(shares)
+        return int((np.array(shares) > 0).sum()) if wanted >= 1.0 else int(np.searchsorted(running, wanted * running[-1])) + 1
+
+    return keep
+
+
 def choose(
-    plan: Plan,
-    coupling: Coupling,
-    scores: Scores,
-    *,
-    alpha: Callable[[Layer], float],
-    allowed: frozenset[str],
-    round_to: int,
-    importance: Importance = consumer_shares,
+    grouped: Sequence[Group], coupling: Coupling, values: Mapping[int, float], keep: Keep, *, allowed: frozenset[str], round_to: int
 ) -> list[Choice]:
-    """Per group the shortest prefix of units, sorted by importance, that carries the share alpha of it (in [0, 1]); of a group with k
-    readers the share 1 - (1 - alpha) / k, so that the losses of all its readers together are those of one. Rounded up until every
-    layer has a multiple of `round_to` channels. Nothing that is tied to a weight outside `allowed` goes."""
-    values = importance(plan, coupling, scores)
-    found = [_choose_in(group, coupling, values, alpha, allowed, round_to) for group in groups(plan, coupling)]
+    """Per group the units that `keep` says, sorted by importance, rounded up until every layer has a multiple of `round_to` channels.
+
+    Nothing that is tied to a weight outside `allowed` goes.
+    """
+    found = [_choose_in(group, coupling, values, keep, allowed, round_to) for group in grouped]
     return _leave_no_tensor_empty(coupling, found, values)
 
 
-def _choose_in(
-    group: Group, coupling: Coupling, values: Mapping[int, float], alpha: Callable[[Layer], float], allowed: frozenset[str], round_to: int
-) -> Choice:
-    def nothing(reason: str) -> Choice:
-        return Choice(group, frozenset(), reason)
-
+def obstacle(group: Group, values: Mapping[int, float], allowed: frozenset[str]) -> str:
+    """Why a group is not ranked; empty where it is."""
     if not group.free:
-        return nothing(next(iter(group.pinned.values()), "it has no channels of its own"))
+        return next(iter(group.pinned.values()), "it has no channels of its own")
     excluded = [layer.name for layer in (*group.layers, *group.readers) if layer.weight not in allowed]
     if excluded:
-        return nothing(f"--skip or --only leaves {excluded[0]} alone, which makes or reads them too")
+        return f"--skip or --only leaves {excluded[0]} alone, which makes or reads them too"
     if not group.readers:
-        return nothing("no layer reads it, so the share that it carries is not known")
-    alphas = [alpha(layer) for layer in group.layers or group.readers]
-    free = np.array(group.free)
+        return "no layer reads it, so the share that it carries is not known"
+    return "" if any(values.get(unit, 0.0) > 0 for unit in group.free) else "its measured share is 0 everywhere"
+
+
+def _choose_in(group: Group, coupling: Coupling, values: Mapping[int, float], keep: Keep, allowed: frozenset[str], round_to: int) -> Choice:
+    reason = obstacle(group, values, allowed)
+    if reason:
+        return Choice(group, frozenset(), reason)
     shares = np.array([values.get(unit, 0.0) for unit in group.free])
     order = np.argsort(-shares, kind="stable")
-    running = np.cumsum(shares[order])
-    if running[-1] <= 0:
-        return nothing("its measured share is 0 everywhere")
-    # What several layers read is lost to each of them: the losses of all readers together are those of one.
-    wanted = 1.0 - (1.0 - max(alphas)) / len(group.readers)
-    kept = int((shares > 0).sum()) if wanted >= 1.0 else int(np.searchsorted(running, wanted * running[-1])) + 1
-    best = free[order].tolist()
+    best = np.array(group.free)[order].tolist()
+    kept = keep(group, shares[order].tolist(), best)
     stays = _rounded_up(group, coupling, {*best[:kept], *group.pinned}, best, round_to)
     removed = frozenset(unit for unit in best if unit not in stays)
     if removed:
         return Choice(group, removed, f"units below the cut: {len(removed)} of {group.size}")
-    if kept < len(free):
-        return nothing(f"rounded up to a multiple of {round_to} channels, all of them stay; a smaller --round-to removes more")
-    return nothing(f"every unit is needed at alpha {wanted:.3g}")
+    if kept < len(best):
+        return Choice(
+            group, removed, f"rounded up to a multiple of {round_to} channels, all of them stay; a smaller --round-to removes more"
+        )
+    return Choice(group, removed, "every unit is above the cut")
 
 
 def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:
@@ -203,7 +233,7 @@ def without_units(plan: Plan, coupling: Coupling, scores: Scores, removed: Itera
         columns = np.isin(coupling.inputs[layer.node], gone).reshape(layer.groups, -1)
         score[np.repeat(columns, layer.out_channels // layer.groups, 0)] = 0
         score[rows], bias[rows] = 0, 0
-        found[layer.name] = LayerScore(layer.weight, layer.name, score, bias)
+        found[layer.name] = replace(scores[layer.name], score=score, bias_score=bias)
     return found
 
 

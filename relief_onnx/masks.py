@@ -14,9 +14,8 @@ from onnx import helper, numpy_helper
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.scoring import LayerScore, Scores
-from relief_onnx.views import View
 
-__all__ = ["Masks", "applied", "initializer_masks", "insert", "keep_all", "keep_prefix", "make_masks"]
+__all__ = ["Masks", "applied", "as_stored", "initializer_masks", "insert", "keep_all", "keep_prefix", "make_masks", "whole_units"]
 
 Flags = NDArray[np.bool_]
 
@@ -93,16 +92,34 @@ def keep_all(plan: Plan, weights: frozenset[str]) -> Masks:
     )
 
 
+def as_stored(layer: Layer, values: NDArray[Any]) -> NDArray[Any]:
+    """Numbers per connection or single weight, as a layer sees them, in the layout of the initializer."""
+    thin = values.reshape(*values.shape, *(1,) * (len(layer.view.shape) - values.ndim))
+    return np.asarray(layer.view.invert(np.broadcast_to(thin, layer.view.shape)))
+
+
+def whole_units(layers: tuple[Layer, ...], keep: Flags) -> Flags:
+    """Masks as the first reader of a weight sees it, grown until whole kernels stay for every reader of a shared one."""
+    if len(layers) == 1:
+        return keep
+    return _united(layers, [_whole(layer, as_stored(layers[0], keep), _like(layer, keep)) for layer in layers])
+
+
+def _like(layer: Layer, keep: Flags) -> tuple[int, ...]:
+    """The shape of a layer's mask, of connections or single weights as `keep` is."""
+    return layer.view.shape if keep.ndim > 2 else layer.view.shape[:2]
+
+
 def _united(layers: tuple[Layer, ...], keeps: list[Flags]) -> Flags:
     """The union over readers, each in its own layout; repeated until whole kernels, where masks are of kernels, agree for all of them."""
     total = np.zeros(layers[0].view.source, bool)
     for layer, keep in zip(layers, keeps, strict=True):
-        total |= layer.view.invert(_expanded(keep, layer.view))
+        total |= as_stored(layer, keep)
     while True:
         grown = total
         for layer, keep in zip(layers, keeps, strict=True):
             whole = _whole(layer, grown, keep.shape)
-            grown = grown | layer.view.invert(_expanded(whole, layer.view))
+            grown = grown | as_stored(layer, whole)
         if np.array_equal(grown, total):
             return _whole(layers[0], total, keeps[0].shape)
         total = grown
@@ -119,10 +136,6 @@ def _thin(keep: Flags, rank: int) -> Flags:
     return keep.reshape(*keep.shape, *(1,) * (rank - keep.ndim))
 
 
-def _expanded(keep: Flags, view: View) -> Flags:
-    return np.broadcast_to(_thin(keep, len(view.shape)), view.shape)
-
-
 def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
     """For each initializer that loses entries: a mask that broadcasts against it."""
     found: dict[str, Flags] = dict(masks.vectors)
@@ -130,7 +143,7 @@ def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
         layer = layers[0]
         if weight in masks.keep and not masks.keep[weight].all():
             keep = masks.keep[weight]
-            found[weight] = _thin(keep, len(layer.view.shape)) if not layer.view.steps else layer.view.invert(_expanded(keep, layer.view))
+            found[weight] = _thin(keep, len(layer.view.shape)) if not layer.view.steps else as_stored(layer, keep)
         if weight in masks.bias_keep and layer.bias is not None and not masks.bias_keep[weight].all():
             found[layer.bias.name] = layer.bias.view.invert(masks.bias_keep[weight])
     return found

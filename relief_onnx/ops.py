@@ -14,6 +14,8 @@ A row says how a node carries pictures from its inputs to its outputs:
 * `grow`     copies one value along new axes (Expand): an axis that is as long as another tensor's channels has those channels;
 * no row     a barrier: the operator may see every channel, so none of its inputs' channels can go.
 
+`relevance` says how relevance passes from outputs back to inputs, where the kind alone does not (see `relevance` for what each word means).
+
 `constant` says what happens to a channel that is the same everywhere: "kept" unchanged, "computed" by running the operator on it,
 "zero" only 0 survives (as 0), "scaled" a scale of 0 leaves the shift, "lost".
 """
@@ -49,18 +51,30 @@ class OperatorRow:
     absorbs_zero: bool = False
     zeroable: tuple[int, ...] = ()
     keeps_zero: Callable[[Graph, onnx.NodeProto], bool] | None = None
+    relevance: str = ""
+
+    @property
+    def flow(self) -> str:
+        """How relevance passes (see `relevance`)."""
+        return self.relevance or _FLOW_OF_KIND[self.kind]
 
     def survives(self, graph: Graph, node: onnx.NodeProto) -> str:
         """What happens to constants in this node."""
         return "lost" if self.keeps_zero is not None and not self.keeps_zero(graph, node) else self.constant
 
 
+_FLOW_OF_KIND = {
+    "carry": "move", "mix": "through", "affine": "through", "norm": "through", "sum": "reduce", "contract": "contract",
+    "recurrent": "recurrent", "grow": "move",
+}  # fmt: skip
+
+
 def _rows(names: str, row: OperatorRow) -> dict[str, OperatorRow]:
     return dict.fromkeys(names.split(), row)
 
 
-def _carry(carry: Carry, constant: str = "lost", data: tuple[int, ...] | None = (0,), zeroable: tuple[int, ...] = ()) -> OperatorRow:
-    return OperatorRow("carry", carry, data, constant, zeroable=zeroable)
+def _carry(carry: Carry, constant: str = "lost", data: tuple[int, ...] | None = (0,), relevance: str = "") -> OperatorRow:
+    return OperatorRow("carry", carry, data, constant, relevance=relevance)
 
 
 OPERATORS: Mapping[str, OperatorRow] = {
@@ -70,10 +84,12 @@ OPERATORS: Mapping[str, OperatorRow] = {
         "Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt Clip Cast",
         OperatorRow("mix", constant="computed"),
     ),
-    **_rows("Add Sub Sum", OperatorRow("mix", data=None, constant="computed", zeroable=(0, 1))),
-    **_rows("Div Pow Max Min Mean Mod PRelu", OperatorRow("mix", data=None, constant="computed")),
-    **_rows("Mul", OperatorRow("mix", data=None, constant="computed", absorbs_zero=True, zeroable=(0, 1))),
-    **_rows("Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor", OperatorRow("mix", data=None)),
+    **_rows("Add Sub Sum", OperatorRow("mix", data=None, constant="computed", zeroable=(0, 1), relevance="join")),
+    **_rows("Max Min Mean", OperatorRow("mix", data=None, constant="computed", relevance="join")),
+    **_rows("Div Pow Mod PRelu", OperatorRow("mix", data=None, constant="computed")),
+    **_rows("Mul", OperatorRow("mix", data=None, constant="computed", absorbs_zero=True, zeroable=(0, 1), relevance="product")),
+    **_rows("Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor", OperatorRow("mix", data=None, relevance="join")),
+    **_rows("Where", OperatorRow("mix", data=None, relevance="select")),
     **_rows("Not IsNaN IsInf", OperatorRow("mix")),
     **_rows("BatchNormalization", OperatorRow("affine", constant="computed", zeroable=(1, 2))),
     **_rows("InstanceNormalization", OperatorRow("affine", constant="scaled", zeroable=(1, 2))),
@@ -96,20 +112,20 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("GatherND", _carry(moves.gather_nd, "kept")),
     **_rows("LSTM GRU RNN", OperatorRow("recurrent")),
     **_rows("Expand", OperatorRow("grow", moves.expand, constant="kept")),
-    **_rows("ConstantOfShape", OperatorRow("grow", data=())),
+    **_rows("ConstantOfShape", OperatorRow("grow", data=(), relevance="none")),
     **_rows("Tile", _carry(moves.tile, "kept")),
     **_rows("DepthToSpace", _carry(moves.depth_to_space, "kept")),
     **_rows("SpaceToDepth", _carry(moves.space_to_depth, "kept")),
-    **_rows("ReduceMax ReduceMin", _carry(moves.reduce, "kept")),
-    **_rows("ReduceProd ReduceLogSum ReduceLogSumExp", _carry(moves.reduce)),
+    **_rows("ReduceMax ReduceMin", _carry(moves.reduce, "kept", relevance="reduce")),
+    **_rows("ReduceProd ReduceLogSum ReduceLogSumExp", _carry(moves.reduce, relevance="reduce")),
     **_rows("ArgMax ArgMin", _carry(moves.argument)),
-    **_rows("Softmax LogSoftmax Hardmax", _carry(moves.along_axis(-1))),
-    **_rows("LpNormalization", _carry(moves.along_axis(-1))),
-    **_rows("TopK", _carry(moves.along_axis(-1))),
-    **_rows("CumSum", _carry(moves.cumulative, "zero")),
+    **_rows("Softmax LogSoftmax Hardmax", _carry(moves.along_axis(-1), relevance="through")),
+    **_rows("LpNormalization", _carry(moves.along_axis(-1), relevance="through")),
+    **_rows("TopK", _carry(moves.along_axis(-1), relevance="through")),
+    **_rows("CumSum", _carry(moves.cumulative, "zero", relevance="through")),
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
-    **_rows("Shape", _carry(moves.shape)),
+    **_rows("Shape", _carry(moves.shape, relevance="none")),
 }
 
 

@@ -6,25 +6,31 @@ import difflib
 import numbers
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relief_onnx.errors import RecipeError
+from relief_onnx.patterns import parse_pattern
 
 __all__ = ["CHOICES", "PRESETS", "Options", "granularity_of", "idle", "read_recipe", "resolve"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """The choices of one pruning run. `layers` are (regular expression, alpha) pairs; the first that matches a node or weight wins."""
+    """The choices of one pruning run. `layers` are (regular expression, alpha) pairs; the first that matches a node or weight wins.
+
+    `keep` is a share, in (0, 1]; `output_weight` are (output, weight) pairs.
+    """
 
     alpha: float | None = None
     alpha_conv: float | None = None
     alpha_fc: float | None = None
     alpha_channel: float | None = None
-    criterion: str = "relief"
+    keep: float | None = None
+    pattern: str | None = None
+    criterion: str = "flow"
     granularity: str = "connection"
     repair: str = "none"
     bias: str = "keep"
@@ -37,6 +43,8 @@ class Options:
     seed: int = 0
     threads: int = 0
     round_to: int = 8
+    mean_shift: str = "auto"
+    output_weight: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -54,20 +62,31 @@ class Options:
         """What is measured: connections also where only whole units go."""
         return self.fine or "connection"
 
+    @property
+    def shifts_means(self) -> bool:
+        """Whether biases take over the mean of what goes: asked for, or the criterion measures means anyway."""
+        return self.mean_shift == "on" or (self.mean_shift == "auto" and self.criterion == "flow")
+
     def unit_alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of importance that the units kept of a layer's group carry."""
         chosen = (self.alpha, self.alpha_conv, self.alpha_fc) != (None, None, None) or self.layers
         if self.alpha_channel is None and chosen:
             return self.alpha_for(names, convolution)
-        return DEFAULT_CHANNEL_ALPHA if self.alpha_channel is None else self.alpha_channel
+        default = DEFAULT_FLOW_CHANNEL_ALPHA if self.criterion == "flow" else DEFAULT_CHANNEL_ALPHA
+        return default if self.alpha_channel is None else self.alpha_channel
+
+    def layer_alpha(self, names: tuple[str, ...]) -> tuple[str, float] | None:
+        """What [layers] of a recipe says about a layer: the pattern and its alpha."""
+        return next(((pattern, alpha) for pattern, alpha in self.layers if any(re.search(pattern, name) for name in names)), None)
 
     def alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
-        """The share of contribution that a layer keeps."""
-        for pattern, alpha in self.layers:
-            if any(re.search(pattern, name) for name in names):
-                return alpha
+        """The share of contribution (of flow, where that is the criterion) that a layer keeps, or that all layers with the same alpha keep."""
+        own = self.layer_alpha(names)
+        if own is not None:
+            return own[1]
         specific = self.alpha_conv if convolution else self.alpha_fc
-        return next(value for value in (specific, self.alpha, DEFAULT_ALPHA[convolution]) if value is not None)
+        default = DEFAULT_FLOW_ALPHA if self.criterion == "flow" else DEFAULT_ALPHA[convolution]
+        return next(value for value in (specific, self.alpha, default) if value is not None)
 
 
 _FIELDS = tuple(item.name for item in fields(Options))
@@ -79,23 +98,28 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
 DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
+# Of the flow of the whole network; of the relevance of all units.
+DEFAULT_FLOW_ALPHA = 0.98
+DEFAULT_FLOW_CHANNEL_ALPHA = 0.95
 # Of the importance of a coupling group: channels share it more evenly than connections, so 0.98 would remove next to nothing.
 DEFAULT_CHANNEL_ALPHA = 0.9
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "criterion": ("relief", "relief-fast", "magnitude", "wanda"),
+    "criterion": ("flow", "relief", "relief-fast", "magnitude", "wanda"),
     "granularity": ("connection", "weight", "channel", "channel+connection", "channel+weight"),
     "repair": ("none",),
     "bias": ("keep", "prune"),
     "skip_rule": ("off", "branch", "both"),
     "silent": ("keep", "remove"),
     "storage": ("auto", "dense"),
+    "mean_shift": ("auto", "on", "off"),
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # arXiv 2109.10795: mean of norms, biases and both sides of a skip connection may go, silent units go, the LeNets' alphas.
     "paper": {
         "criterion": "relief", "alpha_conv": 0.9, "alpha_fc": 0.95, "bias": "prune", "skip_rule": "both", "silent": "remove",
+        "mean_shift": "off",
     },
 }  # fmt: skip
 
@@ -120,7 +144,7 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
     for key in values:
         if key not in _FIELDS:
             raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
-    values = {key: _layers("", value) if key == "layers" else _typed("", key, value) for key, value in values.items()}
+    values = {key: _parsed("", key, value) for key, value in values.items()}
     if "granularity" in values:
         values["granularity"] = granularity_of(values["granularity"])
     options = replace(Options(), **values)
@@ -133,11 +157,28 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
             raise RecipeError(f"{_shown(key)} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
     for key in ("skip", "only"):
         _check_pattern(key, getattr(options, key))
+    _check_together(options)
     for key, least in (("samples", 1), ("threads", 0), ("seed", 0), ("round_to", 1)):
         value = getattr(options, key)
         if value is not None and value < least:
             raise RecipeError(f"{_shown(key)} is {value}; give {least} or more")
     return options
+
+
+def _check_together(options: Options) -> None:
+    """Options that say two things about the same cut."""
+    if (
+        options.keep is not None
+        and (options.alpha, options.alpha_conv, options.alpha_fc) != (None, None, None)
+        and options.fine in (None, options.granularity)
+    ):
+        raise RecipeError("keep and alpha both say how much stays; give one of them")
+    if options.keep is not None and options.by_channel and options.alpha_channel is not None:
+        raise RecipeError("keep and alpha-channel both say how many channels stay; give one of them")
+    if options.pattern is not None and options.fine is None:
+        raise RecipeError("a pattern needs connections or weights; add --granularity weight, connection, or channel+weight")
+    if options.pattern is not None and options.keep is not None and not options.by_channel:
+        raise RecipeError("keep and pattern both say how many weights stay; give one of them")
 
 
 def _shown(key: str) -> str:
@@ -192,8 +233,61 @@ def read_recipe(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in valid:
             raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {_shown(_nearest(name, valid))!r}?")
-        recipe[name] = _layers(f"{path}: ", value) if name == "layers" else _typed(f"{path}: ", name, value)
+        recipe[name] = _parsed(f"{path}: ", name, value)
     return recipe
+
+
+def _parsed(where: str, name: str, value: Any) -> Any:
+    parse = _PARSERS.get(name)
+    return _typed(where, name, value) if parse is None else parse(where, value)
+
+
+def _keep(where: str, value: Any) -> float:
+    """A share from percent: "30%", "30" or 30. What `resolve` has made of a recipe already is taken as it is."""
+    if isinstance(value, Share):
+        return value
+    text = str(value).strip()
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        percent = 0.0
+    if isinstance(value, bool) or not 0.0 < percent <= 100.0:
+        raise RecipeError(f"{where}keep is {value!r}; give the percentage to keep, above 0 and at most 100, such as 30%")
+    if percent < 1.0 and not text.endswith("%"):
+        raise RecipeError(f"{where}keep is {value!r}, which could be {100 * percent:g} % or {percent:g} %; write it with the % sign")
+    return Share(percent / 100.0)
+
+
+class Share(float):
+    """A share that has been read from a percentage."""
+
+
+def _pattern(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f"{where}pattern is {value!r}; it must be a string such as 2:4")
+    parse_pattern(value)
+    return value
+
+
+def _output_weights(where: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """Pairs from a table {output: weight}, or from texts NAME=W."""
+    if isinstance(value, str):
+        value = (value,)
+    pairs = list(value.items()) if isinstance(value, dict) else [_pair(where, item) for item in value]
+    for name, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0.0 <= weight < float("inf"):
+            raise RecipeError(f"{where}output-weight of {name} is {weight!r}; it must be a number, 0 or more")
+    return tuple((str(name), float(weight)) for name, weight in pairs)
+
+
+def _pair(where: str, item: Any) -> tuple[str, float]:
+    if isinstance(item, tuple) and len(item) == 2:
+        return item
+    name, equals, weight = str(item).rpartition("=")
+    try:
+        return (name, float(weight)) if equals and name else _pair(where, (name, float("nan")))
+    except ValueError as error:
+        raise RecipeError(f"{where}output-weight is {item!r}; write NAME=W, the name of an output and a number") from error
 
 
 def _typed(where: str, name: str, value: Any) -> Any:
@@ -212,3 +306,8 @@ def _layers(where: str, value: Any) -> tuple[tuple[str, float], ...]:
     for pattern in value:
         _check_pattern(f"{where}layer pattern", pattern)
     return tuple((pattern, float(alpha)) for pattern, alpha in value.items())
+
+
+_PARSERS: Mapping[str, Callable[[str, Any], Any]] = {
+    "layers": _layers, "keep": _keep, "pattern": _pattern, "output_weight": _output_weights,
+}  # fmt: skip

@@ -41,13 +41,22 @@ Doubles = NDArray[np.float64]
 class LayerScore:
     """Shares of one layer: `score` and `bias_score` [out], each row with its bias summing to 1.
 
-    `score` is [out, in per group] at connection granularity, [out, in per group, *kernel] at weight granularity.
+    `score` is [out, in per group] at connection granularity, [out, in per group, *kernel] at weight granularity. Of the criterion flow
+    `relevance` [out] is R of every unit, and `means` [in channels, *kernel] what each weight meets on average (see `compensate`).
     """
 
     weight: str
     node: str
     score: Doubles
     bias_score: Doubles
+    relevance: Doubles | None = None
+    means: Doubles | None = None
+
+    @property
+    def flow(self) -> Doubles:
+        """What share of the network's output activity passes through each connection or weight, shaped as `score`."""
+        assert self.relevance is not None
+        return self.score * self.relevance.reshape(-1, *(1,) * (self.score.ndim - 1))
 
 
 Scores = Mapping[str, LayerScore]  # by node name

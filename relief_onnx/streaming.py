@@ -6,9 +6,9 @@ the lock inside them). Sums are kept in float64. `weight` counts every sample of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +21,31 @@ __all__ = [
     "ChannelMean",
     "Contribution",
     "ImageNorm",
+    "InputMeans",
+    "Job",
     "KernelNorm",
     "MeanImage",
+    "Moment",
     "OffsetMean",
     "ResponseNorm",
     "Statistic",
+    "as_read",
     "kernel_statistic",
     "response_positions",
+    "sums_of",
 ]
 
 Job = Callable[[], None]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Moment = Literal["absolute", "signed", "squares"]
 
 # What one job reads at a time. Numpy's cost per call asks for large blocks, memory and idle threads for small ones.
 BLOCK_BYTES = 2 << 20
 # What the products of one job hold at a time: about the size of a core's own cache.
 PRODUCT_BYTES = 1 << 19
+# Rows of a dense layer that are summed in float32 before float64 takes over.
+ROWS = 256
 
 
 class Statistic(Protocol):
@@ -67,38 +75,14 @@ def _blocks(channels: int, bytes_each: int, bytes_at_once: int) -> Iterator[slic
 def _per_unit(layer: Layer, magnitude: NDArray[Any], vector: Doubles) -> Doubles:
     """|w_ij| (or the norm of a kernel) times a number per input channel [C] -> [out, in per group]."""
     norms = np.sqrt(np.square(magnitude, dtype=np.float64).reshape(*magnitude.shape[:2], -1).sum(-1))
-    result: Doubles = norms * _as_read(layer, vector)
+    result: Doubles = norms * as_read(layer, vector)
     return result
 
 
-def _as_read(layer: Layer, values: Doubles) -> Doubles:
+def as_read(layer: Layer, values: Doubles) -> Doubles:
     """Numbers per input channel [C, ...] as each output unit reads them: [out, in per group, ...]."""
     grouped = values.reshape(layer.groups, layer.in_per_group, *values.shape[1:])
     return np.repeat(grouped, layer.out_channels // layer.groups, 0)
-
-
-class ChannelMean:
-    """(mean |x_i|^power)^(1/power) per channel over every other axis.
-
-    Power 1 is all that the score of a dense layer needs; power 2 is Wanda's input norm (Sun et al. 2023), up to a constant.
-    """
-
-    def __init__(self, axis: int, power: int = 1) -> None:
-        self._axis, self._power = axis, power
-        self._sum: Any = 0.0
-        self._count = 0.0
-
-    def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
-        yield partial(self._add, x, weight)
-
-    def _add(self, x: Floats, weight: float) -> None:
-        others = tuple(i for i in range(x.ndim) if i != self._axis % x.ndim)
-        powers = np.abs(x) if self._power == 1 else np.square(x, dtype=np.float64)
-        self._sum = self._sum + weight * powers.sum(others, dtype=np.float64)
-        self._count += weight * x.size / max(x.shape[self._axis], 1)
-
-    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        return _per_unit(layer, magnitude, (self._sum / max(self._count, 1e-300)) ** (1 / self._power)), 1.0
 
 
 class _Positions:
@@ -206,40 +190,97 @@ class ResponseNorm:
         return table.swapaxes(1, 2).reshape(layer.out_channels, layer.in_per_group), self._bias_factor
 
 
-class MeanImage:
-    """mean_n |x_ni|^power per channel and pixel; images of several sizes are kept apart.
+class InputMeans:
+    """Means over the samples of what a layer reads: of |x|, of x and of x^2, whichever are wanted, all from one look at x.
 
-    With power 1 its kernel norms are the authors' `norm of the mean`.
+    Of a convolution the mean image is kept, images of several sizes apart, so that layers of any geometry may share one statistic. Of
+    a dense layer the mean per channel along `axis`, over every other axis; `axis` given for a convolution does the same.
     """
 
-    def __init__(self, geometry: Geometry | None = None, power: int = 1) -> None:
-        self._geometry, self._power = geometry, power
-        self._sums: dict[tuple[int, ...], Doubles] = {}
+    def __init__(self, axis: int | None, *, power: int = 1, per_weight: bool = False, signed: bool = False, squares: bool = False) -> None:
+        """`axis` None keeps images. `power` 1 or 2: contributions come from |x| or from x^2 (its root); `per_weight`: of single weights.
+
+        `signed` and `squares` ask for the means of x and of x^2 too.
+        """
+        self._axis, self._power, self._per_weight = axis, power, per_weight
+        self._wanted: dict[Moment, bool] = {
+            "absolute": power == 1,
+            "signed": signed,
+            "squares": squares or power == 2,
+        }
+        self._sums: dict[tuple[int, ...], dict[Moment, Doubles]] = {}
         self._counts: dict[tuple[int, ...], float] = {}
 
     def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
-        space = x.shape[1:]
-        total = self._sums.setdefault(space, np.zeros(space))
-        self._counts[space] = self._counts.get(space, 0.0) + weight * len(x)
+        # What is never negative, as after Relu, is its own magnitude. Most of what is negative somewhere is so in the first sample.
+        plain = self._wanted["absolute"] and x.size > 0 and bool(x[0].min() >= 0) and bool(x.min() >= 0)
+        if self._axis is None:
+            space, count = x.shape[1:], len(x)
+        else:
+            # [rows before the axis, channels, what comes after]
+            place = self._axis % x.ndim
+            count = x.size // max(x.shape[place], 1)
+            x = x.reshape(int(np.prod(x.shape[:place])), x.shape[place], int(np.prod(x.shape[place + 1 :])))
+            space = x.shape[1:2]
+        totals = self._sums.setdefault(space, {moment: np.zeros(space) for moment, wanted in self._wanted.items() if wanted})
+        self._counts[space] = self._counts.get(space, 0.0) + weight * count
+        if self._axis is not None:
+            yield partial(self._add_rows, x, weight, plain, totals)
+            return
         for block in _blocks(x.shape[1], len(x) * int(np.prod(space[1:])) * 4, BLOCK_BYTES):
-            yield partial(self._add, x, weight, total, block)
+            yield partial(self._add, x, weight, plain, totals, block)
 
-    def _add(self, x: Floats, weight: float, total: Doubles, block: slice) -> None:
-        part = x[:, block]
-        total[block] += weight * (np.abs(part) if self._power == 1 else np.square(part, dtype=np.float64)).sum(0)
+    def _add(self, x: Floats, weight: float, plain: bool, totals: dict[Moment, Doubles], block: slice) -> None:
+        for moment, image in _sums(x[:, block], totals, plain).items():
+            totals[moment][block] += weight * image
+
+    def _add_rows(self, x: Floats, weight: float, plain: bool, totals: dict[Moment, Doubles]) -> None:
+        for start in range(0, len(x), ROWS):
+            for moment, image in _sums(x[start : start + ROWS], totals, plain).items():
+                totals[moment] += weight * image.sum(-1, dtype=np.float64)
 
     def norms(self) -> Doubles:
         """|| mean_n |x_ni| ||_F per channel."""
-        norms: Doubles = self._average(lambda image: np.sqrt(np.square(image).reshape(len(image), -1).sum(-1)))
+        norms: Doubles = self._average("absolute", lambda image: np.sqrt(np.square(image).reshape(len(image), -1).sum(-1)))
         return norms
 
-    def _average(self, measure: Callable[[Doubles], Any]) -> Any:
-        samples = sum(self._counts.values())
-        return sum(self._counts[space] / samples * measure(total / self._counts[space]) for space, total in self._sums.items())
+    def _average(self, moment: Moment, measure: Callable[[Doubles], Any]) -> Any:
+        samples = max(sum(self._counts.values()), 1e-300)
+        return sum(
+            self._counts[space] / samples * measure(totals[moment] / max(self._counts[space], 1e-300))
+            for space, totals in self._sums.items()
+        )
+
+    def input_means(self, layer: Layer, moment: Moment = "signed") -> Doubles:
+        """The mean of x, |x| or x^2 that each weight of a layer meets: [in channels, *kernel], of a dense layer [in channels].
+
+        It runs over the samples and over the output positions, of the pixel that the weight's offset in the kernel sees there; padding
+        and the gaps of a transposed convolution count as 0. So weight times mean is the mean of what the weight adds to its output.
+        """
+        geometry = layer.geometry
+        if (geometry is None) == (self._axis is None):
+            raise ValueError(f"means of {'images' if self._axis is None else 'channels'} were measured, which {layer.name} cannot use")
+        if geometry is None:
+            vector: Doubles = self._average(moment, lambda mean: mean)
+            return vector
+        seen = self._average(moment, lambda image: offset_sums(geometry, image))
+        positions = self._average(moment, lambda image: output_positions(geometry, image.shape[1:]))
+        means: Doubles = seen / max(positions, 1.0)
+        return means
 
     def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        assert self._geometry is not None
-        geometry = self._geometry
+        """As `Contribution`: |w| times the mean; of a kernel and |x|, the norm of its response to the mean image.
+
+        At weight granularity it is a mean over the positions, so a bias of 1 contributes 1: a mean instead of a sum changes no share.
+        """
+        moment: Moment = "absolute" if self._power == 1 else "squares"
+        geometry = layer.geometry
+        if self._axis is not None:
+            return _per_unit(layer, magnitude, self._average(moment, lambda mean: mean) ** (1 / self._power)), 1.0
+        if self._per_weight:
+            return magnitude * as_read(layer, self.input_means(layer, moment) ** (1 / self._power)), 1.0
+        if geometry is None:
+            raise ValueError(f"images were measured, which {layer.name} does not read")
 
         def one(image: Doubles) -> Doubles:
             norm = KernelNorm(layer, magnitude)
@@ -247,24 +288,54 @@ class MeanImage:
                 job()
             return norm.contributions(layer, magnitude)[0]
 
-        bias = self._average(lambda image: np.sqrt(output_positions(geometry, image.shape[1:])))
-        return self._average(one), float(bias)
+        bias = self._average(moment, lambda image: np.sqrt(output_positions(geometry, image.shape[1:])))
+        return self._average(moment, one), float(bias)
 
 
-class OffsetMean(MeanImage):
-    """|k| * (mean |x_i|^power)^(1/power) for every single weight k of a convolution.
+def _sums(part: Floats, wanted: Iterable[Moment], plain: bool) -> dict[Moment, NDArray[Any]]:
+    """Sums over the first axis; `plain`: no entry is negative."""
+    sums: dict[Moment, NDArray[Any]] = {}
+    if "signed" in wanted or ("absolute" in wanted and plain):
+        sums["signed"] = part.sum(0)
+    if "absolute" in wanted:
+        sums["absolute"] = sums["signed"] if plain else np.abs(part).sum(0)
+    if "squares" in wanted:
+        sums["squares"] = np.einsum("n...,n...->...", part, part)
+        if not np.isfinite(sums["squares"]).all():  # too large for float32
+            sums["squares"] = np.square(part, dtype=np.float64).sum(0)
+    return {moment: sums[moment] for moment in wanted}
 
-    The mean runs over the samples and over the output positions, of the pixel that the weight's offset in the kernel sees there;
-    padding counts as 0. A bias of 1 then contributes 1: a mean instead of a sum over positions changes no share.
+
+def sums_of(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> Doubles:
+    """The sum of x, |x| or x^2 over some axes, which stay with size 1."""
+    if moment == "signed":
+        return np.asarray(x.sum(axes, dtype=np.float64, keepdims=True))
+    values = np.abs(x) if moment == "absolute" else np.square(x, dtype=np.float64)
+    return np.asarray(values.sum(axes, dtype=np.float64, keepdims=True))
+
+
+class ChannelMean(InputMeans):
+    """(mean |x_i|^power)^(1/power) per channel over every other axis.
+
+    Power 1 is all that the score of a dense layer needs; power 2 is Wanda's input norm (Sun et al. 2023), up to a constant.
     """
 
-    def contributions(self, layer: Layer, magnitude: NDArray[Any]) -> tuple[Doubles, float]:
-        assert self._geometry is not None
-        geometry = self._geometry
-        seen = self._average(lambda image: offset_sums(geometry, image))
-        positions = self._average(lambda image: output_positions(geometry, image.shape[1:]))
-        means = (seen / max(positions, 1.0)) ** (1 / self._power)
-        return magnitude * _as_read(layer, means), 1.0
+    def __init__(self, axis: int, power: int = 1) -> None:
+        super().__init__(axis, power=power)
+
+
+class MeanImage(InputMeans):
+    """mean_n |x_ni| per channel and pixel. Its kernel norms are the authors' `norm of the mean`."""
+
+    def __init__(self, geometry: Geometry | None = None) -> None:
+        super().__init__(None)
+
+
+class OffsetMean(InputMeans):
+    """|k| * (mean |x_i|^power)^(1/power) for every single weight k of a convolution, see `InputMeans.input_means`."""
+
+    def __init__(self, geometry: Geometry, power: int = 1) -> None:
+        super().__init__(None, power=power, per_weight=True)
 
 
 class ChannelMaximum:

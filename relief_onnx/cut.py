@@ -1,0 +1,187 @@
+"""Where to cut over the whole network: one ranking of all connections, down to a share of the flow or to a share of the weights.
+
+Each connection (or single weight) has a worth; the shortest prefix in descending order of worth per stored weight stays. For `flow` the
+worth is the flow itself. For a share that is local to a neuron the same share of every neuron is kept: its worth is what part of the
+neuron's total comes after it.
+
+What all layers let through multiplies along the way to the output, so the last connections of a layer that kept little weigh more: flow
+is divided by (share of its flow that the layer keeps)^balance. No layer falls below `FLOOR` of its own flow; where that acts it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.flow import DEFAULT_RULE, FlowRule
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.masks import Masks, as_stored, whole_units
+from relief_onnx.scoring import LayerScore, Scores
+
+__all__ = ["FLOOR", "Floor", "Pool", "cut", "worths"]
+
+Doubles = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+# Share of its own flow that every layer keeps, whatever the budget: below that its output is noise.
+FLOOR = 0.02
+# Rounds in which the balance between layers settles.
+ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A layer that would have kept less than FLOOR of its flow: connections that the ranking alone kept, and with the floor."""
+
+    weight: str
+    ranked: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Weights that are ranked together: down to `alpha` of their flow, or (None) to what the budget leaves them."""
+
+    weights: tuple[str, ...]
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One weight in the ranking: worth and flow per unit of the mask, shaped as the first reader's scores, and weights per unit."""
+
+    weight: str
+    worth: Doubles
+    flow: Doubles
+    cost: int
+
+
+def worths(plan: Plan, scores: Scores, weights: frozenset[str], rule: FlowRule = DEFAULT_RULE) -> list[_Entry]:
+    """What is ranked, by weight. A shared weight is worth what all of its readers together lose with it."""
+    found = []
+    for weight, layers in plan.by_weight().items():
+        if weight not in weights:
+            continue
+        first = scores[layers[0].name]
+        cost = int(np.prod(layers[0].view.shape)) // first.score.size
+        by_flow = first.relevance is not None
+        ranked = [_ranked(scores[layer.name], rule) if by_flow else _local(scores[layer.name]) for layer in layers]
+        flows = [scores[layer.name].flow if by_flow else scores[layer.name].score for layer in layers]
+        if len(layers) > 1:
+            merge: Callable[[list[Doubles]], Doubles] = (lambda parts: sum(parts[1:], parts[0])) if by_flow else _largest
+            ranked, flows = [_merged(layers, ranked, merge)], [_merged(layers, flows, merge)]
+        found.append(_Entry(weight, ranked[0] / (cost if by_flow else 1), flows[0], cost))
+    return found
+
+
+def _ranked(score: LayerScore, rule: FlowRule) -> Doubles:
+    assert score.relevance is not None
+    return replace(score, relevance=score.relevance**rule.exponent).flow
+
+
+def _local(score: LayerScore) -> Doubles:
+    """Of each connection the part of its neuron's total that it and all that is smaller make up; 0 where it contributes nothing.
+
+    What stays above a worth of 1 - alpha is what `masks.keep_prefix` keeps for that alpha.
+    """
+    rows = np.concatenate([score.score.reshape(len(score.score), -1), score.bias_score[:, None]], 1)
+    order = np.argsort(-rows, axis=1, kind="stable")
+    ranked = np.take_along_axis(rows, order, 1)
+    total = rows.sum(1, keepdims=True)
+    after = total - np.cumsum(ranked, 1) + ranked
+    worth = np.empty_like(rows)
+    np.put_along_axis(worth, order, np.where(ranked > 0, after / np.where(total > 0, total, 1.0), 0.0), 1)
+    return worth[:, :-1].reshape(score.score.shape)
+
+
+def _largest(parts: list[Doubles]) -> Doubles:
+    largest: Doubles = np.maximum.reduce(parts)
+    return largest
+
+
+def _merged(layers: tuple[Layer, ...], parts: list[Doubles], merge: Callable[[list[Doubles]], Doubles]) -> Doubles:
+    """One array over the readers of a shared weight, as the first one sees it; of a unit, its largest entry."""
+    stored = [as_stored(layer, part) for layer, part in zip(layers, parts, strict=True)]
+    seen = layers[0].view.apply(merge(stored))
+    return np.asarray(seen.reshape(*parts[0].shape, -1).max(-1))
+
+
+def cut(
+    plan: Plan, scores: Scores, pools: Sequence[Pool], keep: float | None = None, rule: FlowRule = DEFAULT_RULE
+) -> tuple[Masks, tuple[Floor, ...]]:
+    """Masks of all pools, and the floors that acted. Biases all stay: a constant carries no flow.
+
+    keep: share of the weights of all pools together that stays, in (0, 1]; a pool without an alpha gets what the others leave of it.
+    """
+    keeps: dict[str, Flags] = {}
+    floors: list[Floor] = []
+    total = sum(int(np.prod(plan.by_weight()[weight][0].view.shape)) for pool in pools for weight in pool.weights)
+    left = round((keep or 0.0) * total)
+    for pool in sorted(pools, key=lambda pool: pool.alpha is None):
+        entries = worths(plan, scores, frozenset(pool.weights), rule)
+        if not entries:
+            continue
+        by_flow = scores[plan.by_weight()[entries[0].weight][0].name].relevance is not None
+        kept, acted = _cut_pool(entries, pool.alpha, left, rule.balance if by_flow else 0.0, by_flow)
+        left -= sum(int(kept[entry.weight].sum()) * entry.cost for entry in entries)
+        keeps.update(kept)
+        floors += acted
+    keeps = {weight: whole_units(plan.by_weight()[weight], keep) for weight, keep in keeps.items()}
+    biases = {weight: np.ones(plan.by_weight()[weight][0].out_channels, bool) for weight in keeps}
+    return Masks(keeps, biases), tuple(floors)
+
+
+def _cut_pool(
+    entries: list[_Entry], alpha: float | None, budget: int, balance: float, floored: bool
+) -> tuple[dict[str, Flags], list[Floor]]:
+    sizes = [entry.worth.size for entry in entries]
+    ends = np.cumsum(sizes)
+    worth = np.concatenate([entry.worth.reshape(-1) for entry in entries])
+    flow = np.concatenate([entry.flow.reshape(-1) for entry in entries])
+    cost = np.repeat([entry.cost for entry in entries], sizes)
+    parts = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes, strict=True)]
+    least = [_fewest(flow[part], FLOOR) if floored else np.zeros(part.stop - part.start, bool) for part in parts]
+    forced = np.concatenate(least)
+    gain = np.ones(len(entries))
+    for _ in range(ROUNDS if balance else 1):
+        keep = _prefix(worth * np.repeat(gain, sizes), forced, flow, cost, alpha, budget)
+        if balance:
+            shares = np.array([flow[part][keep[part]].sum() / max(flow[part].sum(), 1e-300) for part in parts])
+            # Half way in the logarithm at a time, so that it settles.
+            gain = np.sqrt(gain * np.maximum(shares, 1e-6) ** -balance)
+    floors = []
+    if forced.any():
+        alone = _prefix(worth * np.repeat(gain, sizes), np.zeros_like(forced), flow, cost, alpha, budget)
+        for entry, part in zip(entries, parts, strict=True):
+            if (keep[part] & ~alone[part] & forced[part]).any():
+                floors.append(Floor(entry.weight, int(alone[part].sum()), int(keep[part].sum())))
+    return {entry.weight: keep[part].reshape(entry.worth.shape) for entry, part in zip(entries, parts, strict=True)}, floors
+
+
+def _fewest(flow: Doubles, share: float) -> Flags:
+    """The fewest entries that carry a share of the sum."""
+    order = np.argsort(-flow, kind="stable")
+    running = np.cumsum(flow[order])
+    found = np.zeros(len(flow), bool)
+    if len(flow) and running[-1] > 0:
+        found[order[: int(np.searchsorted(running, share * running[-1])) + 1]] = True
+    return found
+
+
+def _prefix(worth: Doubles, forced: Flags, flow: Doubles, cost: NDArray[np.int64], alpha: float | None, budget: int) -> Flags:
+    """The shortest prefix that reaches alpha of the flow, or the longest that holds no more weights than the budget."""
+    if alpha is not None and alpha >= 1.0:
+        keep: Flags = flow > 0
+        return keep
+    order = np.lexsort((np.arange(len(worth)), -worth, ~forced))
+    if alpha is not None:
+        running = np.cumsum(flow[order])
+        count = int(np.searchsorted(running, alpha * running[-1])) + 1 if running[-1] > 0 else 0
+    else:
+        count = int(np.searchsorted(np.cumsum(cost[order]), budget, side="right"))
+    keep = np.zeros(len(worth), bool)
+    keep[order[: max(count, int(forced.sum()))]] = True
+    return keep & (worth > 0)

@@ -1,0 +1,127 @@
+"""Flow: what share of the network's output activity passes through each connection (DESIGN section 2, and docs/flow.md).
+
+Within a neuron a connection's share is the part of the neuron's variance that it brings in, w^2 Var(x) / sum of these; R of the neuron
+says what part of the output's activity the neuron carries (`relevance`). Their product is the flow, comparable over the whole network.
+One calibration pass, no labels, no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.activity import Activity
+from relief_onnx.calibrate import Measurement
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.relevance import Ask, Even, Relevance, asks, propagate
+from relief_onnx.scoring import LayerScore, magnitudes
+from relief_onnx.streaming import InputMeans, Moment, as_read
+from relief_onnx.tracks import follow
+
+__all__ = ["DEFAULT_RULE", "FlowMeasure", "FlowRule", "passed_evenly"]
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FlowRule:
+    """What counts as activity. docs/flow.md compares the choices.
+
+    absolute: mean |x|, as in the paper's score, with the bias; otherwise Var(x) + `constant` * mean(x)^2, without it.
+    exponent: of R where connections are ranked.
+    balance: how much a layer gains that kept little (see `cut`).
+    """
+
+    absolute: bool = False
+    constant: float = 1e-3
+    exponent: float = 1.0
+    balance: float = 1.0
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """The means that have to be measured to join branches."""
+        return ("absolute",) if self.absolute else ("signed", "squares")
+
+    def activity(self, means: Mapping[str, Doubles]) -> Doubles:
+        """Activity from the means of x and x^2, or of |x|."""
+        if self.absolute:
+            return means["absolute"]
+        square = np.square(means["signed"])
+        return np.maximum(means["squares"] - square, 0.0) + self.constant * square
+
+
+DEFAULT_RULE = FlowRule()
+
+
+class FlowMeasure:
+    """What the criterion listens to in the calibration pass, and the scores that follow."""
+
+    def __init__(self, graph: Graph, plan: Plan, granularity: str, rule: FlowRule = DEFAULT_RULE) -> None:
+        self._graph, self._plan, self._granularity, self._rule = graph, plan, granularity, rule
+        self._tracks = follow(graph, plan)
+        self._stored = {name: graph.constant(name) for name, _ in asks(graph, plan, self._tracks)}
+        self._asked = {ask: Activity(ask[1], rule.moments) for ask in asks(graph, plan, self._tracks)}
+        self._inputs: dict[str, InputMeans] = {}
+        shared: dict[tuple[str, int | None], InputMeans] = {}
+        for layer in plan.layers:
+            key = (layer.input, None if layer.is_convolution else layer.input_axis)
+            if key not in shared:
+                shared[key] = InputMeans(key[1], power=1 if rule.absolute else 2, signed=True)
+            self._inputs[layer.name] = shared[key]
+        self.measurements = [Measurement(name, statistic) for (name, _), statistic in shared.items()]
+        for ask, activity in self._asked.items():
+            value = self._stored[ask[0]]
+            if value is None:
+                self.measurements.append(Measurement(ask[0], activity))
+            else:
+                activity.add(value)
+
+    def scores(self, weights: Mapping[str, float]) -> dict[str, LayerScore]:
+        """Shares, R and means of every layer after the pass. `weights`: of outputs, 1 where not named."""
+        fine = {layer.name: self._shares(layer) for layer in self._plan.layers}
+        coarse = {name: share.reshape(*share.shape[:2], -1).sum(-1) for name, (share, _) in fine.items()}
+        found = self._propagated(coarse, weights)
+        scores = {}
+        for layer in self._plan.layers:
+            share, bias = fine[layer.name]
+            scores[layer.name] = LayerScore(
+                layer.weight, layer.name, share if self._granularity == "weight" else coarse[layer.name], bias,
+                found.outputs[layer.name], self._inputs[layer.name].input_means(layer),
+            )  # fmt: skip
+        return scores
+
+    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float]) -> Relevance:
+        def activity(ask: Ask) -> Doubles:
+            return self._rule.activity({moment: self._asked[ask].mean(moment) for moment in self._rule.moments})
+
+        return propagate(self._graph, self._plan, self._tracks, activity, shares, weights)
+
+    def _shares(self, layer: Layer) -> tuple[Doubles, Doubles]:
+        """(share of each weight [out, in per group, *kernel], of the bias [out])."""
+        statistic, magnitude = self._inputs[layer.name], magnitudes(self._graph, layer).astype(np.float64) * abs(layer.scale)
+        names: tuple[Moment, ...] = self._rule.moments
+        activity = self._rule.activity({moment: statistic.input_means(layer, moment) for moment in names})
+        part = (magnitude if self._rule.absolute else np.square(magnitude)) * as_read(layer, activity)
+        bias = np.zeros(layer.out_channels)
+        if self._rule.absolute and layer.bias is not None:
+            bias = np.abs(layer.bias.view.apply(self._graph.array(layer.bias.name)).astype(np.float64)) * abs(layer.bias.factor)
+        total = part.reshape(layer.out_channels, -1).sum(1) + bias
+        safe = np.where(total > 0, total, 1.0)
+        return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe
+
+
+def passed_evenly(graph: Graph, plan: Plan) -> tuple[Even, ...]:
+    """The nodes that pass relevance on evenly, because nobody described them; needs no data."""
+    tracks = follow(graph, plan)
+
+    def one(ask: Ask) -> Doubles:
+        shape: tuple[Any, ...] = graph.shape(ask[0]) or ()
+        return np.ones([size if axis in ask[1] and isinstance(size, int) else 1 for axis, size in enumerate(shape)])
+
+    shares = {layer.name: np.full(layer.view.shape[:2], 1.0 / layer.in_per_group) for layer in plan.layers}
+    return propagate(graph, plan, tracks, one, shares, {}).evenly

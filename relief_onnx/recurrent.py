@@ -1,0 +1,50 @@
+"""What the inputs and the last states contribute to the units of LSTM, GRU and RNN nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from relief_onnx.graph import Graph
+
+__all__ = ["RecurrentShares", "initial_states", "recurrent_shares"]
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RecurrentShares:
+    """Per direction and hidden unit: `input` [directions, hidden, features] and `loop` [directions, hidden, hidden]."""
+
+    input: Doubles
+    loop: Doubles
+
+
+def initial_states(node: onnx.NodeProto) -> list[str]:
+    """The states that a node starts from, where they are given."""
+    return [name for name in node.input[5:7] if name]
+
+
+def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states: Doubles) -> RecurrentShares | None:
+    """Shares of |W x|, |R h| and |b|, summed over the gates of a unit, as in a dense layer; None where a weight is not stored.
+
+    inputs: mean |x| [features]; states: mean |h| [directions * hidden].
+    """
+    w, r = graph.constant(node.input[1]), graph.constant(node.input[2])
+    if w is None or r is None:
+        return None
+    directions, rows, features = w.shape
+    hidden = r.shape[2]
+    own = np.abs(w.astype(np.float64)).reshape(directions, rows // hidden, hidden, features).sum(1) * inputs.reshape(1, 1, -1)
+    loop = np.abs(r.astype(np.float64)).reshape(directions, rows // hidden, hidden, hidden).sum(1)
+    loop = loop * np.broadcast_to(states, (directions * hidden,)).reshape(directions, 1, hidden)
+    bias = np.zeros((directions, hidden))
+    value = graph.constant(node.input[3]) if len(node.input) > 3 and node.input[3] else None
+    if value is not None:
+        bias = np.abs(value.astype(np.float64).reshape(directions, 2, rows // hidden, hidden).sum(1)).sum(1)
+    total = own.sum(2) + loop.sum(2) + bias
+    safe = np.where(total > 0, total, 1.0)[..., None]
+    return RecurrentShares(own / safe, loop / safe)

@@ -1,0 +1,124 @@
+"""How many units of every coupling group stay: by one ranking over the whole network, or down to a share of the MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.channels import Choice, Group, Keep, by_share, choose, consumer_shares, groups, obstacle, relevance
+from relief_onnx.coupling import Coupling
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.scoring import Scores
+
+__all__ = ["COST_EXPONENT", "choose_units", "macs_left"]
+
+# Units are ranked by importance / MACs^exponent: half way between importance alone and importance per MAC (see docs/flow.md).
+COST_EXPONENT = 0.5
+# Halvings of the range of alpha where a local criterion is cut to a budget.
+STEPS = 14
+
+
+def choose_units(
+    plan: Plan, coupling: Coupling, scores: Scores, *, alpha: Callable[[Layer], float], keep: float | None, macs: Mapping[str, float],
+    allowed: frozenset[str], round_to: int,
+) -> list[Choice]:  # fmt: skip
+    """The units that go. Scores of flow are ranked over the whole network, others within each group.
+
+    alpha: share of the importance that stays, in (0, 1]. keep: instead of it, the share of MACs that stays at most. macs: of every layer by
+    name, in any unit.
+    """
+    by_flow = all(score.relevance is not None for score in scores.values())
+    grouped = groups(plan, coupling)
+    values = (relevance if by_flow else consumer_shares)(plan, coupling, scores)
+    worth = _worths(plan, coupling, values, macs) if by_flow else values
+
+    def chosen(rule: Keep) -> list[Choice]:
+        return choose(grouped, coupling, worth, rule, allowed=allowed, round_to=round_to)
+
+    if by_flow:
+        ranked = [group for group in grouped if not obstacle(group, values, allowed)]
+        if keep is None:
+            return chosen(_above_share(ranked, worth, values, alpha))
+        levels = sorted({worth.get(unit, 0.0) for group in ranked for unit in group.free})
+        rules = [_above(lambda group, level=level: level, worth) for level in levels]  # type: ignore[misc]
+    else:
+        if keep is None:
+            return chosen(by_share(alpha))
+        rules = [by_share(lambda layer, step=step: 1.0 - step / (1 << STEPS)) for step in range(1 << STEPS)]  # type: ignore[misc]
+    return _within(plan, coupling, chosen, rules, keep, macs)
+
+
+def _within(
+    plan: Plan, coupling: Coupling, chosen: Callable[[Keep], list[Choice]], rules: Sequence[Keep], keep: float, macs: Mapping[str, float]
+) -> list[Choice]:
+    """The first of the rules, ordered from lenient to strict, that leaves no more than the share `keep` of the MACs; else the last."""
+    total = sum(macs.values())
+    low, high = 0, max(len(rules) - 1, 0)
+    while low < high:
+        middle = (low + high) // 2
+        choices = chosen(rules[middle])
+        if macs_left(plan, coupling, frozenset(unit for choice in choices for unit in choice.removed), macs) <= keep * total:
+            high = middle
+        else:
+            low = middle + 1
+    return chosen(rules[high]) if rules else chosen(lambda group, shares, units: len(units))
+
+
+def macs_left(plan: Plan, coupling: Coupling, removed: frozenset[int], macs: Mapping[str, float]) -> float:
+    """MACs of all layers without some units: of each the share of its connections that stay."""
+    gone = np.array(sorted(removed), np.int64)
+    total = 0.0
+    for layer in plan.layers:
+        rows = ~np.isin(coupling.outputs[layer.node], gone).reshape(layer.groups, -1)
+        columns = ~np.isin(coupling.inputs[layer.node], gone).reshape(layer.groups, -1)
+        kept = float((rows.mean(1) * columns.mean(1)).mean())
+        total += macs.get(layer.name, 0.0) * kept
+    return total
+
+
+def _costs(plan: Plan, coupling: Coupling, macs: Mapping[str, float]) -> dict[int, float]:
+    """MACs that go with a unit alone: its rows in the layers that make it, its columns in those that read it."""
+    found: dict[int, float] = {}
+
+    def add(units: NDArray[np.int64], each: float) -> None:
+        for unit in units.tolist():
+            found[unit] = found.get(unit, 0.0) + each
+
+    for layer in plan.layers:
+        work = macs.get(layer.name, 0.0)
+        add(coupling.outputs[layer.node], work / layer.out_channels)
+        if layer.groups == 1 or layer.in_per_group > 1:
+            add(coupling.inputs[layer.node], work / (layer.groups * layer.in_per_group))
+    return found
+
+
+def _worths(plan: Plan, coupling: Coupling, values: Mapping[int, float], macs: Mapping[str, float]) -> dict[int, float]:
+    costs = _costs(plan, coupling, macs)
+    return {unit: value / max(costs.get(unit, 0.0), 1.0) ** COST_EXPONENT for unit, value in values.items()}
+
+
+def _above(level: Callable[[Group], float], worth: Mapping[int, float]) -> Keep:
+    """The units whose worth is above a level."""
+
+    def keep(group: Group, shares: Sequence[float], units: Sequence[int]) -> int:
+        return sum(worth.get(unit, 0.0) > level(group) for unit in units)
+
+    return keep
+
+
+def _above_share(ranked: Sequence[Group], worth: Mapping[int, float], values: Mapping[int, float], alpha: Callable[[Layer], float]) -> Keep:
+    """Groups with one alpha are ranked together: the shortest prefix by worth that carries the share alpha of their importance."""
+    pools: dict[float, list[Group]] = {}
+    for group in ranked:
+        pools.setdefault(max(alpha(layer) for layer in group.layers or group.readers), []).append(group)
+    levels: dict[float, float] = {}
+    for share, own in pools.items():
+        units = np.array([unit for group in own for unit in group.free])
+        values_of, worth_of = (np.array([table.get(unit, 0.0) for unit in units.tolist()]) for table in (values, worth))
+        order = np.argsort(-worth_of, kind="stable")
+        running = np.cumsum(values_of[order])
+        last = int(np.searchsorted(running, share * running[-1])) if share < 1.0 else int((values_of > 0).sum()) - 1
+        levels[share] = float(np.nextafter(worth_of[order][min(last, len(order) - 1)], -np.inf))
+    return _above(lambda group: levels[max(alpha(layer) for layer in group.layers or group.readers)], worth)
