@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow-channels peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow bench-flow-channels peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,10 @@ $(VENV)/.dev: $(VENV)/.installed
 
 $(VENV)/.samples: $(VENV)/.dev
 	@$(PIP) --editable ".[samples]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.samples
+	@$(PIP) --editable ".[bench]"
 	@touch $@
 
 demo: $(VENV)/.installed  ## Prune a sample model and compare it with the original on digits that it has not seen.
@@ -66,6 +70,9 @@ $(PEERS)/.installed: Makefile
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy onnx==1.23.2 onnxruntime==1.31.1 onnxsim==0.8.1
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch==1.5.15 torch-pruning==1.6.1
 	@touch $@
+
+bench-flow: $(VENV)/.bench $(PEERS)/.installed  ## Compare accuracy at the same share of weights kept with other criteria; prints tables.
+	$(BIN)/python -m benchmarks.flow $(FLOW_OPTIONS)
 
 bench-flow-channels: $(VENV)/.dev $(PEERS)/.installed  ## Measure the accuracy of ResNets without whole channels, beside the other pruners.
 	$(BIN)/python -m benchmarks.flow_channels --peers $(PEERS)/bin/python $(FLOW_CHANNELS_OPTIONS)
