@@ -46,6 +46,7 @@ def compensate(
     masks: Masks,
     means: Mapping[str, Doubles],
     removed: Mapping[str, Flags] | None = None,
+    portions: Mapping[str, Doubles] | None = None,
 ) -> tuple[onnx.ModelProto, tuple[Shift, ...]]:
     """A copy of the model, not masked yet, whose biases hold the mean of what the masks will remove; a row per layer that loses weights.
 
@@ -53,6 +54,7 @@ def compensate(
     `streaming.InputMeans.input_means`).
     removed: by node name, flags [out] of units that are taken out as a whole: they must emit 0, so nothing is added to them; no name, no
     unit. None: units that lose all weights in a layer without a bias. A unit whose bias the masks remove is never added to.
+    portions: by node name, how much of the mean is moved [out], in [0, 1]; no name, all of it.
 
     Weights keep their names and values; a new bias is a new initializer or, after a MatMul, a new Add. The model itself is returned
     where nothing is moved.
@@ -68,7 +70,7 @@ def compensate(
         reason = _refusal(graph, layer) or ("" if layer.name in means else "what it reads was not measured")
         if not reason:
             with np.errstate(invalid="ignore"):  # means that are not finite are refused below
-                amount = np.where(gone, 0.0, _amount(graph, layer, keep, means[layer.name]))
+                amount = np.where(gone, 0.0, _amount(graph, layer, keep, means[layer.name]) * (portions or {}).get(layer.name, 1.0))
             reason = edit.move(layer, amount, _stays(layer, flags))
         shifts.append(Shift(layer, not reason, reason))
     return edit.finished(), tuple(shifts)

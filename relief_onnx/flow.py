@@ -93,7 +93,14 @@ class FlowMeasure:
         def activity(ask: Ask) -> Doubles:
             return self._rule.activity({moment: self._asked[ask].mean(moment) for moment in self._rule.moments})
 
-        return propagate(self._graph, self._plan, self._tracks, activity, shares, weights)
+        def variation(ask: Ask) -> Doubles:
+            if self._rule.absolute:
+                return np.ones_like(activity(ask))
+            squares = self._asked[ask].mean("squares")
+            found: Doubles = activity(ask) / np.where(squares > 0, squares, 1.0)
+            return found
+
+        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights)
 
     def _shares(self, layer: Layer) -> tuple[Doubles, Doubles]:
         """(share of each weight [out, in per group, *kernel], of the bias [out])."""
@@ -140,4 +147,4 @@ def passed_evenly(graph: Graph, plan: Plan) -> tuple[Even, ...]:
         return np.ones([size if axis in ask[1] and isinstance(size, int) else 1 for axis, size in enumerate(shape)])
 
     shares = {layer.name: np.full(layer.view.shape[:2], 1.0 / layer.in_per_group) for layer in plan.layers}
-    return propagate(graph, plan, tracks, one, shares, {}).evenly
+    return propagate(graph, plan, tracks, one, one, shares, {}).evenly

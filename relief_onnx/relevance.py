@@ -4,12 +4,14 @@ R is 1 in all at the outputs and goes back to the inputs (DESIGN section 2, Flow
 with the sizes of its track (`tracks`). A row's column `relevance` says how a node passes it:
 
 * `through`  the first input that is an activation gets all of it, place by place (activations, norms, softmax, a numerator);
-* `join`     inputs are added up: each gets its share of the mean |x| in that channel, constants theirs (which ends there);
+* `join`     inputs are added up: each gets its share of the activity in that channel; inputs that no layer leads to, such as constants,
+             get none where there are others: nothing in them could be damaged;
 * `select`   like `join` for what is chosen from; the condition gets some only where nothing else leads to a layer;
-* `product`  the factors share it evenly, so that x * sigmoid(x) passes on what it gets;
+* `product`  the factors share it by their relative variance, Var(x) / mean(x^2) (what each varies of the product, to first order): a
+             gate that hardly moves gets little, and x * sigmoid(x) passes on what it gets;
 * `move`     entries go back to where they came from;
-* `reduce`   goes back along the reduced axes in proportion to mean |x|;
-* `contract` sums of products: the factors share it evenly, within a factor by the mean |products| that it took part in;
+* `reduce`   goes back along the reduced axes in proportion to activity;
+* `contract` sums of products: the factors share it evenly, within a factor by the product of activities;
 * `recurrent` through the weights of a recurrent layer to its inputs, round the loop until nothing is left;
 * `none`     nothing goes back (sizes).
 
@@ -104,6 +106,7 @@ class _Walk:
     graph: Graph
     tracks: Tracks
     activity: Activity
+    variation: Activity
     fed: set[str]
     tensors: dict[str, Doubles] = field(default_factory=dict)
     evenly: dict[int, str] = field(default_factory=dict)
@@ -168,12 +171,16 @@ def _is_stored(graph: Graph, name: str) -> bool:
     return name in graph.initializers or graph.constant(name) is not None
 
 
-def _shared(walk: _Walk, at: _Node, names: Sequence[str], values: Doubles) -> Passed:
-    """By mean |x|, place by place; evenly where nothing is active."""
+def _shared(walk: _Walk, at: _Node, inputs: Sequence[str], values: Doubles, relative: bool = False) -> Passed:
+    """By activity, place by place, among the inputs that some layer leads to; evenly where nothing is active.
+
+    `relative`: by activity in units of the mean square.
+    """
+    names = [name for name in inputs if name in walk.fed] or list(inputs)
     track = at.track(at.node.output[0])
     lifted = []
     for name in names:
-        own = walk.activity(at.asked(name, track))
+        own = (walk.variation if relative else walk.activity)(at.asked(name, track))
         lifted.append(own.reshape((1,) * (len(track) - own.ndim) + own.shape))
     total = sum(lifted, np.zeros(()))
     shares = [np.where(total > 0, own / np.where(total > 0, total, 1.0), 1.0 / len(names)) for own in lifted]
@@ -189,28 +196,22 @@ def _select(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles |
 
 
 def _product(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
-    factors = [name for name in at.data(row) if not _is_stored(at.graph, name)] or at.data(row)
-    return [(name, _lowered(at, name, values[0] / len(factors))) for name in factors] if values[0] is not None else []
+    return _shared(walk, at, at.data(row), values[0], relative=True) if values[0] is not None else []
 
 
 def _move(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
     result, why = moved(at.graph, at.node, row, walk.tracks.of)
-    sizes = [int(np.prod(at.track(name))) for name in result.names]
-    found = np.zeros(sum(sizes))
+    ends = np.cumsum([int(np.prod(shape)) for shape in result.shapes])
+    found = np.zeros(ends[-1])
     for places, own in zip(result.outputs, values, strict=False):
-        if own is None:
-            continue
-        own = np.broadcast_to(fit(own, places.shape[1:]) / len(places), places.shape)
-        known = places >= 0
-        np.add.at(found, places[known], own[known])
+        if own is not None:
+            own = np.broadcast_to(fit(own, places.shape[1:]) / len(places), places.shape)
+            known = places >= 0
+            np.add.at(found, places[known], own[known])
     if why:
         walk.evenly[at.index] = why
-    passed = []
-    for name, start, end in zip(result.names, result.starts, [*result.starts[1:], len(found)], strict=True):
-        track = at.track(name)
-        own = found[start:end]
-        passed.append((name, own.reshape(track) if own.size == int(np.prod(track)) else np.asarray(own.sum())))
-    return passed
+    parts = np.split(found, ends[:-1])
+    return [(name, part.reshape(shape)) for name, part, shape in zip(result.names, parts, result.shapes, strict=True)]
 
 
 def _reduce(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
@@ -306,7 +307,7 @@ _RULES: Mapping[str, _Rule] = {
     "through": _Rule(_ask_nothing, _through),
     "join": _Rule(_ask_data, _join),
     "select": _Rule(_ask_choices, _select),
-    "product": _Rule(_ask_nothing, _product),
+    "product": _Rule(_ask_data, _product),
     "move": _Rule(_ask_nothing, _move),
     "reduce": _Rule(_ask_own, _reduce),
     "contract": _Rule(_ask_labels, _contract),
@@ -340,20 +341,33 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
 
 
 def _fed(graph: Graph, plan: Plan) -> set[str]:
-    """Tensors that some layer leads to."""
+    """Tensors that some layer leads to; sizes do not count."""
     layers = {layer.node for layer in plan.layers}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
+        row = row_of(node)
+        if row is not None and row.flow == "none":
+            continue
         if index in layers or any(name in found for name in graph.read_by(index)):
             found.update(name for name in node.output if name)
     return found
 
 
 def propagate(
-    graph: Graph, plan: Plan, tracks: Tracks, activity: Activity, shares: Mapping[str, Doubles], weights: Mapping[str, float]
+    graph: Graph,
+    plan: Plan,
+    tracks: Tracks,
+    activity: Activity,
+    variation: Activity,
+    shares: Mapping[str, Doubles],
+    weights: Mapping[str, float],
 ) -> Relevance:
-    """The walk. `activity`: mean |x| of each ask; `shares`: by layer name [out, in per group]; `weights`: of outputs, 1 where not named."""
-    walk = _Walk(graph, tracks, activity, _fed(graph, plan))
+    """The walk.
+
+    activity, variation: of each ask, how much it adds to a sum, and (in [0, 1]) what part of it varies. shares: by layer name
+    [out, in per group]. weights: of outputs, 1 where not named.
+    """
+    walk = _Walk(graph, tracks, activity, variation, _fed(graph, plan))
     layers = {layer.node: layer for layer in plan.layers}
     adds = _bias_adds(plan)
     total = sum(weights.get(name, 1.0) for name in graph.outputs)
@@ -405,6 +419,7 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
     if index in adds and values[0] is not None:
         inner = graph.nodes[adds[index].node].output[0]
         return [(inner, values[0])]
+    lead = [name for name in dict.fromkeys(graph.read_by(index)) if name in walk.fed]
     passed: Passed = []
     try:
         if row is None:
@@ -412,9 +427,9 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
         passed = _RULES[row.flow].give(walk, at, row, values)
     except Barrier as barrier:
         walk.evenly[index] = str(barrier)
-    lead = [name for name in dict.fromkeys(graph.read_by(index)) if name in walk.fed]
-    nothing = row is not None and row.flow == "none"
-    if not nothing and lead and not any(name in walk.fed for name, _ in passed):
+    if not lead:
+        walk.evenly.pop(index, None)  # nothing before it can be pruned
+    elif row is None or (row.flow != "none" and not any(name in walk.fed for name, _ in passed)):
         walk.evenly.setdefault(index, "what it chooses or places by is all that leads to a layer")
         total = sum(float(own.sum()) for own in values if own is not None)
         return [(name, np.asarray(total / len(lead))) for name in lead]

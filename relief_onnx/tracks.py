@@ -29,11 +29,11 @@ Places = NDArray[np.int64]
 class Moved:
     """Where the entries of a node's outputs come from: per output alternatives [k, *track] of numbers into all its inputs' entries.
 
-    Negative numbers come from nowhere. `starts` are the first numbers of each data input, `names` those inputs.
+    Negative numbers come from nowhere. `names` are the data inputs, `shapes` what is followed of each: their entries are numbered in order.
     """
 
     names: tuple[str, ...]
-    starts: tuple[int, ...]
+    shapes: tuple[Track, ...]
     outputs: tuple[Places, ...]
 
 
@@ -49,6 +49,9 @@ def moved(graph: Graph, node: onnx.NodeProto, row: OperatorRow, tracks: Mapping[
     """The entries of a node that carries pictures, and what stood in the way of following all of them. Raises Barrier."""
     assert row.carry is not None
     names = tuple(name for slot, name in enumerate(node.input) if name and (row.data is None or slot in row.data))
+    unknown = next((name for name in names if graph.shape(name) is None), None)
+    if unknown is not None:
+        raise Barrier(f"the shape of {unknown} is not known")
     shapes = [tracks.get(name, (1,) * len(graph.shape(name) or ())) for name in names]
     why = ""
     while True:
@@ -63,7 +66,7 @@ def moved(graph: Graph, node: onnx.NodeProto, row: OperatorRow, tracks: Mapping[
             shapes, why = lighter, str(barrier)
             continue
         alternatives = [result.alternatives if isinstance(result, Together) else result[None] for result in results]
-        return Moved(names, tuple(starts[:-1]), tuple(np.asarray(item) for item in alternatives)), why
+        return Moved(names, tuple(shapes), tuple(np.asarray(item) for item in alternatives)), why
 
 
 def labels_of(
