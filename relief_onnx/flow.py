@@ -7,6 +7,7 @@ One calibration pass, no labels, no gradients.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,14 @@ class FlowMeasure:
                 self.measurements.append(Measurement(ask[0], activity))
             else:
                 activity.add(value)
+
+    def with_rule(self, rule: FlowRule) -> FlowMeasure:
+        """The same measurements under another rule that needs the same moments."""
+        if rule.moments != self._rule.moments:
+            raise ValueError("another rule needs other moments; measure again")
+        other = copy.copy(self)
+        other._rule = rule
+        return other
 
     def scores(self, weights: Mapping[str, float]) -> dict[str, LayerScore]:
         """Shares, R and means of every layer after the pass. `weights`: of outputs, 1 where not named."""

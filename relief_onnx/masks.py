@@ -15,7 +15,18 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.scoring import LayerScore, Scores
 
-__all__ = ["Masks", "applied", "as_stored", "initializer_masks", "insert", "keep_all", "keep_prefix", "make_masks", "whole_units"]
+__all__ = [
+    "Masks",
+    "applied",
+    "as_stored",
+    "initializer_masks",
+    "insert",
+    "keep_all",
+    "keep_prefix",
+    "make_masks",
+    "mask_of",
+    "whole_units",
+]
 
 Flags = NDArray[np.bool_]
 
@@ -102,7 +113,12 @@ def whole_units(layers: tuple[Layer, ...], keep: Flags) -> Flags:
     """Masks as the first reader of a weight sees it, grown until whole kernels stay for every reader of a shared one."""
     if len(layers) == 1:
         return keep
-    return _united(layers, [_whole(layer, as_stored(layers[0], keep), _like(layer, keep)) for layer in layers])
+    return _united(layers, [mask_of(layers, layer, keep) for layer in layers])
+
+
+def mask_of(layers: tuple[Layer, ...], layer: Layer, keep: Flags) -> Flags:
+    """The mask of a weight, held as its first reader sees it, as another of its readers does."""
+    return keep if layer is layers[0] else _whole(layer, as_stored(layers[0], keep), _like(layer, keep))
 
 
 def _like(layer: Layer, keep: Flags) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from relief_onnx.errors import DataError, ModelError, NothingPrunedError, Output
 from relief_onnx.flow import FlowMeasure, MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find, select
-from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks
+from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks, mask_of
 from relief_onnx.measure import macs_of_layers
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
@@ -40,7 +40,7 @@ from relief_onnx.unit_budget import choose_units
 from relief_onnx.verify import verify
 from relief_onnx.walk import trace
 
-__all__ = ["Data", "Prepared", "Result", "prepare", "prune", "score"]
+__all__ = ["Data", "Prepared", "Result", "kept_portions", "prepare", "prune", "score"]
 
 Data = str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader
 _SILENT: calibrate.Progress = lambda *_: None
@@ -273,8 +273,25 @@ def _shifted(
             progress=progress,
         )  # fmt: skip
         means = measure.means()
-    model, shifts = compensate(ready.graph, ready.plan, masks, means, _silenced(ready.plan, chosen, masks))
+    portions = kept_portions(ready.plan, scores, masks)
+    model, shifts = compensate(ready.graph, ready.plan, masks, means, _silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
+
+
+def kept_portions(plan: Plan, scores: Scores, masks: Masks) -> dict[str, Any]:
+    """Of every unit the share of its score that the masks keep [out], by layer name.
+
+    Means were measured before the cut. The less of a unit is left, the less they hold for what follows it, and the less is moved.
+    """
+    found = {}
+    for weight, layers in plan.by_weight().items():
+        for layer in layers if weight in masks.keep else ():
+            score, keep = scores[layer.name].score, mask_of(layers, layer, masks.keep[weight])
+            flat = score.reshape(*score.shape[: keep.ndim], -1).sum(-1) if score.ndim > keep.ndim else score
+            rows = (flat * keep.reshape(*keep.shape, *(1,) * (flat.ndim - keep.ndim))).reshape(len(flat), -1).sum(1)
+            total = flat.reshape(len(flat), -1).sum(1)
+            found[layer.name] = np.where(total > 0, rows / np.where(total > 0, total, 1.0), 1.0)
+    return found
 
 
 def _silenced(plan: Plan, chosen: _Chosen, masks: Masks) -> dict[str, Any]:
