@@ -118,13 +118,23 @@ def consumer_shares(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int,
 
 
 def relevance(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, float]:
-    """Importance of a unit by flow: R of all the channels that are coupled in it, summed over the layers that make them."""
+    """Importance of a unit by flow: R of all the channels that are coupled in it, summed over the layers that make them.
+
+    Of a unit that only stored tables make (an embedding): the flow that the layers which read it take from it.
+    """
     found: dict[int, float] = {}
     for layer in plan.layers:
         own = scores[layer.name].relevance
         assert own is not None
         for unit, share in zip(coupling.outputs[layer.node].tolist(), own.tolist(), strict=True):
             if unit >= 0:
+                found[unit] = found.get(unit, 0.0) + share
+    made = set(found)
+    for layer in plan.layers:
+        flow = scores[layer.name].flow.reshape(layer.groups, -1, layer.in_per_group, *scores[layer.name].score.shape[2:])
+        taken = flow.reshape(*flow.shape[:3], -1).sum((1, 3)).reshape(-1)
+        for unit, share in zip(coupling.inputs[layer.node].tolist(), taken.tolist(), strict=True):
+            if unit >= 0 and unit not in made:
                 found[unit] = found.get(unit, 0.0) + share
     return found
 

@@ -300,8 +300,9 @@ def _silenced(plan: Plan, chosen: _Chosen, masks: Masks) -> dict[str, Any]:
     for weight, layers in plan.by_weight().items():
         if weight not in masks.keep or weight not in chosen.masks.keep:
             continue
-        before, after = (part.keep[weight].reshape(layers[0].out_channels, -1).any(1) for part in (chosen.masks, masks))
         for layer in layers:
+            keeps = (mask_of(layers, layer, part.keep[weight]) for part in (chosen.masks, masks))
+            before, after = (keep.reshape(layer.out_channels, -1).any(1) for keep in keeps)
             found[layer.name] = found.get(layer.name, np.zeros(layer.out_channels, bool)) | (before & ~after)
     return found
 

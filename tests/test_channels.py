@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +15,7 @@ from helpers import CALIB, LENET, SAMPLES, digits, run
 from laws import assert_same_outputs
 
 import relief_onnx
-from relief_onnx.channels import Choice, choose, consumer_shares, groups, unit_masks, without_units
+from relief_onnx.channels import Choice, by_share, choose, consumer_shares, groups, unit_masks, without_units
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find
@@ -63,11 +62,17 @@ def with_reader(plan: Plan, *shares: float) -> dict[str, LayerScore]:
 
 
 def cut(
-    found: Traced, scores: Scores, alpha: float, round_to: int = 1, allowed: frozenset[str] | None = None, **values: Any
+    found: Traced,
+    scores: Scores,
+    alpha: float,
+    round_to: int = 1,
+    allowed: frozenset[str] | None = None,
+    importance: Callable[[Plan, Coupling, Scores], Mapping[int, float]] = consumer_shares,
 ) -> list[Choice]:
     _, plan, coupling = found
     weights = frozenset(layer.weight for layer in plan.layers) if allowed is None else allowed
-    return choose(plan, coupling, scores, alpha=lambda layer: alpha, allowed=weights, round_to=round_to, **values)
+    values = importance(plan, coupling, scores)
+    return choose(groups(plan, coupling), coupling, values, by_share(lambda layer: alpha), allowed=weights, round_to=round_to)
 
 
 def places(found: Traced, choice: Choice) -> list[int]:
@@ -280,15 +285,17 @@ def test_a_sample_model_gets_fewer_macs_in_a_dense_file(model: str, tmp_path: Pa
     assert all(row["reason"] for row in document["groups"])
 
 
-def test_alpha_1_on_a_model_without_idle_channels_is_exit_4_with_reasons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("criterion", ["flow", "relief"])
+def test_alpha_1_on_a_model_without_idle_channels_is_exit_4_with_reasons(criterion: str, tmp_path: Path) -> None:
     net = Net(seed=2)
     x = net.input("N", 3, 6, 6)
     onnx.save(net.model(conv(net, net.op("Sigmoid", conv(net, x, 3, 6)), 6, 4)), str(tmp_path / "m.onnx"))
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((8, 3, 6, 6)).astype(np.float32))
     out = tmp_path / "out.onnx"
-    result = run("prune", tmp_path / "m.onnx", "--data", tmp_path / "data.npy", "-o", out, "--granularity", "channel", "--alpha", "1")
+    options = ("--granularity", "channel", "--alpha", "1", "--criterion", criterion)
+    result = run("prune", tmp_path / "m.onnx", "--data", tmp_path / "data.npy", "-o", out, *options)
     assert result.exit_code == 4
-    assert "every unit is needed at alpha 1" in result.output
+    assert "every unit is above the cut" in result.output
     assert not out.exists()
 
 

@@ -28,7 +28,7 @@ from relief_onnx import calibrate
 
 FEW = ("--data", CALIB, "--samples", 32)
 COMMANDS = ("check-data", "compare", "inspect", "prune", "score")
-NOT_BUILT = ("--target", "--keep", "--report", "--iterations", "--epochs", "--rewind", "--provider")
+NOT_BUILT = ("--target", "--report", "--iterations", "--epochs", "--rewind", "--provider")
 
 
 def outputs(path: Path) -> Any:
@@ -150,7 +150,8 @@ def test_score_then_prune_equals_direct_prune(tmp_path: Path) -> None:
 
     arrays = arrays_of(tmp_path / "scores.npz")
     weights = {"features.0": (6, 1), "features.3": (16, 6), "classifier.0": (120, 256), "classifier.2": (84, 120), "classifier.4": (10, 84)}
-    assert set(arrays) == {f"{name}.weight/{part}" for name in weights for part in ("score", "bias_score")}
+    parts = ("score", "bias_score", "relevance", "flow", "input_mean")
+    assert set(arrays) == {f"{name}.weight/{part}" for name in weights for part in parts}
     for name, shape in weights.items():
         score, bias = arrays[f"{name}.weight/score"], arrays[f"{name}.weight/bias_score"]
         assert (score.shape, score.dtype, bias.shape) == (shape, np.float64, shape[:1])
@@ -181,18 +182,21 @@ def test_save_masks(tmp_path: Path) -> None:
 # --- prune: the work folder -----------------------------------------------------------------------------------------
 
 
-def test_work_dir_keeps_every_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shift", ["auto", "off"])
+def test_work_dir_keeps_every_stage(shift: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    prune(tmp_path, "--work-dir", work)
+    prune(tmp_path, "--work-dir", work, "--mean-shift", shift)
     for name in ("probe.onnx", "masked.onnx", "pruned.onnx"):
         onnx.checker.check_model(onnx.load(str(work / name)), full_check=True)
-    assert len(arrays_of(work / "scores.npz")) == 10
+    assert len(arrays_of(work / "scores.npz")) == 25  # five layers: shares, of biases too, R, flow and means
     masked = onnx.load(str(work / "masked.onnx"))
     weights = {item.name for item in masked.graph.initializer}
     gated = {node.input[0] for node in masked.graph.node if node.op_type == "Mul" and set(node.input) <= weights}
     assert gated >= {"features.3.weight", "classifier.0.weight", "classifier.2.weight", "classifier.4.weight"}
     original = {item.name: item.raw_data for item in onnx.load(str(LENET)).graph.initializer}
-    assert all(item.raw_data == original[item.name] for item in masked.graph.initializer if item.name in original)
+    changed = {item.name for item in masked.graph.initializer if item.name in original and item.raw_data != original[item.name]}
+    assert all(name.endswith(".bias") for name in changed)
+    assert bool(changed) == (shift == "auto")  # biases hold the mean of what goes
     np.testing.assert_allclose(outputs(work / "masked.onnx"), outputs(work / "pruned.onnx"), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(outputs(work / "pruned.onnx"), outputs(tmp_path / "out.onnx"))
 
@@ -365,7 +369,7 @@ def test_an_option_that_is_not_built_does_not_exist(option: str, tmp_path: Path)
     "arguments",
     [
         ("prune", LENET), ("prune",), ("compare", LENET), ("score", LENET, *FEW), ("nothing",), ("check-data", LENET),
-        ("prune", LENET, *FEW, "--criterion", "flow"), ("prune", LENET, *FEW, "--granularity", "layer"),
+        ("prune", LENET, *FEW, "--criterion", "taylor"), ("prune", LENET, *FEW, "--granularity", "layer"),
         ("prune", LENET, *FEW, "--repair", "distill"), ("prune", LENET, *FEW, "--alpha", "much"),
         ("prune", LENET, *FEW, "--mean", "a,b"),
     ],

@@ -26,8 +26,8 @@ ROUND_TO = 4
 FEW = ("--data", CALIB, "--samples", "32", "--alpha", "0.85", "--round-to", str(ROUND_TO))
 
 TOP = {
-    "schema", "input", "output", "options", "data", "layers", "groups", "totals", "units_removed", "health", "verification", "quality",
-    "timing", "warnings",
+    "schema", "input", "output", "options", "data", "layers", "groups", "flow", "mean_shift", "totals", "units_removed", "health",
+    "verification", "quality", "timing", "warnings",
 }  # fmt: skip
 FILE = {"path", "sha256", "bytes", "params", "nonzero_params", "macs"}
 ROW = {"node", "op", "weight", "status", "reason", "connections", "connections_kept", "weights", "weights_kept", "alpha"}
@@ -133,7 +133,8 @@ def test_groups_agree_with_the_layers_that_make_them(model: str, folder: Path) -
 def test_masks_have_the_shape_of_the_scores(model: str, granularity: str, folder: Path) -> None:
     report, stem = _prune(folder, model, granularity, "dense")
     masks, scores, after = dict(np.load(f"{stem}.npz")), dict(np.load(f"{stem}-work/scores.npz")), stored(f"{stem}.onnx")
-    assert {name.replace("/score", "/keep").replace("/bias_score", "/bias_keep") for name in scores} == set(masks)
+    ranked = {name for name in scores if name.endswith(("/score", "/bias_score"))}
+    assert {name.replace("/score", "/keep").replace("/bias_score", "/bias_keep") for name in ranked} == set(masks)
     for row in report["layers"]:
         for mask, score in (("keep", "score"), ("bias_keep", "bias_score")):
             keep = masks[f"{row['weight']}/{mask}"]

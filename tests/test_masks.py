@@ -84,11 +84,12 @@ def test_a_shared_weight_keeps_what_any_reader_keeps() -> None:
     assert masks.bias_keep[weight].all()
 
 
+@pytest.mark.parametrize("criterion", ["flow", "relief"])
 @pytest.mark.parametrize("alpha", [0.3, 0.7])
-def test_a_weight_that_two_nodes_read_in_two_layouts_is_pruned(alpha: float) -> None:
+def test_a_weight_that_two_nodes_read_in_two_layouts_is_pruned(alpha: float, criterion: str) -> None:
     model, weight = tied()
     x = np.random.default_rng(1).standard_normal((64, 5)).astype(np.float32)
-    result = relief_onnx.prune(model, [{model.graph.input[0].name: x}], alpha=alpha, storage="dense")
+    result = relief_onnx.prune(model, [{model.graph.input[0].name: x}], alpha=alpha, criterion=criterion, storage="dense")
     (row,) = result.report["layers"]
     (array,) = [numpy_helper.to_array(item) for item in result.model.graph.initializer if item.name == weight]
     assert row["weights_kept"] == row["connections_kept"] == np.count_nonzero(array) < 15

@@ -175,7 +175,7 @@ def pruned(model: Path, folder: Path, *options: object, name: str = "out.onnx") 
     return report
 
 
-@pytest.mark.parametrize("criterion", ["relief", "wanda", "magnitude"])
+@pytest.mark.parametrize("criterion", ["flow", "relief", "wanda", "magnitude"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_report_counts_what_is_in_the_file(name: str, criterion: str, tmp_path: Path) -> None:
     model = SAMPLES / f"{name}.onnx"
@@ -220,7 +220,7 @@ def test_the_reason_tells_what_the_rule_took_from_what_was_dead(tmp_path: Path) 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_weights_are_close_to_the_entropy_bound(name: str, alpha: float, tmp_path: Path) -> None:
     """No codec of whole kernels is chosen; beside the bound there are only the nodes and names that rebuild each weight."""
-    report = pruned(SAMPLES / f"{name}.onnx", tmp_path, "--alpha", alpha)
+    report = pruned(SAMPLES / f"{name}.onnx", tmp_path, "--alpha", alpha, "--criterion", "relief")
     weights = weights_of(tmp_path / "out.onnx")
     rows = report["layers"]
     bound = sum(entropy_bound(np.count_nonzero(weights[row["weight"]]), weights[row["weight"]].size, 32) for row in rows)
