@@ -41,10 +41,14 @@ SHARES = (0.70, 0.50, 0.35, 0.25, 0.15)
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times the share that the unit keeps)."""
+    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times the share that the unit keeps).
+
+    passes: 2 measures again after a first cut to the square root of the share.
+    """
 
     rule: FlowRule = DEFAULT_RULE
     shift: str = "kept"
+    passes: int = 1
 
 
 def choices() -> dict[str, Choice]:
@@ -52,6 +56,7 @@ def choices() -> dict[str, Choice]:
     one = Choice()
     found = {"default": one, "prototype": Choice(FlowRule(absolute=True, exponent=1.0, balance=0.0), "off")}
     found |= {f"shift {shift}": replace(one, shift=shift) for shift in ("off", "full")}
+    found["second pass"] = replace(one, passes=2)
     changes: Mapping[str, tuple[Any, ...]] = {
         "absolute": (True,), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
     }  # fmt: skip
@@ -67,11 +72,12 @@ class Subject:
     """A model that was calibrated once for each kind of statistic."""
 
     name: str
+    model: onnx.ModelProto | None = None
     ready: Prepared = field(init=False)
     measured: dict[bool, FlowMeasure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ready = prepare(flow_models.path(self.name))
+        self.ready = prepare(flow_models.path(self.name) if self.model is None else self.model)
 
     def scores(self, rule: FlowRule) -> Scores:
         """Shares and R by a rule, from the pass that its statistics need."""
@@ -85,6 +91,9 @@ class Subject:
 
     def cut(self, choice: Choice, share: float) -> onnx.ModelProto:
         """The model with zeros in it, and means in its biases."""
+        if choice.passes > 1:
+            first = self.cut(replace(choice, passes=1), share**0.5)
+            return Subject(self.name, first).cut(replace(choice, passes=1), share)
         graph, plan = self.ready.graph, self.ready.plan
         scores = self.scores(choice.rule)
         masks, _ = cut(plan, scores, [Pool(tuple(plan.by_weight()), None)], share, choice.rule)

@@ -273,7 +273,8 @@ def _shifted(
             progress=progress,
         )  # fmt: skip
         means = measure.means()
-    portions = kept_portions(ready.plan, scores, masks)
+    # Channels that go as a whole leave the others as they were.
+    portions = None if options.fine is None else kept_portions(ready.plan, scores, masks)
     model, shifts = compensate(ready.graph, ready.plan, masks, means, _silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
 

@@ -14,8 +14,8 @@ from relief_onnx.scoring import Scores
 
 __all__ = ["COST_EXPONENT", "choose_units", "macs_left"]
 
-# Units are ranked by importance / MACs^exponent: half way between importance alone and importance per MAC (see docs/flow.md).
-COST_EXPONENT = 0.5
+# Units are ranked by importance / MACs^exponent, between importance alone (0) and importance per MAC (1); see docs/flow.md.
+COST_EXPONENT = 0.75
 # Halvings of the range of alpha where a local criterion is cut to a budget.
 STEPS = 14
 
