@@ -26,7 +26,7 @@ from relief_onnx import model as files
 from relief_onnx.compensate import compensate
 from relief_onnx.cut import Pool, cut
 from relief_onnx.data import ImageOptions, open_dataset
-from relief_onnx.decide import kept_portions
+from relief_onnx.decide import SHIFT_EXPONENT, kept_portions
 from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, FlowRule
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
@@ -36,19 +36,21 @@ from relief_onnx.probes import instrument
 from relief_onnx.scoring import Scores
 from relief_onnx.surgery import apply_weights
 
-MODELS = ("mlp", "lenet5", "resnet20", "ppocr_cls", "yunet_n", "minilm_l3", "dtln_2")
-SHARES = (0.70, 0.50, 0.35, 0.25, 0.15)
+MODELS = ("mlp", "lenet5", "resnet20", "ppocr_cls", "yunet_n", "dtln_2", "minilm_l3")
+SHARES = (0.50, 0.35, 0.25, 0.15)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times the share that the unit keeps).
+    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times a power of the share
+    of its flow that the layer keeps).
 
     passes: 2 measures again after a first cut to the square root of the share.
     """
 
     rule: FlowRule = DEFAULT_RULE
     shift: str = "kept"
+    power: float = SHIFT_EXPONENT
     passes: int = 1
 
 
@@ -57,9 +59,10 @@ def choices() -> dict[str, Choice]:
     one = Choice()
     found = {"default": one, "prototype": Choice(FlowRule(absolute=True, exponent=1.0, balance=0.0), "off")}
     found |= {f"shift {shift}": replace(one, shift=shift) for shift in ("off", "full")}
+    found |= {f"shift power {power}": replace(one, power=power) for power in (1, 8)}
     found["second pass"] = replace(one, passes=2)
     changes: Mapping[str, tuple[Any, ...]] = {
-        "absolute": (True,), "bits": (0, 2, 6), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
+        "absolute": (True,), "bits": (0, 2), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
     }  # fmt: skip
     for key, values in changes.items():
         for value in values:
@@ -101,12 +104,12 @@ class Subject:
         scores = self.scores(choice.rule)
         masks, _ = cut(plan, scores, [Pool(tuple(plan.by_weight()), None)], share, choice.rule)
         if choice.shift != "off":
-            graph = self._shifted(graph, masks, scores, choice.shift)
+            graph = self._shifted(graph, masks, scores, choice.shift, choice.power)
         return apply_weights(graph.model, applied(graph, initializer_masks(find(graph), masks)))
 
-    def _shifted(self, graph: Graph, masks: Masks, scores: Scores, shift: str) -> Graph:
+    def _shifted(self, graph: Graph, masks: Masks, scores: Scores, shift: str, power: float) -> Graph:
         means = {name: score.means for name, score in scores.items() if score.means is not None}
-        portions = kept_portions(self.ready.plan, scores, masks) if shift == "kept" else None
+        portions = kept_portions(self.ready.plan, scores, masks, power) if shift == "kept" else None
         model, _ = compensate(graph, self.ready.plan, masks, means, {}, portions)
         return Graph(model)
 

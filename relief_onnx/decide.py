@@ -84,19 +84,23 @@ def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | 
     return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
 
 
-def kept_portions(plan: Plan, scores: Scores, masks: Masks) -> dict[str, Any]:
-    """Of every unit the share of its score that the masks keep [out], by layer name.
+# How much of the mean of what goes is moved: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.
+SHIFT_EXPONENT = 4
 
-    Means were measured before the cut. The less of a unit is left, the less they hold for what follows it, and the less is moved.
+
+def kept_portions(plan: Plan, scores: Scores, masks: Masks, exponent: float = SHIFT_EXPONENT) -> dict[str, Any]:
+    """How much of the mean of what goes biases should take over [out], by layer name; the same for all units of a layer.
+
+    Means were measured before the cut. The less of a layer is left, the less they hold for what reads it, and the less is moved.
     """
     found = {}
     for weight, layers in plan.by_weight().items():
         for layer in layers if weight in masks.keep else ():
-            score, keep = scores[layer.name].score, mask_of(layers, layer, masks.keep[weight])
-            flat = score.reshape(*score.shape[: keep.ndim], -1).sum(-1) if score.ndim > keep.ndim else score
-            rows = (flat * keep.reshape(*keep.shape, *(1,) * (flat.ndim - keep.ndim))).reshape(len(flat), -1).sum(1)
-            total = flat.reshape(len(flat), -1).sum(1)
-            found[layer.name] = np.where(total > 0, rows / np.where(total > 0, total, 1.0), 1.0)
+            score, keep = scores[layer.name], mask_of(layers, layer, masks.keep[weight])
+            flow = score.score if score.relevance is None else score.flow
+            kept = flow * keep.reshape(*keep.shape, *(1,) * (flow.ndim - keep.ndim)) if flow.ndim >= keep.ndim else flow * keep.any(-1)
+            share = float(kept.sum()) / float(flow.sum()) if flow.sum() > 0 else 1.0
+            found[layer.name] = np.full(layer.out_channels, share**exponent)
     return found
 
 
