@@ -109,7 +109,7 @@ class FlowMeasure:
             found: Doubles = activity(ask) / np.where(squares > 0, squares, 1.0)
             return found
 
-        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights)
+        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights, not self._rule.absolute)
 
     def _shares(self, layer: Layer) -> tuple[Doubles, Doubles]:
         """(share of each weight [out, in per group, *kernel], of the bias [out])."""
