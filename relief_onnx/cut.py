@@ -139,8 +139,8 @@ def pattern_masks(plan: Plan, scores: Scores, weights: frozenset[str], n: int, m
     """N:M masks of the chosen weights: by flow where it was measured, else by score. Layers with fewer than m inputs stay whole."""
     keeps = {}
     for entry in worths(plan, scores, weights):
-        wide = entry.worth.shape[1] >= m
-        keeps[entry.weight] = keep_pattern(entry.worth, n, m) if wide else np.ones(entry.worth.shape, bool)
+        wide = entry.flow.shape[1] >= m
+        keeps[entry.weight] = keep_pattern(entry.flow, n, m) if wide else np.ones(entry.flow.shape, bool)
     keeps = {weight: whole_units(plan.by_weight()[weight], keep) for weight, keep in keeps.items()}
     return Masks(keeps, {weight: np.ones(plan.by_weight()[weight][0].out_channels, bool) for weight in keeps})
 

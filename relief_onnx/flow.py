@@ -155,7 +155,7 @@ class FlowMeasure:
             found: Doubles = activity(ask) / np.where(squares > 0, squares, 1.0)
             return found
 
-        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights)
+        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights, not self._rule.absolute)
 
     def _parts(self, layer: Layer) -> Doubles:
         """What each weight brings in, over all samples [out, in per group, *kernel]."""

@@ -28,22 +28,24 @@ def initial_states(node: onnx.NodeProto) -> list[str]:
     return [name for name in node.input[5:7] if name]
 
 
-def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states: Doubles) -> RecurrentShares | None:
-    """Shares of |W x|, |R h| and |b|, summed over the gates of a unit, as in a dense layer; None where a weight is not stored.
+def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states: Doubles, squared: bool) -> RecurrentShares | None:
+    """Shares of what x and h bring in, summed over the gates of a unit, as in a dense layer; None where a weight is not stored.
 
-    inputs: mean |x| [features]; states: mean |h| [directions * hidden].
+    inputs: activity of x [features]; states: of h [directions * hidden]. `squared`: it is a variance, so that W^2 counts and biases do not;
+    otherwise |W| and |b|.
     """
     w, r = graph.constant(node.input[1]), graph.constant(node.input[2])
     if w is None or r is None:
         return None
     directions, rows, features = w.shape
     hidden = r.shape[2]
-    own = np.abs(w.astype(np.float64)).reshape(directions, rows // hidden, hidden, features).sum(1) * inputs.reshape(1, 1, -1)
-    loop = np.abs(r.astype(np.float64)).reshape(directions, rows // hidden, hidden, hidden).sum(1)
+    power = 2 if squared else 1
+    own = np.abs(w.astype(np.float64) ** power).reshape(directions, rows // hidden, hidden, features).sum(1) * inputs.reshape(1, 1, -1)
+    loop = np.abs(r.astype(np.float64) ** power).reshape(directions, rows // hidden, hidden, hidden).sum(1)
     loop = loop * np.broadcast_to(states, (directions * hidden,)).reshape(directions, 1, hidden)
     bias = np.zeros((directions, hidden))
     value = graph.constant(node.input[3]) if len(node.input) > 3 and node.input[3] else None
-    if value is not None:
+    if value is not None and not squared:
         bias = np.abs(value.astype(np.float64).reshape(directions, 2, rows // hidden, hidden).sum(1)).sum(1)
     total = own.sum(2) + loop.sum(2) + bias
     safe = np.where(total > 0, total, 1.0)[..., None]

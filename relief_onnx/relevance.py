@@ -108,6 +108,7 @@ class _Walk:
     activity: Activity
     variation: Activity
     fed: set[str]
+    squared: bool = True
     tensors: dict[str, Doubles] = field(default_factory=dict)
     evenly: dict[int, str] = field(default_factory=dict)
 
@@ -276,7 +277,7 @@ def _recur(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | 
     asked = _ask_recurrent(at, row)
     inputs = walk.activity(asked[0]).reshape(-1)
     states = walk.activity(asked[1]).reshape(-1) if len(asked) > 1 else np.ones(1)
-    shares = recurrent_shares(graph, node, inputs, states)
+    shares = recurrent_shares(graph, node, inputs, states, walk.squared)
     if shares is None or shares.loop.shape[:2] != total.shape:
         raise Barrier("its weights are computed")
     passed: Passed = []
@@ -361,13 +362,14 @@ def propagate(
     variation: Activity,
     shares: Mapping[str, Doubles],
     weights: Mapping[str, float],
+    squared: bool = True,
 ) -> Relevance:
     """The walk.
 
     activity, variation: of each ask, how much it adds to a sum, and (in [0, 1]) what part of it varies. shares: by layer name
-    [out, in per group]. weights: of outputs, 1 where not named.
+    [out, in per group]. weights: of outputs, 1 where not named. squared: whether activities add up as variances do.
     """
-    walk = _Walk(graph, tracks, activity, variation, _fed(graph, plan))
+    walk = _Walk(graph, tracks, activity, variation, _fed(graph, plan), squared)
     layers = {layer.node: layer for layer in plan.layers}
     adds = _bias_adds(plan)
     total = sum(weights.get(name, 1.0) for name in graph.outputs)

@@ -106,13 +106,23 @@ class Evidence:
             return "; ".join(self._group_reasons(layer)) or "no channel that it makes or reads can be told apart"
         alpha = self._alpha(layer)
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
-            return f"some node that shares it needs each {self._unit} at alpha {alpha:g}"
+            return f"some node that shares it needs each {self._unit}" + ("" if alpha is None else f" at alpha {alpha:g}")
+        if alpha is None and self.options.pattern is not None:
+            return f"its neurons have fewer inputs than a block of the pattern {self.options.pattern}"
+        if alpha is None or self.options.criterion == "flow":
+            return f"every {self._unit} is above the cut" + ("" if alpha is None else f" that keeps {alpha:g} of the flow")
         return f"every {self._unit} is needed to keep {alpha:g} of the contribution of its output"
 
-    def _alpha(self, layer: Layer) -> float:
-        """The share that the finest rule of this run kept of a layer: of connections or weights, else of the channels of its group."""
-        share = self.options.unit_alpha_for if self.options.fine is None else self.options.alpha_for
-        return share((layer.name, layer.weight), layer.is_convolution)
+    def _alpha(self, layer: Layer) -> float | None:
+        """The share that the finest rule of this run kept of a layer: of connections or weights, else of the channels of its group.
+
+        None where a budget or a pattern decides.
+        """
+        options, names = self.options, (layer.name, layer.weight)
+        if options.fine is None:
+            return options.unit_alpha_for(names, layer.is_convolution) if options.keep is None else None
+        budget = options.keep is not None and not options.by_channel and options.layer_alpha(names) is None
+        return None if budget or options.pattern is not None else options.alpha_for(names, layer.is_convolution)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for every weight that some tool could prune."""
@@ -241,7 +251,7 @@ def build_report(
         },
         "quality": quality_report(quality),
         "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},
-        "warnings": [*notes, *_warnings(evidence, quality, dataset, before.macs, health)],
+        "warnings": [*notes, *_warnings(evidence, quality, dataset, (before.macs, after.macs), health)],
     }  # fmt: skip
 
 
@@ -260,12 +270,18 @@ def quality_report(quality: Comparison) -> dict[str, Any]:
     return {"agreement": agreement, "accuracy_before": before, "accuracy_after": after, "samples": quality.samples}
 
 
-def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: int | None, health: Health) -> list[str]:
+def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: tuple[int | None, int | None], health: Health) -> list[str]:
     found = [*quality.warnings, *dataset.notes]
     if quality.samples < 128:
         found.append(f"only {quality.samples} samples were used; 128 or more give steadier scores")
-    if macs is None:
+    if macs[0] is None:
         found.append("MACs are not known: some sizes in the model are only known when it runs")
+    keep = evidence.options.keep if evidence.options.by_channel else None
+    if keep is not None and macs[0] and macs[1] is not None and macs[1] > keep * macs[0]:
+        found.append(
+            f"{100 * macs[1] / macs[0]:.3g} % of the MACs are left, more than the {100 * keep:g} % of keep: "
+            "groups says which channels cannot go"
+        )
     found += health.warnings()
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
     if worst < 0.9:
