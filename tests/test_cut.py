@@ -51,6 +51,7 @@ def test_keep_is_the_share_of_the_weights(name: str, granularity: str, keep: int
     assert left <= round(keep / 100 * total)
     if left <= keep / 100 * total - unit:  # fewer only where the others carry nothing
         assert all(((flow > 0) == result.masks.keep[weight]).all() for weight, flow in flows(result).items())
+    assert not any((result.masks.keep[weight] & (flow == 0)).any() for weight, flow in flows(result).items())
     assert all(row["alpha"] is None for row in result.report["layers"])
     assert all(count for count, _ in kept.values())
 
@@ -151,7 +152,7 @@ def test_no_layer_loses_all_its_flow_and_it_is_told() -> None:
     assert floor["weight"] == weak
     assert floor["ranked"] == 0 < floor["kept"] == int(result.masks.keep[weak].sum())
     flow = flows(result)[weak]
-    assert FLOOR <= float((flow * result.masks.keep[weak]).sum() / flow.sum()) < 0.5
+    assert 0.02 <= float((flow * result.masks.keep[weak]).sum() / flow.sum()) < 0.5
     assert prune("lenet5", keep="30%").report["flow"]["floors"] == []
 
 
