@@ -138,7 +138,7 @@ def test_a_layer_that_a_recipe_names_is_on_its_own(tmp_path: Path) -> None:
 def weak_branch() -> tuple[onnx.ModelProto, dict[str, Array], str]:
     """Two branches meet, one of them so weak that the ranking alone would leave nothing of it."""
     net = Net(seed=3)
-    x, a, strong, weak, last = net.input("N", 8), net.weight(8, 12), net.weight(12, 10), net.weight(12, 10), net.weight(10, 4)
+    x, a, strong, weak, last = net.input("N", 8), net.weight(8, 12), net.weight(12, 40), net.weight(12, 40), net.weight(40, 4)
     net.initializers[weak] = net.initializers[weak] * np.float32(1e-7)
     h = net.op("Tanh", net.op("MatMul", x, a))
     y = net.op("Add", net.op("MatMul", h, strong), net.op("MatMul", h, weak))
