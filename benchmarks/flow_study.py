@@ -26,28 +26,31 @@ from relief_onnx import model as files
 from relief_onnx.compensate import compensate
 from relief_onnx.cut import Pool, cut
 from relief_onnx.data import ImageOptions, open_dataset
+from relief_onnx.decide import SHIFT_EXPONENT, kept_portions
 from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, FlowRule
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks, applied, initializer_masks
-from relief_onnx.pipeline import Prepared, kept_portions, prepare
+from relief_onnx.pipeline import Prepared, prepare
 from relief_onnx.probes import instrument
 from relief_onnx.scoring import Scores
 from relief_onnx.surgery import apply_weights
 
-MODELS = ("mlp", "lenet5", "resnet20", "ppocr_cls", "yunet_n", "minilm_l3", "dtln_2")
-SHARES = (0.70, 0.50, 0.35, 0.25, 0.15)
+MODELS = ("mlp", "lenet5", "resnet20", "ppocr_cls", "yunet_n", "dtln_2", "minilm_l3")
+SHARES = (0.50, 0.35, 0.25, 0.15)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times the share that the unit keeps).
+    """One way to rank, and what happens to means: "off", "full" (all of what is removed), "kept" (times a power of the share
+    of its flow that the layer keeps).
 
     passes: 2 measures again after a first cut to the square root of the share.
     """
 
     rule: FlowRule = DEFAULT_RULE
     shift: str = "kept"
+    power: float = SHIFT_EXPONENT
     passes: int = 1
 
 
@@ -56,9 +59,10 @@ def choices() -> dict[str, Choice]:
     one = Choice()
     found = {"default": one, "prototype": Choice(FlowRule(absolute=True, exponent=1.0, balance=0.0), "off")}
     found |= {f"shift {shift}": replace(one, shift=shift) for shift in ("off", "full")}
+    found |= {f"shift power {power}": replace(one, power=power) for power in (1, 8)}
     found["second pass"] = replace(one, passes=2)
     changes: Mapping[str, tuple[Any, ...]] = {
-        "absolute": (True,), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
+        "absolute": (True,), "bits": (0, 2), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
     }  # fmt: skip
     for key, values in changes.items():
         for value in values:
@@ -74,20 +78,22 @@ class Subject:
     name: str
     model: onnx.ModelProto | None = None
     ready: Prepared = field(init=False)
-    measured: dict[bool, FlowMeasure] = field(default_factory=dict)
+    measured: dict[tuple[bool, int], FlowMeasure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ready = prepare(flow_models.path(self.name) if self.model is None else self.model)
 
     def scores(self, rule: FlowRule) -> Scores:
         """Shares and R by a rule, from the pass that its statistics need."""
-        if rule.absolute not in self.measured:
-            measure = FlowMeasure(self.ready.graph, self.ready.plan, "weight", rule)
+        key = rule.absolute, rule.bits
+        if key not in self.measured:
             data = open_dataset(flow_data.file(self.name, "calib_a"), files.input_specs(self.ready.original), images=ImageOptions())
+            grouping = calibrate.sort_samples(self.ready.graph.model, data, rule.bits, limit=None, seed=0, threads=1)
+            measure = FlowMeasure(self.ready.graph, self.ready.plan, "weight", rule, grouping)
             probe = instrument(self.ready.graph, [item.tensor for item in measure.measurements])
-            calibrate.run(probe, measure.measurements, data, limit=None, seed=0, threads=1, progress=lambda *_: None)
-            self.measured[rule.absolute] = measure
-        return self.measured[rule.absolute].with_rule(rule).scores({})
+            calibrate.run(probe, measure.measurements, data, limit=None, seed=0, threads=1, progress=lambda *_: None, grouping=grouping)
+            self.measured[key] = measure
+        return self.measured[key].with_rule(rule).scores({})
 
     def cut(self, choice: Choice, share: float) -> onnx.ModelProto:
         """The model with zeros in it, and means in its biases."""
@@ -98,12 +104,12 @@ class Subject:
         scores = self.scores(choice.rule)
         masks, _ = cut(plan, scores, [Pool(tuple(plan.by_weight()), None)], share, choice.rule)
         if choice.shift != "off":
-            graph = self._shifted(graph, masks, scores, choice.shift)
+            graph = self._shifted(graph, masks, scores, choice.shift, choice.power)
         return apply_weights(graph.model, applied(graph, initializer_masks(find(graph), masks)))
 
-    def _shifted(self, graph: Graph, masks: Masks, scores: Scores, shift: str) -> Graph:
+    def _shifted(self, graph: Graph, masks: Masks, scores: Scores, shift: str, power: float) -> Graph:
         means = {name: score.means for name, score in scores.items() if score.means is not None}
-        portions = kept_portions(self.ready.plan, scores, masks) if shift == "kept" else None
+        portions = kept_portions(self.ready.plan, scores, masks, power) if shift == "kept" else None
         model, _ = compensate(graph, self.ready.plan, masks, means, {}, portions)
         return Graph(model)
 

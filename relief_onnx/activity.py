@@ -1,4 +1,4 @@
-"""How active a tensor is along the axes that relevance follows."""
+"""How active a tensor is along the axes that relevance follows, over all samples and within groups of like samples."""
 
 from __future__ import annotations
 
@@ -9,33 +9,81 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.streaming import Job, Moment, sums_of
+from relief_onnx.grouping import Grouping
+from relief_onnx.streaming import Job, Moment
 
 __all__ = ["Activity"]
 
 Doubles = NDArray[np.float64]
 
+# Of the positions (pixels, tokens) of one sample no more than about so many are looked at.
+POSITIONS = 1024
+
 
 class Activity:
-    """Means of x and x^2, or of |x|, along the kept axes, over the samples and all other axes: arrays of the tensor's rank."""
+    """Means of x and x^2, or of |x|, along the kept axes, over the samples and all other axes: arrays of the tensor's rank.
 
-    def __init__(self, axes: tuple[int, ...], moments: tuple[Moment, ...]) -> None:
-        self._axes, self._moments = axes, moments
-        self._sums: dict[Moment, Any] = dict.fromkeys(moments, 0.0)
-        self._count = 0.0
+    They are kept for each group of samples; what cannot be told apart by sample (an axis other than the first counts them) counts for
+    every group alike.
+    """
+
+    def __init__(self, axes: tuple[int, ...], moments: tuple[Moment, ...], grouping: Grouping | None = None) -> None:
+        self._axes, self._moments, self._grouping = axes, moments, grouping
+        self._sums: dict[Moment, Any] = dict.fromkeys(moments, 0.0)  # [groups, 1, *kept]
+        self._counts: Any = 0.0  # [groups]
 
     def jobs(self, x: NDArray[np.float32], weight: float) -> Iterator[Job]:
         """One piece of work per batch."""
-        yield partial(self.add, x, weight)
+        yield partial(self.add, x, weight, None if self._grouping is None else self._grouping.current)
 
-    def add(self, x: NDArray[np.float32], weight: float = 1.0) -> None:
-        """Count a batch in."""
+    def add(self, x: NDArray[Any], weight: float = 1.0, labels: NDArray[np.int64] | None = None) -> None:
+        """Count a batch in; `labels` [samples] are the groups."""
+        x = _thinned(x, self._axes)
+        groups = 1 if self._grouping is None else self._grouping.groups
+        apart = labels is not None and 0 not in self._axes and x.ndim > 0 and len(x) > 0 and len(x) % len(labels) == 0
+        rows = np.repeat(labels, len(x) // len(labels)) if apart and labels is not None else None
+        others = tuple(axis for axis in range(x.ndim) if axis not in self._axes and not (apart and axis == 0))
+        member = np.eye(groups)[rows] if rows is not None else None
+        number = 0.0
         for moment in self._moments:
-            total = sums_of(x, moment, tuple(axis for axis in range(x.ndim) if axis not in self._axes))
-            self._sums[moment] = self._sums[moment] + weight * total
-        self._count += weight * x.size / max(total.size, 1)
+            total = _total(x, moment, others)
+            number = x.size / max(total.size, 1)
+            spread = np.tensordot(member, total, (0, 0))[:, None] if member is not None else np.broadcast_to(total, (groups, *total.shape))
+            self._sums[moment] = self._sums[moment] + weight * spread
+        self._counts = self._counts + weight * number * (member.sum(0) if member is not None else np.ones(groups))
 
-    def mean(self, moment: Moment) -> Doubles:
-        """One of the means, with 1 on the axes that are not kept."""
-        result: Doubles = np.asarray(self._sums[moment] / max(self._count, 1e-300))
-        return result
+    @property
+    def weights(self) -> Doubles:
+        """The share of the samples that each group holds [groups]."""
+        groups = 1 if self._grouping is None else self._grouping.groups
+        shares: Doubles = np.broadcast_to(self._counts / max(float(np.sum(self._counts)), 1e-300), (groups,)).astype(np.float64)
+        return shares
+
+    def mean(self, moment: Moment, group: int | None = None) -> Doubles:
+        """One of the means, of one group or of all, with 1 on the axes that are not kept; of an empty group that of all."""
+        sums, counts = self._sums[moment], np.asarray(self._counts)
+        if group is not None and counts.ndim and counts[group] > 0:
+            one: Doubles = sums[group] / counts[group]
+            return one
+        every: Doubles = np.asarray(sums.sum(0) / max(counts.sum(), 1e-300)) if counts.ndim else np.zeros(())
+        return every
+
+
+def _total(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> Doubles:
+    """The sum of x, |x| or x^2 over some axes, which stay with size 1."""
+    if moment == "squares":
+        with np.errstate(over="ignore"):
+            total: Doubles = np.square(x).sum(axes, dtype=np.float64, keepdims=True)
+        return total if np.isfinite(total).all() else np.square(x, dtype=np.float64).sum(axes, keepdims=True)
+    values = x if moment == "signed" else np.abs(x)
+    return np.asarray(values.sum(axes, dtype=np.float64, keepdims=True))
+
+
+def _thinned(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
+    """Fewer positions: every k-th along the longest axis that is neither kept nor counts the samples."""
+    free = [axis for axis in range(1, x.ndim) if axis not in axes]
+    positions = int(np.prod([x.shape[axis] for axis in free]))
+    if positions <= POSITIONS:
+        return x
+    longest = max(free, key=lambda axis: x.shape[axis])
+    return x[tuple(slice(None, None, -(-positions // POSITIONS)) if axis == longest else slice(None) for axis in range(x.ndim))]

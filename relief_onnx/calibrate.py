@@ -11,15 +11,17 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from relief_onnx.dataset import Batch, Dataset
+from relief_onnx.grouping import FIT_SAMPLES, Grouping
 from relief_onnx.probes import Probe
 from relief_onnx.session import Session
 from relief_onnx.streaming import Statistic
 
-__all__ = ["Measurement", "Progress", "batch_size_for", "run"]
+__all__ = ["Measurement", "Progress", "batch_size_for", "run", "sort_samples"]
 
 # Activations of one batch that the probe may hand over at a time: bounds memory whatever the model.
 TAP_BYTES = 32 << 20
@@ -54,15 +56,18 @@ def run(
     seed: int,
     threads: int,
     progress: Progress,
+    grouping: Grouping | None = None,
 ) -> tuple[int, float]:
-    """Feed every measurement with every sample; memory does not grow with their number.
+    """Feed every measurement with every sample; memory does not grow with their number. `grouping` sorts the samples of each batch first.
 
     Returns the number of samples and the seconds taken. Raises DataError where there is none or a run fails.
     """
     start = time.perf_counter()
     session = Session(probe.model, threads, "the probe model")
     size = batch_size_for(session, probe, dataset, seed)
-    samples = feed(session, probe, measurements, dataset, size, limit=limit, seed=seed, threads=threads, progress=progress)
+    samples = feed(
+        session, probe, measurements, dataset, size, limit=limit, seed=seed, threads=threads, progress=progress, grouping=grouping
+    )
     return samples, time.perf_counter() - start
 
 
@@ -77,17 +82,30 @@ def feed(
     seed: int,
     threads: int,
     progress: Progress = lambda stage, done, total: None,
+    grouping: Grouping | None = None,
 ) -> int:
     """The pass itself, in batches of `batch_size`; returns the number of samples."""
-    names = sorted({probe.taps[item.tensor] for item in measurements})
+    seen = grouping.outputs if grouping is not None and grouping.groups > 1 else ()
+    names = sorted({*(probe.taps[item.tensor] for item in measurements), *seen})
     samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
     with ThreadPoolExecutor(threads) as pool, _blas().limit(limits=1, user_api="blas"):
         for batch in dataset.batches(batch_size, limit=limit, seed=seed):
-            _add(pool, measurements, probe, _values(session, names, batch), batch.weight)
+            _add(pool, measurements, probe, _values(session, names, batch), batch, grouping)
             samples += batch.size * batch.weight
             progress("calibrate", round(samples), total)
     return round(samples)
+
+
+def sort_samples(model: onnx.ModelProto, dataset: Dataset, bits: int, *, limit: int | None, seed: int, threads: int) -> Grouping:
+    """The rule that sorts samples by the model's outputs, from a run of a few of them. Raises DataError where a run fails."""
+    session = Session(model, threads)
+    few = FIT_SAMPLES if limit is None else min(limit, FIT_SAMPLES)
+    batches = (
+        (dict(zip(session.outputs, session.run(batch.feed, session.outputs, batch.source), strict=True)), batch.size)
+        for batch in dataset.batches(16, limit=few, seed=seed)
+    )
+    return Grouping(session.outputs, batches, bits)
 
 
 def _add(
@@ -95,10 +113,13 @@ def _add(
     measurements: Sequence[Measurement],
     probe: Probe,
     values: Mapping[str, NDArray[Any]],
-    weight: float,
+    batch: Batch,
+    grouping: Grouping | None,
 ) -> None:
     """One batch into every statistic. A function of its own, so that the activations are gone before the next batch runs."""
-    jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], weight) for item in measurements)
+    if grouping is not None:
+        grouping.look(values, batch.size)
+    jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
     for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
         pass
 

@@ -145,54 +145,104 @@ def pattern_masks(plan: Plan, scores: Scores, weights: frozenset[str], n: int, m
     return Masks(keeps, {weight: np.ones(plan.by_weight()[weight][0].out_channels, bool) for weight in keeps})
 
 
+class _Ranked:
+    """One weight's entries in descending order of worth. What stays of it is always a prefix."""
+
+    def __init__(self, entry: _Entry, floored: bool) -> None:
+        worth, flow = entry.worth.reshape(-1), entry.flow.reshape(-1)
+        self.entry = entry
+        self.order = np.argsort(-worth, kind="stable")
+        self._falling = -worth[self.order]
+        self.flow = np.cumsum(flow[self.order])
+        self.useful = int(np.searchsorted(self._falling, 0.0, side="left"))
+        total = float(self.flow[-1]) if len(worth) else 0.0
+        self.least = min(int(np.searchsorted(self.flow, FLOOR * total)) + 1, self.useful) if floored and total > 0 else 0
+
+    def reaching(self, level: float) -> int:
+        """Entries whose worth reaches a level above 0."""
+        return int(np.searchsorted(self._falling, -level, side="right"))
+
+    def count(self, level: float) -> int:
+        """The same, but no fewer than the floor."""
+        return max(self.reaching(level), self.least)
+
+    def carried(self, count: int) -> float:
+        """The flow of the first entries."""
+        return float(self.flow[count - 1]) if count else 0.0
+
+    def keep(self, count: int) -> Flags:
+        """Flags of the first entries."""
+        flags = np.zeros(self.entry.worth.size, bool)
+        flags[self.order[:count]] = True
+        return flags.reshape(self.entry.worth.shape)
+
+
 def _cut_pool(
     entries: list[_Entry], alpha: float | None, budget: int, balance: float, floored: bool
 ) -> tuple[dict[str, Flags], list[Floor]]:
-    sizes = [entry.worth.size for entry in entries]
-    ends = np.cumsum(sizes)
-    worth = np.concatenate([entry.worth.reshape(-1) for entry in entries])
-    flow = np.concatenate([entry.flow.reshape(-1) for entry in entries])
-    cost = np.repeat([entry.cost for entry in entries], sizes)
-    parts = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes, strict=True)]
-    least = [_fewest(flow[part], FLOOR) if floored else np.zeros(part.stop - part.start, bool) for part in parts]
-    forced = np.concatenate(least)
-    gain = np.ones(len(entries))
+    ranked = [_Ranked(entry, floored) for entry in entries]
+    gains = np.ones(len(ranked))
     for _ in range(ROUNDS if balance else 1):
-        keep = _prefix(worth * np.repeat(gain, sizes), forced, flow, cost, alpha, budget)
+        counts = _counts(ranked, gains, alpha, budget)
         if balance:
-            shares = np.array([flow[part][keep[part]].sum() / max(flow[part].sum(), 1e-300) for part in parts])
+            shares = np.array([one.carried(count) / max(one.flow[-1], 1e-300) for one, count in zip(ranked, counts, strict=True)])
             # Half way in the logarithm at a time, so that it settles.
-            gain = np.sqrt(gain * np.maximum(shares, 1e-6) ** -balance)
-    floors = []
-    if forced.any():
-        alone = _prefix(worth * np.repeat(gain, sizes), np.zeros_like(forced), flow, cost, alpha, budget)
-        for entry, part in zip(entries, parts, strict=True):
-            if (keep[part] & ~alone[part] & forced[part]).any():
-                floors.append(Floor(entry.weight, int(alone[part].sum()), int(keep[part].sum())))
-    return {entry.weight: keep[part].reshape(entry.worth.shape) for entry, part in zip(entries, parts, strict=True)}, floors
+            gains = np.sqrt(gains * np.maximum(shares, 1e-6) ** -balance)
+    floors = [
+        Floor(one.entry.weight, alone, count)
+        for one, alone, count in zip(ranked, _unfloored(ranked, gains, counts), counts, strict=True)
+        if alone < count == one.least
+    ]
+    return {one.entry.weight: one.keep(count) for one, count in zip(ranked, counts, strict=True)}, floors
 
 
-def _fewest(flow: Doubles, share: float) -> Flags:
-    """The fewest entries that carry a share of the sum."""
-    order = np.argsort(-flow, kind="stable")
-    running = np.cumsum(flow[order])
-    found = np.zeros(len(flow), bool)
-    if len(flow) and running[-1] > 0:
-        found[order[: int(np.searchsorted(running, share * running[-1])) + 1]] = True
+def _counts(ranked: list[_Ranked], gains: Doubles, alpha: float | None, budget: int) -> list[int]:
+    """How many entries of each weight stay: the shortest ranking that reaches alpha of the flow, or the longest within the budget."""
+    if alpha is not None and alpha >= 1.0:
+        return [one.useful for one in ranked]
+    wanted = (alpha or 0.0) * sum(one.carried(len(one.flow)) for one in ranked)
+
+    def enough(counts: list[int]) -> bool:
+        if alpha is not None:
+            return sum(one.carried(count) for one, count in zip(ranked, counts, strict=True)) >= wanted
+        return sum(count * one.entry.cost for one, count in zip(ranked, counts, strict=True)) >= budget
+
+    def counts_at(bits: int) -> list[int]:
+        level = float(np.int64(bits).view(np.float64))
+        return [one.count(level / gain) for one, gain in zip(ranked, gains.tolist(), strict=True)]
+
+    # Worth is positive, so the bits of a float64 are in the order of its value: the level is found exactly.
+    top = max((float(one.entry.worth.max(initial=0.0)) * gain for one, gain in zip(ranked, gains.tolist(), strict=True)), default=0.0)
+    low, high = 1, int(np.float64(2 * top).view(np.int64)) + 1
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if enough(counts_at(middle)) else (low, middle)
+    return _filled(ranked, counts_at(high), counts_at(low), alpha, wanted, budget)
+
+
+def _filled(ranked: list[_Ranked], counts: list[int], most: list[int], alpha: float | None, wanted: float, budget: int) -> list[int]:
+    """Of the entries right at the level, in the order of the weights, as many as it takes, or as fit into the budget."""
+    found = []
+    flow = sum(one.carried(count) for one, count in zip(ranked, counts, strict=True))
+    left = budget - sum(count * one.entry.cost for one, count in zip(ranked, counts, strict=True))
+    for one, count, limit in zip(ranked, counts, most, strict=True):
+        more = max(left, 0) // one.entry.cost
+        if alpha is not None:
+            missing = wanted - flow
+            more = int(np.searchsorted(one.flow, one.carried(count) + missing)) + 1 - count if missing > 0 else 0
+        more = min(more, limit - count)
+        flow += one.carried(count + more) - one.carried(count)
+        left -= more * one.entry.cost
+        found.append(count + more)
     return found
 
 
-def _prefix(worth: Doubles, forced: Flags, flow: Doubles, cost: NDArray[np.int64], alpha: float | None, budget: int) -> Flags:
-    """The shortest prefix that reaches alpha of the flow, or the longest that holds no more weights than the budget."""
-    if alpha is not None and alpha >= 1.0:
-        keep: Flags = flow > 0
-        return keep
-    order = np.lexsort((np.arange(len(worth)), -worth, ~forced))
-    if alpha is not None:
-        running = np.cumsum(flow[order])
-        count = int(np.searchsorted(running, alpha * running[-1])) + 1 if running[-1] > 0 else 0
-    else:
-        count = int(np.searchsorted(np.cumsum(cost[order]), budget, side="right"))
-    keep = np.zeros(len(worth), bool)
-    keep[order[: max(count, int(forced.sum()))]] = True
-    return keep & (worth > 0)
+def _unfloored(ranked: list[_Ranked], gains: Doubles, counts: list[int]) -> list[int]:
+    """What the ranking alone would keep: down to the least worth that stays anywhere above its floor."""
+    levels = [
+        float(one.entry.worth.reshape(-1)[one.order[count - 1]]) * gain
+        for one, gain, count in zip(ranked, gains.tolist(), counts, strict=True)
+        if count > one.least
+    ]
+    level = min(levels, default=np.inf)
+    return [one.reaching(level / gain) for one, gain in zip(ranked, gains.tolist(), strict=True)]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from relief_onnx.activity import Activity
 from relief_onnx.calibrate import Measurement
 from relief_onnx.graph import Graph
+from relief_onnx.grouping import Grouping
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.relevance import Ask, Even, Relevance, asks, propagate
 from relief_onnx.scoring import LayerScore, magnitudes
@@ -34,12 +35,14 @@ class FlowRule:
     """What counts as activity. docs/flow.md compares the choices.
 
     absolute: mean |x|, as in the paper's score, with the bias; otherwise Var(x) + `constant` * mean(x)^2, without it.
+    bits: samples fall into 2^bits groups that are ranked apart and averaged (see `grouping`).
     exponent: of R where connections are ranked.
     balance: how much a layer gains that kept little (see `cut`).
     """
 
     absolute: bool = False
     constant: float = 1e-3
+    bits: int = 4
     exponent: float = 1.0
     balance: float = 1.0
 
@@ -62,19 +65,31 @@ DEFAULT_RULE = FlowRule()
 class FlowMeasure:
     """What the criterion listens to in the calibration pass, and the scores that follow."""
 
-    def __init__(self, graph: Graph, plan: Plan, granularity: str, rule: FlowRule = DEFAULT_RULE) -> None:
+    def __init__(self, graph: Graph, plan: Plan, granularity: str, rule: FlowRule = DEFAULT_RULE, grouping: Grouping | None = None) -> None:
         self._graph, self._plan, self._granularity, self._rule = graph, plan, granularity, rule
+        self._grouping = None if rule.absolute else grouping
         self._tracks = follow(graph, plan)
-        self._stored = {name: graph.constant(name) for name, _ in asks(graph, plan, self._tracks)}
-        self._asked = {ask: Activity(ask[1], rule.moments) for ask in asks(graph, plan, self._tracks)}
+        self._asked = {ask: Activity(ask[1], rule.moments, self._grouping) for ask in asks(graph, plan, self._tracks)}
         power = 1 if rule.absolute else 2
         self._inputs, self.measurements = _inputs(plan, lambda axis: InputMeans(axis, power=power, signed=True))
+        self._channels: dict[str, Activity] = {}
+        shared: dict[tuple[str, int], Activity] = {}
+        for layer in plan.layers if self._groups > 1 else ():
+            key = (layer.input, layer.input_axis % max(len(graph.shape(layer.input) or ()), layer.input_axis + 1, 1))
+            if key not in shared:
+                shared[key] = Activity(key[1:], rule.moments, self._grouping)
+                self.measurements.append(Measurement(layer.input, shared[key]))
+            self._channels[layer.name] = shared[key]
         for ask, activity in self._asked.items():
-            value = self._stored[ask[0]]
+            value = graph.constant(ask[0])
             if value is None:
                 self.measurements.append(Measurement(ask[0], activity))
             else:
                 activity.add(value)
+
+    @property
+    def _groups(self) -> int:
+        return 1 if self._grouping is None else self._grouping.groups
 
     def with_rule(self, rule: FlowRule) -> FlowMeasure:
         """The same measurements under another rule that needs the same moments."""
@@ -85,44 +100,91 @@ class FlowMeasure:
         return other
 
     def scores(self, weights: Mapping[str, float]) -> dict[str, LayerScore]:
-        """Shares, R and means of every layer after the pass. `weights`: of outputs, 1 where not named."""
-        fine = {layer.name: self._shares(layer) for layer in self._plan.layers}
-        coarse = {name: share.reshape(*share.shape[:2], -1).sum(-1) for name, (share, _) in fine.items()}
-        found = self._propagated(coarse, weights)
-        scores = {}
-        for layer in self._plan.layers:
-            share, bias = fine[layer.name]
-            scores[layer.name] = LayerScore(
-                layer.weight, layer.name, share if self._granularity == "weight" else coarse[layer.name], bias,
-                found.outputs[layer.name], self._inputs[layer.name].input_means(layer),
-            )  # fmt: skip
-        return scores
+        """Shares, R and means of every layer after the pass. `weights`: of outputs, 1 where not named.
 
-    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float]) -> Relevance:
+        Over groups of samples flow and R are means; a share is a connection's part of the flow into its unit.
+        """
+        parts = {layer.name: self._parts(layer) for layer in self._plan.layers}
+        flows: dict[str, Doubles] = {}
+        relevance: dict[str, Doubles] = {}
+        for group, weight in self._weights():
+            shares = {layer.name: self._shares(layer, parts[layer.name], group)[0] for layer in self._plan.layers}
+            found = self._propagated({name: _coarse(share) for name, share in shares.items()}, weights, group)
+            for name, share in shares.items():
+                own = found.outputs[name]
+                flow = (share if self._granularity == "weight" else _coarse(share)) * own.reshape(-1, *(1,) * (self._rank(share) - 1))
+                flows[name] = flows[name] + weight * flow if name in flows else weight * flow
+                relevance[name] = relevance[name] + weight * own if name in relevance else weight * own
+        return {layer.name: self._score(layer, parts[layer.name], flows[layer.name], relevance[layer.name]) for layer in self._plan.layers}
+
+    def _rank(self, share: Doubles) -> int:
+        return share.ndim if self._granularity == "weight" else 2
+
+    def _score(self, layer: Layer, part: Doubles, flow: Doubles, relevance: Doubles) -> LayerScore:
+        share, bias = self._shares(layer, part, None)
+        plain = share if self._granularity == "weight" else _coarse(share)
+        units = relevance.reshape(-1, *(1,) * (flow.ndim - 1))
+        score = np.where(units > 0, flow / np.where(units > 0, units, 1.0), plain)
+        means = self._inputs[layer.name].input_means(layer)
+        return LayerScore(layer.weight, layer.name, score, bias, relevance, means)
+
+    def _weights(self) -> list[tuple[int | None, float]]:
+        """Groups that hold samples, with their shares of them."""
+        if self._groups == 1 or not self._channels:
+            return [(None, 1.0)]
+        shares = next(iter(self._channels.values())).weights
+        return [(group, float(share)) for group, share in enumerate(shares) if share > 0]
+
+    def _activity(self, statistic: Activity, group: int | None) -> Doubles:
+        """Activity within a group is how far its samples are from the mean of all."""
+        if self._rule.absolute or group is None:
+            return self._rule.activity({moment: statistic.mean(moment) for moment in self._rule.moments})
+        center = statistic.mean("signed")
+        away = statistic.mean("squares", group) - 2 * center * statistic.mean("signed", group) + np.square(center)
+        found: Doubles = np.maximum(away, 0.0) + self._rule.constant * np.square(center)
+        return found
+
+    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float], group: int | None) -> Relevance:
         def activity(ask: Ask) -> Doubles:
-            return self._rule.activity({moment: self._asked[ask].mean(moment) for moment in self._rule.moments})
+            return self._activity(self._asked[ask], group)
 
         def variation(ask: Ask) -> Doubles:
             if self._rule.absolute:
                 return np.ones_like(activity(ask))
-            squares = self._asked[ask].mean("squares")
+            squares = self._asked[ask].mean("squares", group)
             found: Doubles = activity(ask) / np.where(squares > 0, squares, 1.0)
             return found
 
         return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights, not self._rule.absolute)
 
-    def _shares(self, layer: Layer) -> tuple[Doubles, Doubles]:
-        """(share of each weight [out, in per group, *kernel], of the bias [out])."""
+    def _parts(self, layer: Layer) -> Doubles:
+        """What each weight brings in, over all samples [out, in per group, *kernel]."""
         statistic, magnitude = self._inputs[layer.name], magnitudes(self._graph, layer).astype(np.float64) * abs(layer.scale)
         names: tuple[Moment, ...] = self._rule.moments
         activity = self._rule.activity({moment: statistic.input_means(layer, moment) for moment in names})
-        part = (magnitude if self._rule.absolute else np.square(magnitude)) * as_read(layer, activity)
+        part: Doubles = (magnitude if self._rule.absolute else np.square(magnitude)) * as_read(layer, activity)
+        return part
+
+    def _shares(self, layer: Layer, part: Doubles, group: int | None) -> tuple[Doubles, Doubles]:
+        """(share of each weight [out, in per group, *kernel], of the bias [out]), in a group of samples or over all."""
+        if group is not None:
+            channels = self._channels[layer.name]
+            every = self._activity(channels, None).reshape(-1)
+            own = self._activity(channels, group).reshape(-1)
+            ratio = as_read(layer, own / np.where(every > 0, every, 1.0))
+            part = part * ratio.reshape(*ratio.shape, *(1,) * (part.ndim - 2))
         bias = np.zeros(layer.out_channels)
         if self._rule.absolute and layer.bias is not None:
             bias = np.abs(layer.bias.view.apply(self._graph.array(layer.bias.name)).astype(np.float64)) * abs(layer.bias.factor)
         total = part.reshape(layer.out_channels, -1).sum(1) + bias
         safe = np.where(total > 0, total, 1.0)
         return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe
+
+
+def _coarse(share: Doubles) -> Doubles:
+    """Of connections [out, in per group], from shares of single weights."""
+    total: Doubles = share.reshape(*share.shape[:2], -1).sum(-1)
+    return total
 
 
 class MeanMeasure:

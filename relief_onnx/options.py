@@ -99,8 +99,8 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 # Share kept where nothing is said: by kind (convolution or not). Nothing is retrained, so more is kept than in the paper.
 DEFAULT_ALPHA: Mapping[bool, float] = {True: 0.98, False: 0.95}
 # Of the flow of the whole network; of the relevance of all units.
-DEFAULT_FLOW_ALPHA = 0.98
-DEFAULT_FLOW_CHANNEL_ALPHA = 0.95
+DEFAULT_FLOW_ALPHA = 0.995
+DEFAULT_FLOW_CHANNEL_ALPHA = 0.98
 # Of the importance of a coupling group: channels share it more evenly than connections, so 0.98 would remove next to nothing.
 DEFAULT_CHANNEL_ALPHA = 0.9
 

@@ -5,42 +5,35 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
-from relief_onnx.channels import Choice, unit_masks, without_units
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
-from relief_onnx.coupling import Coupling
-from relief_onnx.cut import Floor, Pool, cut, pattern_masks
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
+from relief_onnx.decide import Chosen, decide, kept_portions, silenced
 from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
-from relief_onnx.flow import FlowMeasure, MeanMeasure, passed_evenly
+from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
-from relief_onnx.layers import Layer, Plan, find, select
-from relief_onnx.masks import Masks, applied, initializer_masks, insert, keep_all, make_masks, mask_of
-from relief_onnx.measure import macs_of_layers
+from relief_onnx.layers import Plan, find, select
+from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
-from relief_onnx.patterns import parse_pattern
 from relief_onnx.probes import instrument
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
-from relief_onnx.unit_budget import choose_units
 from relief_onnx.verify import verify
-from relief_onnx.walk import trace
 
-__all__ = ["Data", "Prepared", "Result", "kept_portions", "prepare", "prune", "score"]
+__all__ = ["Data", "Prepared", "Result", "prepare", "prune", "score"]
 
 Data = str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader
 _SILENT: calibrate.Progress = lambda *_: None
@@ -147,7 +140,7 @@ def prune(
         else:
             found = _measure(ready, dataset, options, rules, progress, folder)
     with clock("mask"):
-        chosen = _choose(ready, options, found, weights, dataset)
+        chosen = decide(ready.graph, ready.plan, options, found, weights, dataset)
         masks, gates = rules.apply(chosen.masks)
         graph, shifts = _shifted(ready, options, found, chosen, masks, dataset, progress)
         flags = initializer_masks(ready.plan if graph is ready.graph else find(graph), masks)
@@ -199,67 +192,8 @@ def _check_outputs(graph: Graph, options: Options) -> None:
         raise RecipeError("output-weight is 0 for every output, so nothing would matter; give one of them a weight")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What the rules keep: masks, what happened to each coupling group, units that go as a whole, layers that a floor saved."""
-
-    masks: Masks
-    choices: tuple[Choice, ...] = ()
-    coupling: Coupling | None = None
-    floors: tuple[Floor, ...] = ()
-
-    def removed(self, plan: Plan) -> dict[str, Any]:
-        """Flags [out] of the units that go, by layer name."""
-        if self.coupling is None:
-            return {}
-        gone = np.array(sorted(unit for choice in self.choices for unit in choice.removed), np.int64)
-        return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
-
-
-def _choose(ready: Prepared, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset) -> _Chosen:
-    """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
-    if not options.by_channel:
-        masks, floors = _fine_masks(ready.plan, options, scores, weights, options.keep)
-        return _Chosen(masks, floors=floors)
-    coupling = trace(ready.graph, ready.plan)
-    sample = next(iter(dataset.batches(1, limit=1)))
-    choices = tuple(choose_units(
-        ready.plan, coupling, scores, alpha=_unit_alpha(options), keep=options.keep, macs=macs_of_layers(ready.graph, ready.plan, sample),
-        allowed=weights, round_to=options.round_to,
-    ))  # fmt: skip
-    removed = frozenset(unit for choice in choices for unit in choice.removed)
-    inside, floors = _fine_masks(ready.plan, options, without_units(ready.plan, coupling, scores, removed), weights, None)
-    return _Chosen(unit_masks(ready.graph, ready.plan, coupling, removed, inside), choices, coupling, floors)
-
-
-def _fine_masks(
-    plan: Plan, options: Options, scores: Scores, weights: frozenset[str], keep: float | None
-) -> tuple[Masks, tuple[Floor, ...]]:
-    """Masks of connections or single weights: by pattern, by one ranking over the network, or neuron by neuron."""
-    if options.fine is None:
-        return keep_all(plan, weights), ()
-    if options.pattern is not None:
-        return pattern_masks(plan, scores, weights, *parse_pattern(options.pattern)), ()
-    if options.criterion == "flow" or keep is not None:
-        return cut(plan, scores, _pools(plan, options, weights, keep), keep)
-    return make_masks(plan, scores, weights, _alpha(options), options.bias == "prune"), ()
-
-
-def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
-    """Weights with one and the same alpha are ranked together; where a recipe names a layer it is on its own."""
-    pools: dict[tuple[str, float | None], list[str]] = {}
-    for weight, layers in plan.by_weight().items():
-        if weight not in weights:
-            continue
-        names = (layers[0].name, weight)
-        named = options.layer_alpha(names)
-        alpha = named[1] if named is not None else None if keep is not None else _alpha(options)(layers[0])
-        pools.setdefault(("" if named is None else named[0], alpha), []).append(weight)
-    return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
-
-
 def _shifted(
-    ready: Prepared, options: Options, scores: Scores, chosen: _Chosen, masks: Masks, dataset: Dataset, progress: calibrate.Progress
+    ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks, dataset: Dataset, progress: calibrate.Progress
 ) -> tuple[Graph, tuple[Shift, ...]]:
     """The graph with the mean of what goes in its biases, where that is wanted."""
     if not options.shifts_means:
@@ -275,37 +209,8 @@ def _shifted(
         means = measure.means()
     # Channels that go as a whole leave the others as they were.
     portions = None if options.fine is None else kept_portions(ready.plan, scores, masks)
-    model, shifts = compensate(ready.graph, ready.plan, masks, means, _silenced(ready.plan, chosen, masks), portions)
+    model, shifts = compensate(ready.graph, ready.plan, masks, means, silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
-
-
-def kept_portions(plan: Plan, scores: Scores, masks: Masks) -> dict[str, Any]:
-    """Of every unit the share of its score that the masks keep [out], by layer name.
-
-    Means were measured before the cut. The less of a unit is left, the less they hold for what follows it, and the less is moved.
-    """
-    found = {}
-    for weight, layers in plan.by_weight().items():
-        for layer in layers if weight in masks.keep else ():
-            score, keep = scores[layer.name].score, mask_of(layers, layer, masks.keep[weight])
-            flat = score.reshape(*score.shape[: keep.ndim], -1).sum(-1) if score.ndim > keep.ndim else score
-            rows = (flat * keep.reshape(*keep.shape, *(1,) * (flat.ndim - keep.ndim))).reshape(len(flat), -1).sum(1)
-            total = flat.reshape(len(flat), -1).sum(1)
-            found[layer.name] = np.where(total > 0, rows / np.where(total > 0, total, 1.0), 1.0)
-    return found
-
-
-def _silenced(plan: Plan, chosen: _Chosen, masks: Masks) -> dict[str, Any]:
-    """Units that emit 0 from now on: those that go as a whole, and those that the paper's rules switched off after the cut."""
-    found = chosen.removed(plan)
-    for weight, layers in plan.by_weight().items():
-        if weight not in masks.keep or weight not in chosen.masks.keep:
-            continue
-        for layer in layers:
-            keeps = (mask_of(layers, layer, part.keep[weight]) for part in (chosen.masks, masks))
-            before, after = (keep.reshape(layer.out_channels, -1).any(1) for keep in keeps)
-            found[layer.name] = found.get(layer.name, np.zeros(layer.out_channels, bool)) | (before & ~after)
-    return found
 
 
 def _criterion_of(scores: Scores, options: Options) -> str:
@@ -339,20 +244,6 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _alpha(options: Options) -> Callable[[Layer], float]:
-    def alpha(layer: Layer) -> float:
-        return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
-
-    return alpha
-
-
-def _unit_alpha(options: Options) -> Callable[[Layer], float]:
-    def alpha(layer: Layer) -> float:
-        return options.unit_alpha_for((layer.name, layer.weight), layer.is_convolution)
-
-    return alpha
-
-
 def _packable(model: onnx.ModelProto) -> list[str]:
     """Weights of layers; everything else is stored as it is."""
     return sorted({layer.weight for layer in find(Graph(model)).layers})
@@ -375,7 +266,13 @@ def _measure(
             return read_scores(stored, ready.plan, options.scored)
         except DataError as error:
             raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
-    flow = FlowMeasure(ready.graph, ready.plan, options.scored) if options.criterion == "flow" else None
+    threads = options.threads or os.cpu_count() or 1
+    flow, grouping = None, None
+    if options.criterion == "flow":
+        grouping = calibrate.sort_samples(
+            ready.graph.model, dataset, DEFAULT_RULE.bits, limit=options.samples, seed=options.seed, threads=threads
+        )
+        flow = FlowMeasure(ready.graph, ready.plan, options.scored, grouping=grouping)
     wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored) if flow is None else ([], {}, {})
     wanted += flow.measurements if flow is not None else []
     wanted += rules.measurements if rules is not None else []
@@ -389,8 +286,9 @@ def _measure(
             dataset,
             limit=options.samples,
             seed=options.seed,
-            threads=options.threads or os.cpu_count() or 1,
+            threads=threads,
             progress=progress,
+            grouping=grouping,
         )
     scores = (
         flow.scores(dict(options.output_weight))

@@ -32,7 +32,6 @@ __all__ = [
     "as_read",
     "kernel_statistic",
     "response_positions",
-    "sums_of",
 ]
 
 Job = Callable[[], None]
@@ -304,14 +303,6 @@ def _sums(part: Floats, wanted: Iterable[Moment], plain: bool) -> dict[Moment, N
         if not np.isfinite(sums["squares"]).all():  # too large for float32
             sums["squares"] = np.square(part, dtype=np.float64).sum(0)
     return {moment: sums[moment] for moment in wanted}
-
-
-def sums_of(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> Doubles:
-    """The sum of x, |x| or x^2 over some axes, which stay with size 1."""
-    if moment == "signed":
-        return np.asarray(x.sum(axes, dtype=np.float64, keepdims=True))
-    values = np.abs(x) if moment == "absolute" else np.square(x, dtype=np.float64)
-    return np.asarray(values.sum(axes, dtype=np.float64, keepdims=True))
 
 
 class ChannelMean(InputMeans):

@@ -1,0 +1,131 @@
+"""What goes: the options meet the rules. Masks from scores, at whatever granularity, and what follows for units and means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relief_onnx.channels import Choice, unit_masks, without_units
+from relief_onnx.coupling import Coupling
+from relief_onnx.cut import Floor, Pool, cut, pattern_masks
+from relief_onnx.dataset import Dataset
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.masks import Masks, keep_all, make_masks, mask_of
+from relief_onnx.measure import macs_of_layers
+from relief_onnx.options import Options
+from relief_onnx.patterns import parse_pattern
+from relief_onnx.scoring import Scores
+from relief_onnx.unit_budget import choose_units
+from relief_onnx.walk import trace
+
+__all__ = ["Chosen", "decide", "kept_portions", "silenced"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the rules keep: masks, what happened to each coupling group, units that go as a whole, layers that a floor saved."""
+
+    masks: Masks
+    choices: tuple[Choice, ...] = ()
+    coupling: Coupling | None = None
+    floors: tuple[Floor, ...] = ()
+
+    def removed(self, plan: Plan) -> dict[str, Any]:
+        """Flags [out] of the units that go, by layer name."""
+        if self.coupling is None:
+            return {}
+        gone = np.array(sorted(unit for choice in self.choices for unit in choice.removed), np.int64)
+        return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
+
+
+def decide(graph: Graph, plan: Plan, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset) -> Chosen:
+    """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
+    if not options.by_channel:
+        masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
+        return Chosen(masks, floors=floors)
+    coupling = trace(graph, plan)
+    sample = next(iter(dataset.batches(1, limit=1)))
+    choices = tuple(choose_units(
+        plan, coupling, scores, alpha=_unit_alpha(options), keep=options.keep, macs=macs_of_layers(graph, plan, sample),
+        allowed=weights, round_to=options.round_to,
+    ))  # fmt: skip
+    removed = frozenset(unit for choice in choices for unit in choice.removed)
+    inside, floors = _fine_masks(plan, options, without_units(plan, coupling, scores, removed), weights, None)
+    return Chosen(unit_masks(graph, plan, coupling, removed, inside), choices, coupling, floors)
+
+
+def _fine_masks(
+    plan: Plan, options: Options, scores: Scores, weights: frozenset[str], keep: float | None
+) -> tuple[Masks, tuple[Floor, ...]]:
+    """Masks of connections or single weights: by pattern, by one ranking over the network, or neuron by neuron."""
+    if options.fine is None:
+        return keep_all(plan, weights), ()
+    if options.pattern is not None:
+        return pattern_masks(plan, scores, weights, *parse_pattern(options.pattern)), ()
+    if options.criterion == "flow" or keep is not None:
+        return cut(plan, scores, _pools(plan, options, weights, keep), keep)
+    return make_masks(plan, scores, weights, _alpha(options), options.bias == "prune"), ()
+
+
+def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
+    """Weights with one and the same alpha are ranked together; where a recipe names a layer it is on its own."""
+    pools: dict[tuple[str, float | None], list[str]] = {}
+    for weight, layers in plan.by_weight().items():
+        if weight not in weights:
+            continue
+        names = (layers[0].name, weight)
+        named = options.layer_alpha(names)
+        alpha = named[1] if named is not None else None if keep is not None else _alpha(options)(layers[0])
+        pools.setdefault(("" if named is None else named[0], alpha), []).append(weight)
+    return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
+
+
+# How much of the mean of what goes is moved: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.
+SHIFT_EXPONENT = 4
+
+
+def kept_portions(plan: Plan, scores: Scores, masks: Masks, exponent: float = SHIFT_EXPONENT) -> dict[str, Any]:
+    """How much of the mean of what goes biases should take over [out], by layer name; the same for all units of a layer.
+
+    Means were measured before the cut. The less of a layer is left, the less they hold for what reads it, and the less is moved.
+    """
+    found = {}
+    for weight, layers in plan.by_weight().items():
+        for layer in layers if weight in masks.keep else ():
+            score, keep = scores[layer.name], mask_of(layers, layer, masks.keep[weight])
+            flow = score.score if score.relevance is None else score.flow
+            kept = flow * keep.reshape(*keep.shape, *(1,) * (flow.ndim - keep.ndim)) if flow.ndim >= keep.ndim else flow * keep.any(-1)
+            share = float(kept.sum()) / float(flow.sum()) if flow.sum() > 0 else 1.0
+            found[layer.name] = np.full(layer.out_channels, share**exponent)
+    return found
+
+
+def silenced(plan: Plan, chosen: Chosen, masks: Masks) -> dict[str, Any]:
+    """Units that emit 0 from now on: those that go as a whole, and those that the paper's rules switched off after the cut."""
+    found = chosen.removed(plan)
+    for weight, layers in plan.by_weight().items():
+        if weight not in masks.keep or weight not in chosen.masks.keep:
+            continue
+        for layer in layers:
+            keeps = (mask_of(layers, layer, part.keep[weight]) for part in (chosen.masks, masks))
+            before, after = (keep.reshape(layer.out_channels, -1).any(1) for keep in keeps)
+            found[layer.name] = found.get(layer.name, np.zeros(layer.out_channels, bool)) | (before & ~after)
+    return found
+
+
+def _alpha(options: Options) -> Callable[[Layer], float]:
+    def alpha(layer: Layer) -> float:
+        return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
+
+    return alpha
+
+
+def _unit_alpha(options: Options) -> Callable[[Layer], float]:
+    def alpha(layer: Layer) -> float:
+        return options.unit_alpha_for((layer.name, layer.weight), layer.is_convolution)
+
+    return alpha
