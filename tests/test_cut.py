@@ -51,6 +51,7 @@ def test_keep_is_the_share_of_the_weights(name: str, granularity: str, keep: int
     assert left <= round(keep / 100 * total)
     if left <= keep / 100 * total - unit:  # fewer only where the others carry nothing
         assert all(((flow > 0) == result.masks.keep[weight]).all() for weight, flow in flows(result).items())
+    assert not any((result.masks.keep[weight] & (flow == 0)).any() for weight, flow in flows(result).items())
     assert all(row["alpha"] is None for row in result.report["layers"])
     assert all(count for count, _ in kept.values())
 
@@ -137,7 +138,7 @@ def test_a_layer_that_a_recipe_names_is_on_its_own(tmp_path: Path) -> None:
 def weak_branch() -> tuple[onnx.ModelProto, dict[str, Array], str]:
     """Two branches meet, one of them so weak that the ranking alone would leave nothing of it."""
     net = Net(seed=3)
-    x, a, strong, weak, last = net.input("N", 8), net.weight(8, 12), net.weight(12, 10), net.weight(12, 10), net.weight(10, 4)
+    x, a, strong, weak, last = net.input("N", 8), net.weight(8, 12), net.weight(12, 40), net.weight(12, 40), net.weight(40, 4)
     net.initializers[weak] = net.initializers[weak] * np.float32(1e-7)
     h = net.op("Tanh", net.op("MatMul", x, a))
     y = net.op("Add", net.op("MatMul", h, strong), net.op("MatMul", h, weak))
@@ -151,7 +152,7 @@ def test_no_layer_loses_all_its_flow_and_it_is_told() -> None:
     assert floor["weight"] == weak
     assert floor["ranked"] == 0 < floor["kept"] == int(result.masks.keep[weak].sum())
     flow = flows(result)[weak]
-    assert FLOOR <= float((flow * result.masks.keep[weak]).sum() / flow.sum()) < 0.5
+    assert 0.02 <= float((flow * result.masks.keep[weak]).sum() / flow.sum()) < 0.5
     assert prune("lenet5", keep="30%").report["flow"]["floors"] == []
 
 

@@ -128,7 +128,7 @@ MODELS: dict[str, tuple[Make, str]] = {
     ),
     "unknown operator": (
         _custom,
-        "m.onnx: onnxruntime ... cannot load the probe model (...com.acme:Magic(-1) is not a registered function/op); "
+        "m.onnx: onnxruntime ... cannot load the model (...com.acme:Magic(-1) is not a registered function/op); "
         "export it again with standard ONNX operators only, so that it loads there without relief-onnx too.",
     ),
     "not a tensor": (_sequence_input, "input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),

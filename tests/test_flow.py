@@ -195,8 +195,8 @@ def test_means_move_where_they_are_asked_to(granularity: str, criterion: str) ->
     before, untouched, changed = arrays(sample("lenet5")), arrays(off.masked), arrays(on.masked)
     assert all(np.array_equal(untouched[name], value) for name, value in before.items())
     assert off.report["mean_shift"] == {"moved": [], "left": []}
-    for name, value in arrays(off.model).items():  # what is left is what was there, bit by bit
-        assert np.isin(value[value != 0], before[name]).all(), name
+    for name, value in arrays(off.model).items():  # what is left is what was there, bit by bit; biases take over what dead units emit
+        assert name.endswith(".bias") or np.isin(value[value != 0], before[name]).all(), name
     moved = on.report["mean_shift"]["moved"]
     assert moved
     named = biases(sample("lenet5"))
