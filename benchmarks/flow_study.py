@@ -59,10 +59,10 @@ def choices() -> dict[str, Choice]:
     one = Choice()
     found = {"default": one, "prototype": Choice(FlowRule(absolute=True, exponent=1.0, balance=0.0), "off")}
     found |= {f"shift {shift}": replace(one, shift=shift) for shift in ("off", "full")}
-    found |= {f"shift power {power}": replace(one, power=power) for power in (1, 8)}
+    found |= {f"shift power {power}": replace(one, power=power) for power in (1, 4)}
     found["second pass"] = replace(one, passes=2)
     changes: Mapping[str, tuple[Any, ...]] = {
-        "absolute": (True,), "bits": (0, 2), "constant": (0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
+        "absolute": (True,), "bits": (0, 2), "constant": (1e-3, 0.1, 1.0), "exponent": (0.5, 0.75, 1.25), "balance": (0.0, 0.5, 1.0),
     }  # fmt: skip
     for key, values in changes.items():
         for value in values:

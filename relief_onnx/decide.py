@@ -85,7 +85,7 @@ def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | 
 
 
 # How much of the mean of what goes is moved: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.
-SHIFT_EXPONENT = 4
+SHIFT_EXPONENT = 2
 
 
 def kept_portions(plan: Plan, scores: Scores, masks: Masks, exponent: float = SHIFT_EXPONENT) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class FlowRule:
     """
 
     absolute: bool = False
-    constant: float = 1e-3
+    constant: float = 1e-2
     bits: int = 4
     exponent: float = 1.0
     balance: float = 1.0
