@@ -17,7 +17,7 @@ __all__ = ["Activity"]
 Doubles = NDArray[np.float64]
 
 # Of the positions (pixels, tokens) of one sample no more than about so many are looked at.
-POSITIONS = 1024
+POSITIONS = 64
 
 
 class Activity:
@@ -80,10 +80,11 @@ def _total(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> Doubles:
 
 
 def _thinned(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
-    """Fewer positions: every k-th along the longest axis that is neither kept nor counts the samples."""
+    """Fewer positions: every k-th along the longest axis that is neither kept nor counts the samples, from the middle of the first k."""
     free = [axis for axis in range(1, x.ndim) if axis not in axes]
-    positions = int(np.prod([x.shape[axis] for axis in free]))
-    if positions <= POSITIONS:
+    step = -(-int(np.prod([x.shape[axis] for axis in free])) // POSITIONS)
+    if step <= 1:
         return x
     longest = max(free, key=lambda axis: x.shape[axis])
-    return x[tuple(slice(None, None, -(-positions // POSITIONS)) if axis == longest else slice(None) for axis in range(x.ndim))]
+    step = min(step, x.shape[longest])
+    return x[tuple(slice((step - 1) // 2, None, step) if axis == longest else slice(None) for axis in range(x.ndim))]

@@ -201,7 +201,9 @@ def _product(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles 
 
 
 def _move(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
-    result, why = moved(at.graph, at.node, row, walk.tracks.of)
+    if at.index not in walk.tracks.moves:
+        walk.tracks.moves[at.index] = moved(at.graph, at.node, row, walk.tracks.of)
+    result, why = walk.tracks.moves[at.index]
     ends = np.cumsum([int(np.prod(shape)) for shape in result.shapes])
     found = np.zeros(ends[-1])
     for places, own in zip(result.outputs, values, strict=False):

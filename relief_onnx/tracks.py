@@ -39,10 +39,14 @@ class Moved:
 
 @dataclass
 class Tracks:
-    """The track of every tensor; `dropped` are the nodes that could not follow all of them, with the reason."""
+    """The track of every tensor; `dropped` are the nodes that could not follow all of them, with the reason.
+
+    `moves`: what `moved` says of each node that moves entries, by its number.
+    """
 
     of: dict[str, Track] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
+    moves: dict[int, tuple[Moved, str]] = field(default_factory=dict)
 
 
 def moved(graph: Graph, node: onnx.NodeProto, row: OperatorRow, tracks: Mapping[str, Track]) -> tuple[Moved, str]:
@@ -124,7 +128,7 @@ def _moved(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, fou
         if name and name not in found.of and (row.data is None or slot in row.data) and graph.is_float(name):
             # A stored table (an embedding) is followed along axes that are as long as layers are wide.
             found.of[name] = tuple(size if isinstance(size, int) and size in widths else 1 for size in graph.shape(name) or ())
-    result, why = moved(graph, node, row, found.of)
+    result, why = found.moves[index] = moved(graph, node, row, found.of)
     for name, places in zip(node.output, result.outputs, strict=False):
         if name and len(places.shape) - 1 == len(found.of[name]):
             found.of[name] = tuple(places.shape[1:])
