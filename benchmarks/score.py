@@ -241,9 +241,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = cases(Path(folder))
-        print(
-            f"Calibrating and scoring as a multiple of the plain model, {THREADS} threads (aim: relief 2.0, relief-fast 1.3, flow 1.5 x relief-fast, memory 1.5)"
-        )
+        print(f"Calibrating and scoring as a multiple of the plain model, {THREADS} threads")
+        print("(aim: relief 2.0, relief-fast 1.3, flow 1.5 x relief-fast, memory 1.5)")
         speeds = [speed(*case) for case in models]
         show(speeds)
         print("File size over the entropy bound of the weights plus everything else (aim: 1.10)")

@@ -214,14 +214,15 @@ def test_a_neuron_that_loses_a_constant_loses_nothing() -> None:
     model = net.model(net.op("Add", net.op("MatMul", x, a), bias))
     data = net.rng.standard_normal((32, 5)).astype(np.float32)
     data[:, 3] = 0.2
-    result = relief_onnx.prune(model, [{x: data}], alpha=0.9999, storage="dense")
+    result = relief_onnx.prune(model, [{x: data}], alpha=0.999, storage="dense")
     expected = np.ones((4, 5), bool)
     expected[:, 3] = False
     assert np.array_equal(result.masks.keep[a], expected)
     value = arrays(model)
     shift = arrays(result.masked)[bias] - value[bias]
     np.testing.assert_allclose(shift, 0.2 * value[a][3], rtol=1e-3)
-    assert_same_outputs(result.masked, model, {x: data}, 1e-5)
+    # The layer keeps all but some ten-thousandths of its flow, and that much less is moved.
+    assert_same_outputs(result.masked, model, {x: data}, 1e-4)
 
 
 # -- masked = output -------------------------------------------------------------------------------------------------------------
