@@ -43,7 +43,7 @@ class FlowRule:
     absolute: bool = False
     constant: float = 1e-2
     bits: int = 4
-    exponent: float = 1.0
+    exponent: float = 0.75
     balance: float = 1.0
 
     @property
