@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow bench-flow-channels peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow bench-flow-channels study-flow peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ $(PEERS)/.installed: Makefile
 
 bench-flow: $(VENV)/.bench $(PEERS)/.installed  ## Compare accuracy at the same share of weights kept with other criteria; prints tables.
 	$(BIN)/python -m benchmarks.flow $(FLOW_OPTIONS)
+
+study-flow: $(VENV)/.bench  ## Compare the choices inside flow on calibration data only; prints tables.
+	$(BIN)/python -m benchmarks.flow_study $(STUDY_OPTIONS)
 
 bench-flow-channels: $(VENV)/.dev $(PEERS)/.installed  ## Measure the accuracy of ResNets without whole channels, beside the other pruners.
 	$(BIN)/python -m benchmarks.flow_channels --peers $(PEERS)/bin/python $(FLOW_CHANNELS_OPTIONS)

@@ -225,7 +225,7 @@ def halve(path: Path, calibration: list[Feed], round_to: int = 8, target: float 
     results: dict[float, relief_onnx.Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.npz"
-        write_scores(relief_onnx.score(path, calibration, granularity="channel"), scores)
+        write_scores(relief_onnx.score(path, calibration, criterion="relief", granularity="channel"), scores)
 
         def share(alpha: float) -> float:
             results[alpha] = relief_onnx.prune(path, calibration, scores=scores, granularity="channel", alpha=alpha, round_to=round_to)

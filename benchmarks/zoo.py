@@ -22,7 +22,8 @@ import onnx
 
 from benchmarks.zoo_models import RESULTS, ROOT, ZOO, feed, float_params, gather, rows
 
-RUNS = {"connection": ["--alpha", "0.95"], "channel": ["--granularity", "channel", "--alpha", "0.9"]}
+LOCAL = ["--criterion", "relief"]
+RUNS = {"connection": [*LOCAL, "--alpha", "0.95"], "channel": [*LOCAL, "--granularity", "channel", "--alpha", "0.9"]}
 PEERS = {"torch-pruning": "TP", "onnxsim": "onnxsim"}
 CALIBRATION, FRESH = 4, 3
 LIMIT_S = 600
