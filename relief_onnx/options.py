@@ -167,16 +167,15 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
 
 def _check_together(options: Options) -> None:
     """Options that say two things about the same cut."""
-    if (
-        options.keep is not None
-        and (options.alpha, options.alpha_conv, options.alpha_fc) != (None, None, None)
-        and options.fine in (None, options.granularity)
-    ):
+    alphas = (options.alpha, options.alpha_conv, options.alpha_fc)
+    if options.keep is not None and alphas != (None, None, None) and options.fine in (None, options.granularity):
         raise RecipeError("keep and alpha both say how much stays; give one of them")
     if options.keep is not None and options.by_channel and options.alpha_channel is not None:
         raise RecipeError("keep and alpha-channel both say how many channels stay; give one of them")
     if options.pattern is not None and options.fine is None:
         raise RecipeError("a pattern needs connections or weights; add --granularity weight, connection, or channel+weight")
+    if options.pattern is not None and alphas != (None, None, None) and not options.by_channel:
+        raise RecipeError("alpha and pattern both say how many weights stay; give one of them")
     if options.pattern is not None and options.keep is not None and not options.by_channel:
         raise RecipeError("keep and pattern both say how many weights stay; give one of them")
 
@@ -193,6 +192,12 @@ def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str
         for key in ("alpha_channel", "round_to")
         if given.get(key) is not None and not options.by_channel
     ]
+    if options.criterion == "flow" and given.get("bias") == "prune":
+        found.append("bias prune does nothing by flow: a bias is constant, so no flow goes through it")
+    if options.criterion != "flow" and options.output_weight:
+        found.append(f"output-weight does nothing by the criterion {options.criterion}; it needs flow")
+    if scores is not None and options.output_weight:
+        found.append(f"output-weight does nothing: {scores} holds what was measured; give it to relief-onnx score")
     if scores is not None and given.get("criterion") is not None:
         found.append(f"criterion does nothing: {scores} holds what was measured; leave out --scores to measure again")
     return found
@@ -285,9 +290,12 @@ def _pair(where: str, item: Any) -> tuple[str, float]:
         return item
     name, equals, weight = str(item).rpartition("=")
     try:
-        return (name, float(weight)) if equals and name else _pair(where, (name, float("nan")))
-    except ValueError as error:
-        raise RecipeError(f"{where}output-weight is {item!r}; write NAME=W, the name of an output and a number") from error
+        found = float(weight) if equals and name else None
+    except ValueError:
+        found = None
+    if found is None:
+        raise RecipeError(f"{where}output-weight is {item!r}; write NAME=W, the name of an output and a number")
+    return name, found
 
 
 def _typed(where: str, name: str, value: Any) -> Any:

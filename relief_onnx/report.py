@@ -283,12 +283,13 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
             "groups says which channels cannot go"
         )
     found += health.warnings()
+    advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
     if worst < 0.9:
-        found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); raise alpha")
+        found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); {advice}")
     classes = [item.top1 for item in quality.outputs.values() if item.top1 is not None]
     if worst >= 0.9 and classes and min(classes) < 0.9:
-        found.append(f"the top class is another one on {100 * (1 - min(classes)):.1f} % of the samples; raise alpha")
+        found.append(f"the top class is another one on {100 * (1 - min(classes)):.1f} % of the samples; {advice}")
     return found
 
 
