@@ -163,10 +163,14 @@ def main() -> None:
 @click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .pruned.onnx.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option(
-    "--alpha", type=float, help="Share of each neuron's contribution to keep, above 0 and up to 1 (of channels: of a group's importance)."
+    "--alpha",
+    type=float,
+    help="Share to keep, above 0 and up to 1: of the flow (default 0.995), or by another criterion of each neuron's contribution.",
 )
-@click.option("--alpha-conv", type=float, help="The same, for convolutions only (default 0.98).")
-@click.option("--alpha-fc", type=float, help="The same, for fully connected layers only (default 0.95).")
+@click.option("--alpha-conv", type=float, help="The same, for convolutions only (default --alpha; 0.98 by other criteria than flow).")
+@click.option(
+    "--alpha-fc", type=float, help="The same, for fully connected layers only (default --alpha; 0.95 by other criteria than flow)."
+)
 @click.option(
     "--keep",
     metavar="PERCENT",
@@ -179,7 +183,7 @@ def main() -> None:
 @click.option(
     "--alpha-channel",
     type=float,
-    help="Share of importance that the channels kept of a group carry (default --alpha, or 0.9 where no alpha is given).",
+    help="Share of importance that the channels kept carry (default --alpha; where none is given 0.98 by flow, 0.9 by other criteria).",
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")

@@ -149,8 +149,12 @@ def _print_layers(console: Console, rows: Sequence[Mapping[str, Any]], unit: str
 def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     times = before["bytes"] / max(after["bytes"], 1)
     size = f"the file is {times:.2f} times smaller and" if times > 1 else "the file is not smaller, but"
+    # Tables such as embeddings count in the totals, but --keep does not speak of them.
+    ranked = [row for row in report["layers"] if "channels" in row and row["status"] != "skipped"]
+    own = 100 * sum(row["weights_kept"] for row in ranked) / max(sum(row["weights"] for row in ranked), 1)
+    part = "" if f"{own:.1f}" == f"{totals['kept_percent']:.1f}" else f" ({own:.1f} % of those that this run could prune)"
     return (
-        f"Kept {totals['kept_percent']:.1f} % of the weights; {size} verified. "
+        f"Kept {totals['kept_percent']:.1f} % of the weights{part}; {size} verified. "
         f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
     )
 

@@ -38,11 +38,12 @@ class Activity:
 
     def add(self, x: NDArray[Any], weight: float = 1.0, labels: NDArray[np.int64] | None = None) -> None:
         """Count a batch in; `labels` [samples] are the groups."""
-        x = _thinned(x, self._axes)
+        axes = tuple(axis % max(x.ndim, 1) for axis in self._axes)
+        x = _thinned(x, axes)
         groups = 1 if self._grouping is None else self._grouping.groups
-        apart = labels is not None and 0 not in self._axes and x.ndim > 0 and len(x) > 0 and len(x) % len(labels) == 0
+        apart = labels is not None and 0 not in axes and x.ndim > 0 and len(x) > 0 and len(x) % len(labels) == 0
         rows = np.repeat(labels, len(x) // len(labels)) if apart and labels is not None else None
-        others = tuple(axis for axis in range(x.ndim) if axis not in self._axes and not (apart and axis == 0))
+        others = tuple(axis for axis in range(x.ndim) if axis not in axes and not (apart and axis == 0))
         member = np.eye(groups)[rows] if rows is not None else None
         number = 0.0
         for moment in self._moments:

@@ -75,7 +75,7 @@ class FlowMeasure:
         self._channels: dict[str, Activity] = {}
         shared: dict[tuple[str, int], Activity] = {}
         for layer in plan.layers if self._groups > 1 else ():
-            key = (layer.input, layer.input_axis % max(len(graph.shape(layer.input) or ()), layer.input_axis + 1, 1))
+            key = (layer.input, layer.input_axis)
             if key not in shared:
                 shared[key] = Activity(key[1:], rule.moments, self._grouping)
                 self.measurements.append(Measurement(layer.input, shared[key]))

@@ -14,6 +14,9 @@ __all__ = ["RecurrentShares", "initial_states", "recurrent_shares"]
 
 Doubles = NDArray[np.float64]
 
+# What a unit that hears nothing of the input passes to it, as a part of what it passes round the loop.
+LEAST = 1e-6
+
 
 @dataclass(frozen=True)
 class RecurrentShares:
@@ -47,6 +50,10 @@ def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states
     value = graph.constant(node.input[3]) if len(node.input) > 3 and node.input[3] else None
     if value is not None and not squared:
         bias = np.abs(value.astype(np.float64).reshape(directions, 2, rows // hidden, hidden).sum(1)).sum(1)
+    # A unit that hears nothing of x passes a trifle on evenly: without a way out of the loop R would go round for ever.
+    silent = own.sum(2, keepdims=True) == 0
+    around = loop.sum(2, keepdims=True)
+    own = np.where(silent, np.where(around > 0, LEAST * around, 1.0) / features, own)
     total = own.sum(2) + loop.sum(2) + bias
     safe = np.where(total > 0, total, 1.0)[..., None]
     return RecurrentShares(own / safe, loop / safe)

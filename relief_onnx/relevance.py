@@ -11,7 +11,7 @@ with the sizes of its track (`tracks`). A row's column `relevance` says how a no
              gate that hardly moves gets little, and x * sigmoid(x) passes on what it gets;
 * `move`     entries go back to where they came from;
 * `reduce`   goes back along the reduced axes in proportion to activity;
-* `contract` sums of products: the factors share it evenly, within a factor by the product of activities;
+* `contract` sums of products: the factors that some layer leads to share it evenly, within a factor by the product of activities;
 * `recurrent` through the weights of a recurrent layer to its inputs, round the loop until nothing is left;
 * `none`     nothing goes back (sizes).
 
@@ -245,7 +245,8 @@ def _contract(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles
     total = full.sum(summed, keepdims=True)
     share = np.where(total > 0, full / np.where(total > 0, total, 1.0), 1.0 / number)
     given = _aligned(fit(values[0], [sizes.get(label, 1) for label in out]), out, every) * share
-    running = [(name, own) for name, own in zip(names, labels, strict=True) if not _is_stored(at.graph, name)]
+    factors = list(zip(names, labels, strict=True))
+    running = [(name, own) for name, own in factors if name in walk.fed] or factors
     passed = []
     for name, own in running:
         gone = tuple(axis for axis, label in enumerate(every) if label not in own)

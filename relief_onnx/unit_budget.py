@@ -16,8 +16,8 @@ __all__ = ["COST_EXPONENT", "choose_units", "macs_left"]
 
 # Units are ranked by importance / MACs^exponent, between importance alone (0) and importance per MAC (1); see docs/flow.md.
 COST_EXPONENT = 0.75
-# Halvings of the range of alpha where a local criterion is cut to a budget.
-STEPS = 14
+# Values of alpha that are told apart where a local criterion is cut to a budget.
+STEPS = 1 << 14
 
 
 def choose_units(
@@ -41,29 +41,27 @@ def choose_units(
         ranked = [group for group in grouped if not obstacle(group, values, allowed)]
         if keep is None:
             return chosen(_above_share(ranked, worth, values, alpha))
-        levels = sorted({worth.get(unit, 0.0) for group in ranked for unit in group.free})
-        rules = [_above(lambda group, level=level: level, worth) for level in levels]  # type: ignore[misc]
-    else:
-        if keep is None:
-            return chosen(by_share(alpha))
-        rules = [by_share(lambda layer, step=step: 1.0 - step / (1 << STEPS)) for step in range(1 << STEPS)]  # type: ignore[misc]
-    return _within(plan, coupling, chosen, rules, keep, macs)
+        levels = sorted({worth.get(unit, 0.0) for group in ranked for unit in group.free}) or [0.0]
+        return _within(plan, coupling, lambda place: chosen(_above(lambda group: levels[place], worth)), len(levels), keep, macs)
+    if keep is None:
+        return chosen(by_share(alpha))
+    return _within(plan, coupling, lambda step: chosen(by_share(lambda layer: 1.0 - step / STEPS)), STEPS, keep, macs)
 
 
 def _within(
-    plan: Plan, coupling: Coupling, chosen: Callable[[Keep], list[Choice]], rules: Sequence[Keep], keep: float, macs: Mapping[str, float]
+    plan: Plan, coupling: Coupling, chosen: Callable[[int], list[Choice]], count: int, keep: float, macs: Mapping[str, float]
 ) -> list[Choice]:
-    """The first of the rules, ordered from lenient to strict, that leaves no more than the share `keep` of the MACs; else the last."""
+    """The first of `count` cuts, ordered from lenient to strict, that leaves no more than the share `keep` of the MACs; else the last."""
     total = sum(macs.values())
-    low, high = 0, max(len(rules) - 1, 0)
+    low, high = 0, count - 1
     while low < high:
         middle = (low + high) // 2
-        choices = chosen(rules[middle])
-        if macs_left(plan, coupling, frozenset(unit for choice in choices for unit in choice.removed), macs) <= keep * total:
+        removed = frozenset(unit for choice in chosen(middle) for unit in choice.removed)
+        if macs_left(plan, coupling, removed, macs) <= keep * total:
             high = middle
         else:
             low = middle + 1
-    return chosen(rules[high]) if rules else chosen(lambda group, shares, units: len(units))
+    return chosen(high)
 
 
 def macs_left(plan: Plan, coupling: Coupling, removed: frozenset[int], macs: Mapping[str, float]) -> float:

@@ -22,6 +22,7 @@ from relief_onnx.flow import DEFAULT_RULE, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.model import prepare
+from relief_onnx.recurrent import recurrent_shares
 from relief_onnx.relevance import Ask, Relevance, propagate
 from relief_onnx.session import Session
 from relief_onnx.tracks import follow
@@ -489,3 +490,19 @@ def test_what_no_layer_leads_to_is_not_named(operator: str) -> None:
     y = net.op(operator, x, **({"size": 3} if operator == "LRN" else {}))
     graph = Graph(prepare(net.model(net.op("Conv", y, net.weight(3, 2, 1, 1)))))
     assert passed_evenly(graph, find(graph)) == ()
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_recurrent_layer_that_hears_nothing_still_passes_everything_on(squared: bool) -> None:
+    """Without activity in x all goes round the loop; the equations must have a solution all the same."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((1, 12, 4)), "r": rng.standard_normal((1, 12, 3))}
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=3)
+    inputs, outputs = (helper.make_tensor_value_info(name, 1, None) for name in ("x", "y"))
+    stored = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    graph = Graph(helper.make_model(helper.make_graph([node], "g", [inputs], [outputs], stored)))
+    for states in (np.ones(3), np.zeros(3)):
+        shares = recurrent_shares(graph, node, np.zeros(4), states, squared)
+        assert shares is not None
+        around = np.linalg.solve(np.eye(3) - shares.loop[0].T, np.ones(3))
+        np.testing.assert_allclose((around @ shares.input[0]).sum(), 3.0, rtol=1e-9)
