@@ -109,7 +109,7 @@ class Subject:
 
     def _shifted(self, graph: Graph, masks: Masks, scores: Scores, shift: str, power: float) -> Graph:
         means = {name: score.means for name, score in scores.items() if score.means is not None}
-        portions = kept_portions(self.ready.plan, scores, masks, power) if shift == "kept" else None
+        portions = kept_portions(graph, self.ready.plan, scores, masks, power) if shift == "kept" else None
         model, _ = compensate(graph, self.ready.plan, masks, means, {}, portions)
         return Graph(model)
 

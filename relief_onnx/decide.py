@@ -16,13 +16,14 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, keep_all, make_masks, mask_of
 from relief_onnx.measure import macs_of_layers
+from relief_onnx.ops import row_of
 from relief_onnx.options import Options
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.scoring import Scores
 from relief_onnx.unit_budget import choose_units
 from relief_onnx.walk import trace
 
-__all__ = ["Chosen", "decide", "kept_portions", "silenced"]
+__all__ = ["Chosen", "decide", "kept_portions", "shrinks", "silenced"]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,15 @@ def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | 
     return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
 
 
-# How much of the mean of what goes is moved: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.
+# How much of the mean of what goes is moved where inputs shrink: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.
 SHIFT_EXPONENT = 2
 
 
-def kept_portions(plan: Plan, scores: Scores, masks: Masks, exponent: float = SHIFT_EXPONENT) -> dict[str, Any]:
+def kept_portions(graph: Graph, plan: Plan, scores: Scores, masks: Masks, exponent: float = SHIFT_EXPONENT) -> dict[str, Any]:
     """How much of the mean of what goes biases should take over [out], by layer name; the same for all units of a layer.
 
-    Means were measured before the cut. The less of a layer is left, the less they hold for what reads it, and the less is moved.
+    Means were measured before the cut. Inputs that are never negative shrink with what makes them: the less of a layer is left, the less
+    their means hold, and the less is moved. Signed inputs (normalised ones, gates times values, linear bottlenecks) hardly do: all of it.
     """
     found = {}
     for weight, layers in plan.by_weight().items():
@@ -100,8 +102,21 @@ def kept_portions(plan: Plan, scores: Scores, masks: Masks, exponent: float = SH
             flow = score.score if score.relevance is None else score.flow
             kept = flow * keep.reshape(*keep.shape, *(1,) * (flow.ndim - keep.ndim)) if flow.ndim >= keep.ndim else flow * keep.any(-1)
             share = float(kept.sum()) / float(flow.sum()) if flow.sum() > 0 else 1.0
-            found[layer.name] = np.full(layer.out_channels, share**exponent)
+            found[layer.name] = np.full(layer.out_channels, share**exponent if shrinks(graph, layer.input) else 1.0)
     return found
+
+
+def shrinks(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is never negative, as far as operators say: moved and pooled from one that is, or an input of the model."""
+    while tensor in graph.producer:
+        node = graph.nodes[graph.producer[tensor]]
+        row = row_of(node)
+        if row is None or row.one_sided:
+            return row is not None
+        if row.kind != "carry" or not node.input:
+            return False
+        tensor = node.input[0]
+    return True
 
 
 def silenced(plan: Plan, chosen: Chosen, masks: Masks) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class OperatorRow:
 
     `absorbs_zero`: one input that is 0 makes the result 0, whatever the others are (finite, as activations are).
     `zeroable`: inputs whose constants are scales and shifts: with 0 there a channel that is 0 comes out as 0.
+    `one_sided`: what comes out is never negative (of Clip as networks use it), so it shrinks with what makes it.
     `keeps_zero`: whether a node leaves a channel of zeros as it is, for operators that may bring in another value (None: always).
     """
 
@@ -52,6 +53,7 @@ class OperatorRow:
     zeroable: tuple[int, ...] = ()
     keeps_zero: Callable[[Graph, onnx.NodeProto], bool] | None = None
     relevance: str = ""
+    one_sided: bool = False
 
     @property
     def flow(self) -> str:
@@ -80,10 +82,10 @@ def _carry(carry: Carry, constant: str = "lost", data: tuple[int, ...] | None = 
 OPERATORS: Mapping[str, OperatorRow] = {
     **_rows(
         "LeakyRelu Elu Selu Celu Tanh Softsign HardSwish Mish Gelu Erf Neg Floor Ceil Round Sign Sin Cos Atan Asin Acos "
-        "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish "
-        "Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt Clip Cast",
+        "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish Cast",
         OperatorRow("mix", constant="computed"),
     ),
+    **_rows("Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt Clip", OperatorRow("mix", constant="computed", one_sided=True)),
     **_rows("Add Sub Sum", OperatorRow("mix", data=None, constant="computed", zeroable=(0, 1), relevance="join")),
     **_rows("Max Min Mean", OperatorRow("mix", data=None, constant="computed", relevance="join")),
     **_rows("Div Pow Mod PRelu", OperatorRow("mix", data=None, constant="computed")),
@@ -119,7 +121,8 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("ReduceMax ReduceMin", _carry(moves.reduce, "kept", relevance="reduce")),
     **_rows("ReduceProd ReduceLogSum ReduceLogSumExp", _carry(moves.reduce, relevance="reduce")),
     **_rows("ArgMax ArgMin", _carry(moves.argument)),
-    **_rows("Softmax LogSoftmax Hardmax", _carry(moves.along_axis(-1), relevance="through")),
+    **_rows("Softmax Hardmax", OperatorRow("carry", moves.along_axis(-1), relevance="through", one_sided=True)),
+    **_rows("LogSoftmax", _carry(moves.along_axis(-1), relevance="through")),
     **_rows("LpNormalization", _carry(moves.along_axis(-1), relevance="through")),
     **_rows("TopK", _carry(moves.along_axis(-1), relevance="through")),
     **_rows("CumSum", _carry(moves.cumulative, "zero", relevance="through")),

@@ -208,7 +208,7 @@ def _shifted(
         )  # fmt: skip
         means = measure.means()
     # Channels that go as a whole leave the others as they were.
-    portions = None if options.fine is None else kept_portions(ready.plan, scores, masks)
+    portions = None if options.fine is None else kept_portions(ready.graph, ready.plan, scores, masks)
     model, shifts = compensate(ready.graph, ready.plan, masks, means, silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
 

@@ -25,6 +25,7 @@ from test_relevance import EVENLY, residual
 import relief_onnx
 from relief_onnx import calibrate
 from relief_onnx.data import open_dataset
+from relief_onnx.decide import shrinks
 from relief_onnx.errors import NothingPrunedError
 from relief_onnx.flow import FlowMeasure
 from relief_onnx.graph import Graph
@@ -224,6 +225,48 @@ def test_a_neuron_that_loses_a_constant_loses_nothing() -> None:
     np.testing.assert_allclose(shift, kept**2 * 0.2 * value[a][3], rtol=1e-5)
     # The layer keeps all but some ten-thousandths of its flow, and that much less is moved.
     assert_same_outputs(result.masked, model, {x: data}, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("operators", "expected"),
+    [
+        ((), True),
+        (("Relu",), True),
+        (("Tanh",), False),
+        (("Relu", "MaxPool"), True),
+        (("Relu", "Transpose", "Identity"), True),
+        (("Tanh", "Transpose"), False),
+        (("Relu", "LeakyRelu"), False),
+        (("Relu", "Unheard"), False),
+    ],
+)
+def test_only_inputs_that_are_never_negative_shrink(operators: tuple[str, ...], expected: bool) -> None:
+    net = Net(seed=0)
+    x = net.input("N", 3, 4, 4)
+    for operator in operators:
+        given = {"MaxPool": {"kernel_shape": [1, 1]}, "Transpose": {"perm": [0, 1, 3, 2]}}.get(operator, {})
+        x = net.op(operator, x, **given)
+    graph = Graph(net.model(net.op("Conv", x, net.weight(2, 3, 1, 1))))
+    assert shrinks(graph, x) == expected
+
+
+def test_behind_signed_inputs_all_of_the_mean_moves() -> None:
+    """The same neuron twice, behind Tanh and behind Relu: the first keeps its mean, the second hands over the square of what it keeps."""
+    shifts = {}
+    for operator in ("Tanh", "Relu"):
+        net = Net(seed=2)
+        x, a = net.input("N", 5), net.weight(5, 4)
+        bias = net.bias(4)
+        model = net.model(net.op("Add", net.op("MatMul", net.op(operator, x), a), bias))
+        data = np.abs(net.rng.standard_normal((64, 5))).astype(np.float32)
+        result = relief_onnx.prune(model, [{x: data}], keep="40%", granularity="weight", storage="dense")
+        mean = (np.tanh(data) if operator == "Tanh" else data).mean(0, dtype=np.float64)
+        lost = np.where(result.masks.keep[a], 0, arrays(model)[a].T) @ mean
+        (kept,) = (row["flow_kept"] for row in result.report["layers"])
+        portion = 1.0 if operator == "Tanh" else kept**2
+        shifts[operator] = (arrays(result.masked)[bias] - arrays(model)[bias], portion * lost)
+    for shift, expected in shifts.values():
+        np.testing.assert_allclose(shift, expected, rtol=1e-4, atol=1e-6)
 
 
 # -- masked = output -------------------------------------------------------------------------------------------------------------
