@@ -104,8 +104,7 @@ def quantize(
         dataset = open_dataset(data, files.input_specs(model), images=images or ImageOptions())
         base = files.hoist(model)
     notes: list[str] = []
-    if activations != "none":
-        per_channel = _fit_version(base, name, per_channel, notes)
+    fine = _fit_version(base, name, per_channel, notes) if activations != "none" else per_channel
     found = _candidates(base, run, per_channel)
     base, folded = fold_norms(base) if activations != "none" else (base, ())
     found = _Candidates(Graph(base), find(Graph(base)), found.axes, found.reasons) if folded else found
@@ -114,11 +113,11 @@ def quantize(
     nodes = _nodes(found) if activations != "none" else frozenset()
     if nodes:
         with _clock(seconds, "calibrate"):
-            dense = quantize_activations(
-                base, nodes, dataset, activations=activations, per_channel=per_channel, method=method, limit=run.samples, seed=run.seed,
+            dense, names = quantize_activations(
+                base, nodes, dataset, activations=activations, per_channel=fine, method=method, limit=run.samples, seed=run.seed,
                 progress=progress,
             )  # fmt: skip
-        with_activations = _quantised_by_onnxruntime(found, dense)
+        with_activations = _with_activations(dense, names)
         dense, rest, too_small = store(dense, {weight: axes for weight, axes in found.axes.items() if weight not in with_activations})
         stored, integers = {**with_activations, **rest}, bool(with_activations)
     elif activations != "none":
@@ -216,8 +215,8 @@ def _fit_version(model: onnx.ModelProto, name: str, per_channel: bool, notes: li
         raise ModelError(f"{name} cannot have int8 activations: {refusal}; use --activations none for int8 weights only")
     if per_channel and opset < _PER_CHANNEL_OPSET:
         notes.append(
-            f"opset {opset} has no scales per channel beside int8 activations (opset {_PER_CHANNEL_OPSET} or newer has), so each weight has "
-            "one scale; --activations none has scales per channel at any opset"
+            f"opset {opset} has no scales per channel beside int8 activations (opset {_PER_CHANNEL_OPSET} or newer has), so the weights of "
+            "such layers have one scale each; --activations none has scales per channel at any opset"
         )
         return False
     return per_channel
@@ -263,15 +262,10 @@ def _nodes(found: _Candidates) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _quantised_by_onnxruntime(found: _Candidates, model: onnx.ModelProto) -> dict[str, Stored]:
-    """The weights that the quantiser stored as int8, under the names that it gives them."""
-    tensors = {item.name: item for item in model.graph.initializer}
-    stored = {}
-    for weight in found.axes:
-        item, scale = tensors.get(f"{weight}_quantized"), tensors.get(f"{weight}_scale")
-        if item is not None and scale is not None and item.data_type == TensorProto.INT8 and weight not in tensors:
-            stored[weight] = Stored(item.name, numpy_helper.to_array(item), numpy_helper.to_array(scale).size > 1, "int8")
-    return stored
+def _with_activations(model: onnx.ModelProto, names: Mapping[str, tuple[str, str]]) -> dict[str, Stored]:
+    """The weights that onnxruntime's quantiser stored as int8."""
+    tensors = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer if item.name in {*sum(names.values(), ())}}
+    return {weight: Stored(values, tensors[values], tensors[scale].size > 1, "int8") for weight, (values, scale) in names.items()}
 
 
 def _check_zeros(graph: Graph, stored: Mapping[str, Stored]) -> None:

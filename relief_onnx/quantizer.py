@@ -8,6 +8,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def quantize_activations(
     limit: int | None,
     seed: int,
     progress: Any = lambda stage, done, total: None,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
     """A model whose `nodes` (numbers in the main graph) read and write int8 or uint8; weights symmetric int8, so that 0 stays 0.
 
-    Names, metadata, opset, inputs and outputs are those of `model`. Raises ModelError with onnxruntime's words where it refuses.
+    Also, by weight, the initializers that now hold its values and scale. Names, metadata, opset, inputs and outputs are those of `model`.
+    Raises ModelError with onnxruntime's words where it refuses.
     """
     from onnxruntime import quantization as ort
 
@@ -142,8 +144,9 @@ def _name_nodes(model: onnx.ModelProto) -> dict[str, str]:
     return own
 
 
-def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, str]) -> onnx.ModelProto:
+def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, str]) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
     """The quantised nodes and initializers inside the model as it was: what the quantiser drops or adds around them is undone."""
+    result, short = _short_names(result, model)
     restored = onnx.ModelProto()
     restored.CopyFrom(model)
     graph = restored.graph
@@ -153,7 +156,7 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
     for node in result.graph.node:
         kept = graph.node.add()
         kept.CopyFrom(node)
-        kept.name = own.get(node.name, node.name)
+        kept.name = own.get(node.name, "")
         if tuple(node.output) in docs:
             kept.doc_string = docs[tuple(node.output)]
     stored = {item.name: item for item in result.graph.initializer}
@@ -172,7 +175,51 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
         raise ModelError(
             f"onnxruntime's quantiser needs operators of {foreign[0]}, which are not standard ONNX; use --activations none for this model"
         )
-    return restored
+    # The quantiser's own names for what it makes of a weight.
+    stored = {item.name: item for item in graph.initializer}
+    weights = {}
+    for item in model.graph.initializer:
+        values, scale = (short.get(f"{item.name}{suffix}", "") for suffix in ("_quantized", "_scale"))
+        if values in stored and scale in stored and stored[values].data_type == onnx.TensorProto.INT8 and item.name not in stored:
+            weights[item.name] = (values, scale)
+    return restored, weights
+
+
+def _short_names(result: onnx.ModelProto, model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Tensors that the quantiser made under names of a few letters, equal constants among them once: together they take a quarter of a
+    small file. Returns the new names by the old ones."""
+    old = Graph(model)
+    known = {*old.initializers, *old.producer, *old.uses, *old.outputs, *(item.name for item in model.graph.input)}
+    renamed: dict[str, str] = {}
+    seen: dict[bytes, str] = {}
+    numbers = count()
+
+    def short(name: str) -> str:
+        if name and name not in known and name not in renamed:
+            renamed[name] = next(free for free in (f"i{number}" for number in numbers) if free not in known)
+        return renamed.get(name, name)
+
+    shortened = onnx.ModelProto()
+    shortened.CopyFrom(result)
+    del shortened.graph.initializer[:]
+    for item in sorted(result.graph.initializer, key=lambda item: item.name):
+        if item.name in known:
+            shortened.graph.initializer.append(item)
+            continue
+        content = onnx.TensorProto()
+        content.CopyFrom(item)
+        content.name = ""
+        key = content.SerializeToString(deterministic=True)
+        if key in seen:
+            renamed[item.name] = seen[key]
+            continue
+        seen[key] = content.name = short(item.name)
+        shortened.graph.initializer.append(content)
+    for node in shortened.graph.node:
+        for names in (node.input, node.output):
+            for slot, name in enumerate(names):
+                names[slot] = short(name)
+    return shortened, renamed
 
 
 @contextlib.contextmanager
