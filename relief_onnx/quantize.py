@@ -106,7 +106,7 @@ def quantize(
     notes: list[str] = []
     fine = _fit_version(base, name, per_channel, notes) if activations != "none" else per_channel
     found = _candidates(base, run, per_channel)
-    base, folded = fold_norms(base) if activations != "none" else (base, ())
+    base, folded = fold_norms(base)
     found = _Candidates(Graph(base), find(Graph(base)), found.axes, found.reasons) if folded else found
     only_weights, stored, too_small = store(base, found.axes)
     dense, integers = only_weights, False
@@ -192,17 +192,17 @@ def _first_stage(source: files.ModelSource) -> Stage:
 
 def _check_floats(model: onnx.ModelProto, name: str) -> None:
     """Refuse a model that holds quantised parts already."""
-    graphs, found = [model.graph], ""
+    graphs, nodes = [model.graph], []
+    for graph in graphs:  # grows while it is walked
+        nodes += list(graph.node)
+        graphs += [body for node in graph.node for body in subgraphs(node)]
     integers = {item.name for item in model.graph.initializer if item.data_type in (TensorProto.INT8, TensorProto.UINT8)}
-    while graphs and not found:
-        for node in graphs.pop().node:
-            graphs += list(subgraphs(node))
-            # Ours store int8 weights behind a Cast.
-            if _ALREADY.fullmatch(node.op_type) or (node.op_type == "Cast" and node.input[0] in integers):
-                found = node.op_type
-                break
+    found = [node.op_type for node in nodes if _ALREADY.fullmatch(node.op_type)]
+    # Ours are stored as int8 behind a Cast.
+    found += ["Cast" for node in nodes if node.op_type == "Cast" and node.input[0] in integers]
     if found:
-        raise NothingQuantizedError(f"{name} is already quantised (it has {found} nodes); give the float model that it was made from")
+        what = f"it has {found[0]} nodes" if found[0] != "Cast" else "it stores weights as 8 bit integers"
+        raise NothingQuantizedError(f"{name} is already quantised ({what}); give the float model that it was made from")
 
 
 def _fit_version(model: onnx.ModelProto, name: str, per_channel: bool, notes: list[str]) -> bool:

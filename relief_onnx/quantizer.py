@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import onnx
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.errors import ModelError
 from relief_onnx.graph import Graph
-from relief_onnx.session import LOAD_ERRORS
+from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.session import LOAD_ERRORS, Session, first_line
 
 __all__ = ["METHODS", "quantize_activations", "version_refusal"]
 
@@ -120,12 +122,19 @@ def quantize_activations(
             )  # fmt: skip
             result = onnx.load(target)
         except _ERRORS as error:
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"onnxruntime's quantiser cannot handle this model ({type(error).__name__}: {text.rstrip('.')}); "
+                f"onnxruntime's quantiser cannot handle this model ({type(error).__name__}: {first_line(error)}); "
                 "use --activations none for int8 weights only, or leave layers alone with --skip"
             ) from error
-    return _restored(result, model, own)
+    restored, weights = _restored(result, model, own)
+    try:
+        Session(restored)
+    except ModelError as error:
+        raise ModelError(
+            f"onnxruntime's quantiser made a model that onnxruntime does not load ({first_line(error.__cause__ or error)}); "
+            "use --activations none for int8 weights only, or leave layers alone with --skip"
+        ) from error
+    return restored, weights
 
 
 def _batch_size(dataset: Dataset, seed: int, histogram: bool) -> int:
@@ -153,7 +162,7 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
     docs = {tuple(node.output): node.doc_string for node in model.graph.node if node.doc_string}
     for field in ("node", "initializer", "value_info"):
         del getattr(graph, field)[:]
-    for node in result.graph.node:
+    for node in _in_order(result.graph.node):
         kept = graph.node.add()
         kept.CopyFrom(node)
         kept.name = own.get(node.name, "")
@@ -220,6 +229,28 @@ def _short_names(result: onnx.ModelProto, model: onnx.ModelProto) -> tuple[onnx.
             for slot, name in enumerate(names):
                 names[slot] = short(name)
     return shortened, renamed
+
+
+def _in_order(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Every node behind those that it reads, bodies of If and Loop too, which the quantiser overlooks; else in the order given."""
+    waiting: dict[str, list[onnx.NodeProto]] = {}
+    pending = [(node, {*node.input} | {name for body in subgraphs(node) for name in captured(body)}) for node in nodes]
+    made = {name for node, _ in pending for name in node.output if name}
+    missing = {id(node): len(read & made) for node, read in pending}
+    for node, read in pending:
+        for name in read & made:
+            waiting.setdefault(name, []).append(node)
+    place = {id(node): i for i, (node, _) in enumerate(pending)}
+    ready = [(i, pending[i][0]) for i in range(len(pending)) if not missing[id(pending[i][0])]]
+    ordered = []
+    while ready:
+        _, node = heapq.heappop(ready)
+        ordered.append(node)
+        for reader in (reader for name in node.output for reader in waiting.get(name, ())):
+            missing[id(reader)] -= 1
+            if not missing[id(reader)]:
+                heapq.heappush(ready, (place[id(reader)], reader))
+    return ordered
 
 
 @contextlib.contextmanager
