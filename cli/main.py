@@ -283,7 +283,7 @@ def quantize(model: Path, data: Path, output: Path | None, quiet: bool, json_fil
       relief-onnx quantize model.pruned.onnx --data calib/ --original model.onnx
       relief-onnx quantize model.onnx --data calib/ --activations none
     """
-    from relief_onnx.quantize import quantize as run
+    from relief_onnx.quantization import quantize as run
 
     from . import render
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from relief_onnx.options import Options
     from relief_onnx.pipeline import Result, prepare, prune, score
-    from relief_onnx.quantize import Quantized, quantize
+    from relief_onnx.quantization import Quantized, quantize
 
 __version__ = "0.1.0"
 
@@ -42,14 +42,14 @@ _HOMES = {
     "OutputError": "errors",
     "RecipeError": "errors",
     "ReliefError": "errors",
-    "Quantized": "quantize",
+    "Quantized": "quantization",
     "Result": "pipeline",
     "VerificationError": "errors",
     "compare_models": "compare",
     "open_dataset": "data",
     "prepare": "pipeline",
     "prune": "pipeline",
-    "quantize": "quantize",
+    "quantize": "quantization",
     "score": "pipeline",
 }
 

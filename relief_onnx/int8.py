@@ -116,7 +116,8 @@ def store(model: onnx.ModelProto, axes: Mapping[str, tuple[int, ...]]) -> tuple[
             reasons[item.name] = f"as int8 it would take {size} bytes, as it is {item.ByteSize()}"
             tensors.append(item)
             continue
-        pieces[0].doc_string = item.doc_string
+        if item.doc_string:
+            pieces[0].doc_string = item.doc_string
         found[item.name] = Stored(pieces[0].name, small, scale.size > 1)
         tensors += pieces
         nodes += made

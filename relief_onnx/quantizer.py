@@ -159,15 +159,12 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
     restored = onnx.ModelProto()
     restored.CopyFrom(model)
     graph = restored.graph
-    docs = {tuple(node.output): node.doc_string for node in model.graph.node if node.doc_string}
     for field in ("node", "initializer", "value_info"):
         del getattr(graph, field)[:]
     for node in _in_order(result.graph.node):
         kept = graph.node.add()
         kept.CopyFrom(node)
         kept.name = own.get(node.name, "")
-        if tuple(node.output) in docs:
-            kept.doc_string = docs[tuple(node.output)]
     stored = {item.name: item for item in result.graph.initializer}
     # In the order that they had, so that the file does not depend on how the quantiser walks.
     order = [item.name for item in model.graph.initializer if item.name in stored]
