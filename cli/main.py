@@ -252,6 +252,62 @@ def prune(
 @main.command()
 @click.argument("model", type=FILE)
 @_bundle(_DATA)
+@click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .int8.onnx.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@click.option(
+    "--activations",
+    type=click.Choice(["uint8", "int8", "none"]),
+    help="Type of the values between layers (default uint8); none: int8 weights only, which are floats again when the model is loaded.",
+)
+@click.option(
+    "--per-channel/--per-tensor", default=None, help="A scale for each neuron or filter, or one for each weight (default per channel)."
+)
+@click.option(
+    "--method",
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    help="How onnxruntime finds the range of activations (default minmax).",
+)
+@click.option("--skip", help="Leave alone the nodes or weights whose name matches this regular expression.")
+@click.option("--only", help="Quantise only the nodes or weights whose name matches this regular expression.")
+@click.option("--storage", type=click.Choice(["auto", "dense"]), help="auto packs sparse weights, dense stores zeros (default auto).")
+@click.option("--original", type=FILE, help="The model before pruning: agreement is then with it.")
+@_bundle(_IMAGES, _RUN, _JSON)
+@_edge
+def quantize(model: Path, data: Path, output: Path | None, quiet: bool, json_file: Path | None, **values: Any) -> None:
+    """Store the weights of MODEL, pruned or not, as int8, and compute with 8 bits where onnxruntime can; calibrated on --data.
+
+    Writes MODEL.int8.onnx beside MODEL, verified in onnxruntime; zeros stay zeros, and sparse weights stay packed.
+
+    \b
+    Examples:
+      relief-onnx quantize model.pruned.onnx --data calib/ --original model.onnx
+      relief-onnx quantize model.onnx --data calib/ --activations none
+    """
+    from relief_onnx.quantization import quantize as run
+
+    from . import render
+
+    target = output or model.with_suffix(".int8.onnx")
+    _writable(json_file, model, target, values["original"])
+    with render.progress(quiet) as progress:
+        result = run(
+            model,
+            data,
+            output=target,
+            images=_images(values),
+            save_report=None if str(json_file) == "-" else json_file,
+            progress=progress,
+            **values,
+        )
+    if str(json_file) == "-":
+        _write_json(json_file, result.report)
+    elif not quiet:
+        render.quantize_report(result.report)
+
+
+@main.command()
+@click.argument("model", type=FILE)
+@_bundle(_DATA)
 @click.option("-o", "--output", type=FILE, required=True, help="The .npz to write.")
 @click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
 @_CRITERION

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["comparison", "data", "overview", "progress", "prune_report"]
+__all__ = ["comparison", "data", "overview", "progress", "prune_report", "quantize_report"]
 
 _STAGES = {"calibrate": "Calibrating and scoring", "compare": "Comparing with the original"}
 
@@ -157,6 +157,69 @@ def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mappi
         f"Kept {totals['kept_percent']:.1f} % of the weights{part}; {size} verified. "
         f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
     )
+
+
+def quantize_report(report: Mapping[str, Any]) -> None:
+    """The closing tables of `quantize`: every layer, every stage, and what to do next."""
+    console = _console()
+    narrow = _narrow(console)
+    layers = _table("layer", "status", ">zeros %") if narrow else _table("layer", "operator", "status", ">zeros %", "stored as", "reason")
+    for row in report["layers"]:
+        share = "" if row["zeros_after"] is None else f"{100 * row['zeros_after'] / max(row['weights'], 1):.1f}"
+        if narrow:
+            layers.add_row(escape(row["node"]), row["status"], share)
+        else:
+            layers.add_row(escape(row["node"]), row["op"], row["status"], share, row["storage"], escape(row["reason"]))
+    console.print(layers)
+    for row in report["layers"] if narrow else ():
+        if row["status"] == "float":
+            console.print(f"{row['node']} stays float: {row['reason']}", markup=False, highlight=False)
+    console.print()
+    console.print(_stage_table(report["stages"]))
+    samples, first = report["data"]["samples"], report["stages"][0]["stage"]
+    speed = report["speed"]
+    console.print(
+        f"Agreement is with stage {first}, on the {samples} samples given. Time per sample here: "
+        f"{speed['ms_per_sample_before']:.3g} ms before, {speed['ms_per_sample_after']:.3g} ms after.",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    before, after = report["input"], report["output"]
+    times = before["bytes"] / max(after["bytes"], 1)
+    done = sum(row["status"] != "float" for row in report["layers"])
+    console.print(
+        f"{done} of {len(report['layers'])} weights are int8; the file is {times:.2f} times smaller and verified. It is {after['path']}; "
+        f"check it on data that was not used here: relief-onnx compare {report['input']['path']} {after['path']} --data TEST",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """Size and agreement of every stage; of several outputs the one that agrees least."""
+    outputs = max(len(row["agreement"] or {}) for row in stages)
+    lowest = "lowest " if outputs > 1 else ""
+    columns = [">file", ">%", f">{lowest}cosine", f">{lowest}SQNR dB", ">same top class %", ">accuracy %"]
+    shown = [(row["stage"], *_stage_cells(row, stages[0]["bytes"])) for row in stages]
+    used = [0, *(i + 1 for i in range(len(columns)) if any(row[i + 1] for row in shown))]
+    table = _table(*(["stage", *columns][i] for i in used))
+    for row in shown:
+        table.add_row(*(row[i] for i in used))
+    return table
+
+
+def _stage_cells(row: Mapping[str, Any], first: int) -> tuple[str, ...]:
+    items = list((row["agreement"] or {}).values())
+    noise = [item["sqnr_db"] for item in items if item["sqnr_db"] is not None]
+    equal = bool(items) and all(item["max_abs"] == 0 for item in items)
+    top = [item["top1"] for item in items if "top1" in item]
+    return (
+        _bytes(row["bytes"]), f"{100 * row['bytes'] / max(first, 1):.1f}",
+        f"{min(item['cosine'] for item in items):.4f}" if items else "",
+        "equal" if equal else f"{min(noise):.1f}" if noise else "",
+        f"{100 * min(top):.1f}" if top else "",
+        "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}",
+    )  # fmt: skip
 
 
 def overview(document: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DataError,
         ModelError,
         NothingPrunedError,
+        NothingQuantizedError,
         OutputError,
         RecipeError,
         ReliefError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from relief_onnx.options import Options
     from relief_onnx.pipeline import Result, prepare, prune, score
+    from relief_onnx.quantization import Quantized, quantize
 
 __version__ = "0.1.0"
 
@@ -35,16 +37,19 @@ _HOMES = {
     "ImageOptions": "data",
     "ModelError": "errors",
     "NothingPrunedError": "errors",
+    "NothingQuantizedError": "errors",
     "Options": "options",
     "OutputError": "errors",
     "RecipeError": "errors",
     "ReliefError": "errors",
+    "Quantized": "quantization",
     "Result": "pipeline",
     "VerificationError": "errors",
     "compare_models": "compare",
     "open_dataset": "data",
     "prepare": "pipeline",
     "prune": "pipeline",
+    "quantize": "quantization",
     "score": "pipeline",
 }
 
@@ -54,8 +59,10 @@ __all__ = [
     "ImageOptions",
     "ModelError",
     "NothingPrunedError",
+    "NothingQuantizedError",
     "Options",
     "OutputError",
+    "Quantized",
     "RecipeError",
     "ReliefError",
     "Result",
@@ -64,6 +71,7 @@ __all__ = [
     "open_dataset",
     "prepare",
     "prune",
+    "quantize",
     "score",
 ]
 

@@ -7,6 +7,7 @@ ReliefError                    exit code 1
 ├── OutputError                the place to write to: exists, not writable, disk full
 ├── VerificationError          exit code 3: the result did not verify, nothing was written
 └── NothingPrunedError         exit code 4: nothing could be pruned; carries the reasons
+    └── NothingQuantizedError  exit code 4: nothing could be quantised, or it is already
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "NothingPrunedError",
+    "NothingQuantizedError",
     "OutputError",
     "RecipeError",
     "ReliefError",
@@ -60,3 +62,7 @@ class NothingPrunedError(ReliefError):
     def __init__(self, message: str, reasons: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.reasons = tuple(reasons)
+
+
+class NothingQuantizedError(NothingPrunedError):
+    """Nothing could be quantised, or the model is quantised already. `reasons` as above."""

@@ -40,6 +40,7 @@ class _DataType:
     typed: str  # numpy type string of the elements of `field`
     field: str
     first_opset: int = 1
+    has_sign_bit: bool = True  # the highest bit alone is -0.0, a zero too
 
 
 _DATA_TYPES: Mapping[int, _DataType] = {
@@ -47,6 +48,7 @@ _DATA_TYPES: Mapping[int, _DataType] = {
     TensorProto.DOUBLE: _DataType("<u8", "<f8", "double_data"),
     TensorProto.FLOAT16: _DataType("<u2", "<u2", "int32_data"),
     TensorProto.BFLOAT16: _DataType("<u2", "<u2", "int32_data", first_opset=13),
+    TensorProto.INT8: _DataType("<u1", "<i1", "int32_data", has_sign_bit=False),
 }
 
 
@@ -152,7 +154,8 @@ def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], prefi
         return keep(refusal)
     bits = _bits(tensor)
     grids = [bits.reshape(-1, u) for u in sorted({1, unit})]
-    kept = [_kept_blocks(grid) for grid in grids]
+    has_sign_bit = _DATA_TYPES[tensor.data_type].has_sign_bit
+    kept = [_kept_blocks(grid, has_sign_bit) for grid in grids]
     width = 8 * bits.itemsize
     entropy = min(entropy_bound(len(k), len(g), g.shape[1] * width) for g, k in zip(grids, kept, strict=True))
     candidates = [c for g, k in zip(grids, kept, strict=True) for c in _candidates(tensor, prefix, opset, g, k)]
@@ -223,9 +226,9 @@ def _encode(codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: ND
     return emitter
 
 
-def _kept_blocks(grid: NDArray[Any]) -> NDArray[np.int64]:
-    """Rising positions of the rows [unit] that hold anything but +0.0 and -0.0; elements are unsigned bit patterns."""
-    sign = grid.dtype.type(1 << (8 * grid.itemsize - 1))
+def _kept_blocks(grid: NDArray[Any], has_sign_bit: bool) -> NDArray[np.int64]:
+    """Rising positions of the rows [unit] that hold anything but 0, +0.0 and -0.0; elements are unsigned bit patterns."""
+    sign = grid.dtype.type(1 << (8 * grid.itemsize - 1) if has_sign_bit else 0)
     kept = (grid & ~sign) != 0
     return np.flatnonzero(kept if grid.shape[1] == 1 else kept.any(axis=1)).astype(np.int64, copy=False)
 

@@ -1,4 +1,4 @@
-"""The one door to onnxruntime."""
+"""The door to onnxruntime: loading and running models. Its quantiser has a door of its own, quantizer.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from relief_onnx.errors import DataError, ModelError
 
-__all__ = ["Session"]
+__all__ = ["LOAD_ERRORS", "Session", "first_line"]
 
 _NAMES = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
+LOAD_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
 
 onnxruntime.set_default_logger_severity(4)
 
@@ -38,9 +38,9 @@ class Session:
         content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except _ERRORS as error:
+        except LOAD_ERRORS as error:
             raise ModelError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({_first_line(error)}); "
+                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({first_line(error)}); "
                 "export it again with standard ONNX operators only, so that it loads there without relief-onnx too"
             ) from error
         self.outputs = tuple(item.name for item in self._session.get_outputs())
@@ -49,10 +49,10 @@ class Session:
         """The values of `names` (default: every output). Raises DataError naming `source` where the run fails."""
         try:
             result: list[Any] = self._session.run(None if names is None else list(names), dict(feed))
-        except _ERRORS as error:
+        except LOAD_ERRORS as error:
             shapes = ", ".join(f"{name} {list(np.shape(value))}" for name, value in feed.items())
             raise DataError(
-                f"the model does not run on {source or 'the data'} ({shapes}): {_first_line(error)}; check shapes and values"
+                f"the model does not run on {source or 'the data'} ({shapes}): {first_line(error)}; check shapes and values"
             ) from error
         return result
 
@@ -62,7 +62,8 @@ class Session:
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, without onnxruntime's prefix and the full stop."""
     text = str(error).strip().splitlines()
     line = text[0] if text else type(error).__name__
     return line.split(" : ", 2)[-1].strip().rstrip(".")

@@ -12,7 +12,7 @@ from relief_onnx.errors import ModelError, VerificationError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.session import Session
 
-__all__ = ["TOLERANCES", "Verification", "verify"]
+__all__ = ["TOLERANCES", "Verification", "verify", "verify_packed"]
 
 # Largest difference that rounding explains, relative to the largest output. Half precision has 11 bits.
 TOLERANCES = {"float": 1e-4, "half": 1e-2}
@@ -46,16 +46,7 @@ def verify(
     threads: int,
 ) -> Verification:
     """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `masked` computes."""
-    checker = _check(original, result)
-    before = Session(original, threads).signature()
-    try:
-        after = Session(result, threads, "the pruned model").signature()
-    except ModelError as error:
-        raise VerificationError(
-            f"the pruned model does not load: {error.__cause__}; nothing was written, please report this model"
-        ) from error
-    if before != after:
-        raise VerificationError(f"inputs and outputs changed from {before} to {after}; nothing was written, please report this model")
+    checker = _sound(original, result, threads, "pruned")
     tolerance = TOLERANCES["half" if _is_half(original) else "float"]
     found = compare_models(masked, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads).outputs
     itself = compare_models(
@@ -72,7 +63,47 @@ def verify(
     return Verification(checker, max_abs, max_rel, max((item.max_abs for item in itself.values()), default=0.0))
 
 
-def _check(original: onnx.ModelProto, result: onnx.ModelProto) -> str:
+def verify_packed(
+    original: onnx.ModelProto,
+    dense: onnx.ModelProto,
+    result: onnx.ModelProto,
+    dataset: Dataset,
+    *,
+    seed: int,
+    threads: int,
+) -> Verification:
+    """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `dense` computes.
+
+    The two hold the same numbers in two forms, so the tolerance is for another order of sums only, not for int8.
+    """
+    checker = _sound(original, result, threads, "quantised")
+    found = compare_models(dense, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads).outputs.values()
+    max_abs = max((item.max_abs for item in found), default=0.0)
+    max_rel = max((item.max_abs / item.peak if item.peak > 0 else float("inf") for item in found if item.max_abs > 0), default=0.0)
+    if not max_rel <= TOLERANCES["float"]:
+        raise VerificationError(
+            f"the packed model differs from the one that is not packed by {max_rel:.2g} of the largest output "
+            f"(allowed {TOLERANCES['float']:g}); nothing was written; use --storage dense, and please report this model"
+        )
+    return Verification(checker, max_abs, max_rel, 0.0)
+
+
+def _sound(original: onnx.ModelProto, result: onnx.ModelProto, threads: int, what: str) -> str:
+    """Checker and signature; returns what the checker said. `what` was done to the model."""
+    checker = _check(original, result, what)
+    before = Session(original, threads).signature()
+    try:
+        after = Session(result, threads, f"the {what} model").signature()
+    except ModelError as error:
+        raise VerificationError(
+            f"the {what} model does not load: {error.__cause__}; nothing was written, please report this model"
+        ) from error
+    if before != after:
+        raise VerificationError(f"inputs and outputs changed from {before} to {after}; nothing was written, please report this model")
+    return checker
+
+
+def _check(original: onnx.ModelProto, result: onnx.ModelProto, what: str) -> str:
     try:
         onnx.checker.check_model(result, full_check=True)
     except _CHECKER_ERRORS as error:
@@ -81,7 +112,7 @@ def _check(original: onnx.ModelProto, result: onnx.ModelProto) -> str:
         except _CHECKER_ERRORS:  # the file that the user gave fails in the same way: not our doing
             return "the original fails ONNX's full check too"
         raise VerificationError(
-            f"the pruned model fails ONNX's checker ({str(error).strip().splitlines()[0]}); nothing was written, please report this model"
+            f"the {what} model fails ONNX's checker ({str(error).strip().splitlines()[0]}); nothing was written, please report this model"
         ) from error
     return "passed"
 

@@ -27,7 +27,7 @@ import relief_onnx
 from relief_onnx import calibrate
 
 FEW = ("--data", CALIB, "--samples", 32)
-COMMANDS = ("check-data", "compare", "inspect", "prune", "score")
+COMMANDS = ("check-data", "compare", "inspect", "prune", "quantize", "score")
 NOT_BUILT = ("--target", "--report", "--iterations", "--epochs", "--rewind", "--provider")
 
 

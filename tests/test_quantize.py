@@ -1,0 +1,418 @@
+"""Quantising: zeros stay zeros, packed equals dense, agreement is high, names and metadata stay, refusals say why."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from builders import Net
+from helpers import CALIB, LENET, ROOT, SAMPLES, digits, run
+from onnx import TensorProto, helper, numpy_helper
+
+from relief_onnx import quantize
+from relief_onnx.errors import DataError, ModelError, NothingQuantizedError, OutputError, RecipeError, VerificationError
+from relief_onnx.folding import fold_norms
+from relief_onnx.int8 import quantised
+from relief_onnx.pack import pack, packed_names, unpack
+from relief_onnx.quantization import _Candidates, _check_zeros
+from relief_onnx.verify import verify_packed
+
+MODELS = ROOT.parent / "shared" / "models"
+NAMES = ("lenet300", "lenet5", "resnet8")
+MODES = ("uint8", "int8", "none")
+
+
+def sparse(model: onnx.ModelProto, zeros: float = 0.9) -> onnx.ModelProto:
+    """The model with that share of every weight's smallest values set to 0, packed as `prune` packs."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    names = []
+    for item in result.graph.initializer:
+        values = numpy_helper.to_array(item)
+        if values.ndim >= 2:
+            cut = np.quantile(np.abs(values), zeros)
+            item.CopyFrom(numpy_helper.from_array(np.where(np.abs(values) <= cut, 0, values).astype(values.dtype), item.name))
+            names.append(item.name)
+    return pack(result, names)[0]
+
+
+@functools.cache
+def sample(name: str) -> onnx.ModelProto:
+    return onnx.load(SAMPLES / f"{name}.onnx")
+
+
+@functools.cache
+def result(name: str, activations: str, pruned: bool = True) -> Any:
+    """A sample model, 90 % zeros, quantised on 48 digits."""
+    model = sparse(sample(name)) if pruned else sample(name)
+    return quantize(model, CALIB, samples=48, activations=activations, threads=1)
+
+
+def outputs(model: onnx.ModelProto, save: Path | None = None, feed: Any = None) -> list[Any]:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[Any] = session.run(None, feed or {"image": digits()})
+    return found
+
+
+def size(model: onnx.ModelProto) -> int:
+    return int(model.ByteSize())
+
+
+# --- laws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_stay_zeros_and_packed_is_dense(name: str, activations: str) -> None:
+    source, found = unpack(sparse(sample(name))), result(name, activations)
+    rows = found.report["layers"]
+    assert rows
+    assert all(row["status"] == ("int8 weights" if activations == "none" else "int8") for row in rows)
+    weights = {item.name: numpy_helper.to_array(item) for item in source.graph.initializer}
+    for row in rows:
+        zeros = int(np.sum(weights[row["weight"]] == 0))
+        assert zeros == row["zeros"] <= row["zeros_after"], row
+        assert row["zeros"] >= 0.85 * row["weights"]
+        assert row["scale_per_channel"]
+    np.testing.assert_array_equal(outputs(found.model)[0], outputs(found.dense)[0])
+    assert found.report["verification"]["dense_vs_output_max_abs"] == 0.0
+    assert packed_names(found.model)
+    stored = {item.name: item for item in unpack(found.model).graph.initializer}
+    assert {item.name: item.SerializeToString() for item in found.dense.graph.initializer} == {
+        name: item.SerializeToString() for name, item in stored.items()
+    }
+    kept = sum(int(np.count_nonzero(numpy_helper.to_array(item))) for item in stored.values() if item.data_type == TensorProto.INT8)
+    assert kept <= sum(int(np.count_nonzero(values)) for values in weights.values())
+
+
+@pytest.mark.parametrize("activations", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_profits_from_zeros_and_from_int8(name: str, activations: str) -> None:
+    found = result(name, activations)
+    assert size(found.model) < size(sparse(sample(name)))  # the pruned floats, packed
+    assert size(found.model) < size(found.dense)
+    assert [row["bytes"] for row in found.report["stages"]][-2:] == [size(found.dense), size(found.model)]
+    assert found.report["output"]["bytes"] == size(found.model)
+    assert size(found.dense) < 0.5 * size(sample(name))
+
+
+@pytest.mark.parametrize("activations", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_keeps_its_answers(name: str, activations: str) -> None:
+    found = result(name, activations, pruned=False)
+    agreement = found.report["stages"][-1]["agreement"]["logits"]
+    assert agreement["cosine"] > 0.998
+    assert agreement["top1"] > 0.95
+    a, b = outputs(sample(name))[0], outputs(found.model)[0]
+    assert np.mean(a.argmax(-1) == b.argmax(-1)) > 0.95
+
+
+def test_weights_alone_are_floats_again_when_the_model_is_loaded(tmp_path: Path) -> None:
+    found = result("lenet5", "none")
+    outputs(found.model, tmp_path / "loaded.onnx")
+    loaded = onnx.load(tmp_path / "loaded.onnx")
+    assert not {"Cast", "Mul", "DequantizeLinear", "ScatterND", "Gather"} & {node.op_type for node in loaded.graph.node}
+
+
+def test_packed_weights_reach_the_int8_kernels(tmp_path: Path) -> None:
+    found = result("resnet8", "uint8")
+    kinds = []
+    for model, name in ((found.model, "packed"), (found.dense, "dense")):
+        outputs(model, tmp_path / f"{name}.onnx")
+        kinds.append(Counter(node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node))
+    assert kinds[0] == kinds[1]
+    assert kinds[0]["QLinearConv"] == 9
+    assert not kinds[0]["Conv"] + kinds[0]["BatchNormalization"]
+
+
+def test_every_value_is_within_half_a_step() -> None:
+    values = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32) * np.float32([[[1]], [[1e-3]], [[0]], [[50]], [[1]]])
+    small, scale = quantised(values, (0,))
+    assert scale.shape == (5, 1, 1)
+    assert np.all(np.abs(small * scale - values) <= 0.501 * scale)
+    assert small.min() >= -127
+    assert not small[2].any()
+    assert quantised(values, ())[1].size == 1
+    half, steps = quantised(np.float16([[6e-8, 1.0]]), (0,))
+    assert steps.dtype == np.float16
+    assert half.tolist() == [[0, 127]]
+
+
+# --- what stays -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", MODES)
+def test_names_metadata_opset_and_signature_stay(activations: str) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(sample("lenet5"))
+    model.doc_string, model.domain, model.model_version, model.producer_name = "about", "org.example", 7, "trainer"
+    helper.set_model_props(model, {"license": "MIT", "classes": "0,1,2"})
+    model.graph.doc_string = model.graph.node[0].doc_string = "kept"
+    model.graph.node[1].name = ""
+    found = quantize(model, CALIB, samples=16, activations=activations)
+    for field in ("doc_string", "domain", "model_version", "producer_name", "opset_import", "metadata_props", "ir_version"):
+        assert getattr(found.model, field) == getattr(model, field), field
+    for field in ("name", "doc_string", "input", "output"):
+        assert getattr(found.model.graph, field) == getattr(model.graph, field), field
+    own = [node for node in found.model.graph.node if node.op_type == "Conv"]
+    assert own[0].name == model.graph.node[0].name
+    assert own[0].doc_string == "kept"
+    onnx.checker.check_model(found.model, full_check=True)
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    written = []
+    for seed in ("1", "2"):
+        target = tmp_path / f"{seed}.onnx"
+        code = f"import relief_onnx; relief_onnx.quantize({str(LENET)!r}, {str(CALIB)!r}, samples=16, output={str(target)!r})"
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT, timeout=120)
+        written.append(target.read_bytes())
+    assert written[0] == written[1]
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_other_ways_to_find_the_ranges(method: str) -> None:
+    found = quantize(sample("lenet5"), CALIB, samples=12, method=method)
+    assert found.report["stages"][-1]["agreement"]["logits"]["cosine"] > 0.97
+    assert found.report["options"]["method"] == method
+
+
+def test_one_scale_for_a_weight() -> None:
+    found = quantize(sample("lenet5"), CALIB, samples=12, per_channel=False)
+    assert not any(row["scale_per_channel"] for row in found.report["layers"])
+
+
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+def test_layers_can_be_left_alone(activations: str) -> None:
+    found = quantize(sample("lenet5"), CALIB, samples=12, skip=r"^features\.0", activations=activations)
+    first, *rest = found.report["layers"]
+    assert (first["status"], first["reason"]) == ("float", "--skip ^features\\.0 names it")
+    assert all(row["status"] != "float" for row in rest)
+    found = quantize(sample("lenet5"), CALIB, samples=12, only=r"^features\.0", activations=activations)
+    assert [row["status"] == "float" for row in found.report["layers"]] == [False, True, True, True, True]
+    tensors = {item.name for item in found.model.graph.initializer}
+    assert "classifier.0.weight" in tensors
+    assert "features.0.weight" not in tensors
+
+
+def test_dense_storage_and_the_original() -> None:
+    found = quantize(sparse(sample("lenet5")), CALIB, samples=12, storage="dense", original=LENET)
+    assert not packed_names(found.model)
+    stages = found.report["stages"]
+    assert [row["stage"] for row in stages] == ["original", "input", "weights int8", "weights and activations int8"]
+    assert stages[0]["bytes"] == LENET.stat().st_size
+    assert stages[0]["agreement"] is None
+    assert stages[1]["agreement"]["logits"]["cosine"] < 1
+
+
+# --- other graphs ---------------------------------------------------------------------------------------------------
+
+
+def test_norms_are_folded_and_zeros_stay() -> None:
+    model = unpack(sparse(sample("resnet8"), 0.5))
+    folded, names = fold_norms(model)
+    assert len(names) == 9
+    assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
+    np.testing.assert_allclose(outputs(folded)[0], outputs(model)[0], rtol=1e-3, atol=1e-3)
+    before = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    for item in folded.graph.initializer:
+        values = numpy_helper.to_array(item)
+        assert values.ndim < 2 or not values[before[item.name] == 0].any()
+    assert fold_norms(folded) == (folded, ())
+
+
+@pytest.mark.parametrize("opset", [9, 11, 12, 13, 21])
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+def test_the_opset_stays(opset: int, activations: str) -> None:
+    net = Net(opset=opset)
+    x = net.input(1, 8)
+    model = net.model(net.op("MatMul", net.op("Relu", net.op("MatMul", x, net.weight(8, 64))), net.weight(64, 64)))
+    data = [{x: np.random.default_rng(i).normal(size=(1, 8)).astype(np.float32)} for i in range(8)]
+    if opset == 9 and activations != "none":
+        with pytest.raises(ModelError, match=r"opset 9 has no QuantizeLinear .* use --activations none"):
+            quantize(model, data, activations=activations)
+        return
+    found = quantize(model, data, activations=activations)
+    assert found.model.opset_import == model.opset_import
+    assert any("no scales per channel" in text for text in found.report["warnings"]) == (opset < 13 and activations != "none")
+    big = found.report["layers"][-1]
+    assert big["scale_per_channel"] == (opset >= 13 or activations == "none")
+    assert found.report["stages"][-1]["agreement"][model.graph.output[0].name]["cosine"] > 0.99
+
+
+def half_model() -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array((rng.normal(size=(64, 64)) * (rng.random((64, 64)) < 0.2)).astype(np.float16), "w")
+    nodes = [helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16), helper.make_node("MatMul", ["h", "w"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 64])], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_half_precision() -> None:
+    data = [{"x": np.random.default_rng(i).normal(size=(2, 64)).astype(np.float32)} for i in range(4)]
+    with pytest.raises(ModelError, match="half precision; use --activations none"):
+        quantize(half_model(), data)
+    found = quantize(half_model(), data, activations="none")
+    assert found.report["layers"][0]["storage"] != "dense"
+    assert found.report["stages"][-1]["agreement"]["y"]["cosine"] > 0.999
+
+
+def test_recurrent_layers_get_int8_weights_beside_int8_layers() -> None:
+    rng = np.random.default_rng(0)
+    parts = {"w": (1, 128, 16), "r": (1, 128, 32), "m": (32, 32)}
+    tensors = [numpy_helper.from_array(rng.normal(size=shape).astype(np.float32) * 0.2, name) for name, shape in parts.items()]
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=32),
+        helper.make_node("Squeeze", ["h", "axes"], ["s"]),
+        helper.make_node("MatMul", ["s", "m"], ["y"]),
+    ]
+    tensors.append(numpy_helper.from_array(np.array([0], np.int64), "axes"))
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, "n", 16])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    found = quantize(model, [{"x": rng.normal(size=(5, 3, 16)).astype(np.float32)} for _ in range(4)])
+    assert {row["weight"]: row["status"] for row in found.report["layers"]} == {"m": "int8", "w": "int8 weights", "r": "int8 weights"}
+    assert found.report["stages"][-1]["agreement"]["y"]["cosine"] > 0.999
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", MODES)
+def test_a_quantised_model_is_refused(activations: str) -> None:
+    with pytest.raises(NothingQuantizedError, match="already quantised"):
+        quantize(result("lenet5", activations).model, CALIB)
+
+
+def test_refusals_say_why(tmp_path: Path) -> None:
+    with pytest.raises(NothingQuantizedError, match="--skip \\. names it") as caught:
+        quantize(LENET, CALIB, samples=4, skip=".")
+    assert len(caught.value.reasons) == 5
+    for options, text in (
+        ({"method": "guess"}, "method is 'guess'"),
+        ({"activations": "int4"}, "int4"),
+        ({"alpha": 0.5}, "no option 'alpha'"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            quantize(LENET, CALIB, **options)
+    with pytest.raises(DataError):
+        quantize(LENET, tmp_path)
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="--force"):
+        quantize(LENET, CALIB, output=target)
+    assert target.read_bytes() == b"mine"
+
+
+def test_the_checks_can_fail() -> None:
+    found, source = result("lenet5", "uint8"), unpack(sparse(sample("lenet5")))
+    changed = onnx.ModelProto()
+    changed.CopyFrom(found.dense)
+    values = next(item for item in changed.graph.initializer if item.data_type == TensorProto.INT8 and len(item.dims) == 4)
+    values.CopyFrom(numpy_helper.from_array(np.flip(numpy_helper.to_array(values), 0).copy(), values.name))
+    from relief_onnx.data import open_dataset
+    from relief_onnx.graph import Graph
+    from relief_onnx.int8 import Stored
+    from relief_onnx.layers import find
+    from relief_onnx.model import input_specs
+
+    dataset = open_dataset(CALIB, input_specs(source))
+    with pytest.raises(VerificationError, match="differs"):
+        verify_packed(source, found.dense, changed, dataset, seed=0, threads=1)
+    graph = Graph(source)
+    weight = find(graph).layers[0].weight
+    ones = Stored("q", np.ones(graph.array(weight).shape, np.int8), False)
+    with pytest.raises(VerificationError, match="zeros of"):
+        _check_zeros(graph, {weight: ones})
+    assert _Candidates(graph, find(graph), {}, {}).axes == {}
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    model, report = tmp_path / "model.onnx", tmp_path / "report.json"
+    model.write_bytes(sparse(sample("lenet5")).SerializeToString())
+    few = ("--data", CALIB, "--samples", 16)
+    first = run("quantize", model, *few, "--original", LENET, "--json", report)
+    assert first.exit_code == 0, first.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.int8.onnx", "model.onnx", "report.json"]
+    for word in ("weights and activations int8", "packed", "cosine", "5 of 5 weights are int8", "relief-onnx compare", "only 16 samples"):
+        assert word in first.stdout
+    document = json.loads(report.read_text())
+    assert document["schema"] == "relief-onnx/quantize/1"
+    assert set(document) >= {
+        "input",
+        "output",
+        "stages",
+        "layers",
+        "verification",
+        "timing",
+        "warnings",
+        "speed",
+        "options",
+        "data",
+        "folded",
+    }
+    for side, path in (("input", model), ("output", tmp_path / "model.int8.onnx")):
+        assert set(document[side]) == {"path", "sha256", "bytes", "params", "nonzero_params", "macs"}
+        assert (document[side]["path"], document[side]["bytes"]) == (str(path), path.stat().st_size)
+    assert document["input"]["params"] == document["output"]["params"]
+    assert [row["stage"] for row in document["stages"]] == ["original", "input", "weights int8", "weights and activations int8", "packed"]
+
+    again = run("quantize", model, *few)
+    assert again.exit_code == 1
+    assert "exists already" in again.stderr
+    quiet = run("quantize", model, *few, "--force", "--quiet", "--activations", "none", "--per-tensor")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    twice = run("quantize", tmp_path / "model.int8.onnx", *few, "-o", tmp_path / "twice.onnx")
+    assert twice.exit_code == 4
+    assert "already quantised (it stores weights as 8 bit integers)" in twice.stderr
+    assert not (tmp_path / "twice.onnx").exists()
+    assert run("quantize", model, *few, "--method", "guess").exit_code == 2
+    shown = run("quantize", model, *few, "--force", "--json", "-")
+    assert json.loads(shown.stdout)["stages"]
+
+
+# --- real models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "activations", "least"),
+    [
+        ("resnet20_cifar10_bn", (4, 3, 32, 32), "uint8", 0.999),
+        ("qonnx_espcn_float", None, "uint8", 0.99),
+        ("dtln_1", None, "uint8", 0.99),
+        ("dtln_2", None, "none", 0.99),
+    ],
+)
+def test_real_models(name: str, shape: tuple[int, ...] | None, activations: str, least: float) -> None:
+    path = MODELS / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip(f"the real models are not beside this project: shared/models/{name}.onnx")
+    model, rng = onnx.load(path), np.random.default_rng(0)
+    inputs = {item.name: [dim.dim_value or 1 for dim in item.type.tensor_type.shape.dim] for item in model.graph.input}
+    feeds = [{key: rng.random(shape or own).astype(np.float32) for key, own in inputs.items()} for _ in range(6)]
+    found = quantize(model, feeds, activations=activations)
+    assert min(item["cosine"] for item in found.report["stages"][-1]["agreement"].values()) > least
+    assert size(found.model) < 0.4 * path.stat().st_size
+    assert found.report["verification"]["dense_vs_output_max_abs"] == 0.0
+    assert any(row["status"] != "float" for row in found.report["layers"])
