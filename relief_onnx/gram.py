@@ -148,7 +148,8 @@ class _Windows:
 def patches(geometry: Geometry, x: NDArray[Any], places: tuple[NDArray[np.intp], ...]) -> NDArray[Any]:
     """x [n, c, *space] -> [n, P, c, *kernel]: what each weight meets at P output positions, `places` holding P numbers per axis."""
     windows = _Windows(geometry, x.shape[2:])
-    seen = windows.seen(x)[(..., *places)]
+    every: tuple[Any, ...] = (..., *places)
+    seen = windows.seen(x)[every]
     axes = tuple(range(2, seen.ndim - 1))
     return np.moveaxis(np.flip(seen, axes) if geometry.transposed else seen, -1, 1)
 

@@ -17,10 +17,10 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.dataset import Dataset
-from relief_onnx.gram import patches
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.replay import Replay
+from relief_onnx.rows import layer_rows
 from relief_onnx.solve import Target, solve
 from relief_onnx.surgery import apply_weights
 
@@ -29,9 +29,8 @@ __all__ = ["Repaired", "repair"]
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-# Samples that repair looks at, the positions of each (pixels, tokens), and the bytes of rows that one layer holds.
-SAMPLES, POSITIONS, ROW_BYTES = 1024, 32, 256 << 20
-BATCH = 32
+# Samples that repair looks at, how many of them run at a time, and the bytes of rows that one layer holds.
+SAMPLES, BATCH, ROW_BYTES = 1024, 32, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _aim(original: Graph, graph: Graph, layer: Layer) -> _Aim:
     aim = _Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
     if layer.output not in original.producer:
         return _Aim(graph.nodes[layer.node].output[0], aim.scale, aim.shift)
-    while len(uses := original.uses.get(aim.tensor, ())) == 1 and uses[0].slot >= 0 and not original.is_output(aim.tensor):
+    while len(uses := original.uses.get(aim.tensor, [])) == 1 and uses[0].slot >= 0 and not original.is_output(aim.tensor):
         node = original.nodes[uses[0].node]
         step = _STEPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         found = step(original, graph, layer, aim, node, uses[0].slot) if step is not None else None
@@ -209,7 +208,7 @@ class _Job:
             found[layer.bias.name] = layer.bias.view.invert(bias / layer.bias.factor).astype(stored.dtype)
         return found if all(np.isfinite(value).all() for value in found.values()) else {}
 
-    def _rows(self, before: Replay, after: Replay, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _rows(self, before: Replay, after: Replay, seed: int) -> tuple[NDArray[np.float32], ...]:
         """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
         layer, name = self._layer, self._aim.other
         each = layer.groups * self._weight.shape[1] * 4
@@ -219,49 +218,12 @@ class _Job:
             rng = np.random.default_rng([seed, layer.node, batch])
             x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
             other = after.value(name, batch) if name else None
-            assert x is not None and y is not None
-            pick = _convolved if layer.geometry is not None else _dense
-            collected.append(pick(layer, x, y, other, budget, rng))
-        return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))  # type: ignore[return-value]
+            assert x is not None
+            assert y is not None
+            collected.append(layer_rows(layer, x, y, other, budget, rng))
+        return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))
 
 
 def _error(x: NDArray[np.float32], target: Target, weight: Doubles, bias: Doubles) -> float:
     y = x @ weight.T.astype(np.float32) + bias.astype(np.float32)
     return float((np.square((target.of(y) - y), dtype=np.float64) * np.square(target.scale)).sum() / len(x))
-
-
-def _convolved(
-    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, rng: np.random.Generator
-) -> tuple[NDArray[Any], ...]:
-    """Rows of a convolution at some output positions, the same of all samples of a batch."""
-    assert layer.geometry is not None
-    space = y.shape[2:]
-    size = int(np.prod(space))
-    number = min(size, POSITIONS, max(budget // len(x), 1))
-    places = np.unravel_index(np.sort(rng.permutation(size)[:number]), space)
-    rows = patches(layer.geometry, np.asarray(x, np.float32), places).reshape(len(x) * number, layer.groups, -1)
-    emitted = [_at(part, places, layer.out_channels) for part in (y, other)]
-    return rows, emitted[0], emitted[1] if other is not None else np.zeros_like(emitted[0])
-
-
-def _at(y: NDArray[Any] | None, places: tuple[NDArray[np.intp], ...], units: int) -> NDArray[Any]:
-    if y is None:
-        return np.zeros((0, units), np.float32)
-    return np.moveaxis(np.asarray(y, np.float32)[(..., *places)], 1, -1).reshape(-1, units)
-
-
-def _dense(
-    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, rng: np.random.Generator
-) -> tuple[NDArray[Any], ...]:
-    """Rows of a dense layer: samples, tokens, time steps."""
-    flat = np.moveaxis(np.asarray(x, np.float32), layer.input_axis, -1).reshape(-1, layer.in_per_group)
-    emitted = [
-        np.moveaxis(np.asarray(part, np.float32), layer.output_axis, -1).reshape(-1, layer.out_channels) if part is not None else None
-        for part in (y, other)
-    ]
-    number = min(len(flat), max(budget, 1), POSITIONS * max(BATCH, 1))
-    chosen = np.sort(rng.permutation(len(flat))[:number])
-    wanted = emitted[0]
-    assert wanted is not None
-    added = emitted[1][chosen] if emitted[1] is not None else np.zeros_like(wanted[chosen])
-    return flat[chosen][:, None], wanted[chosen], added

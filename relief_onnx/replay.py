@@ -131,5 +131,5 @@ def _described(name: str, value: Any) -> onnx.ValueInfoProto:
         element = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(item.dtype), None)
         return helper.make_value_info(name, helper.make_sequence_type_proto(element))
     dtype = np.dtype(value.dtype) if not isinstance(value, Path) else np.load(value, mmap_mode="r").dtype
-    element_type = onnx.TensorProto.STRING if dtype == object else helper.np_dtype_to_tensor_dtype(dtype)
+    element_type = onnx.TensorProto.STRING if dtype.kind == "O" else helper.np_dtype_to_tensor_dtype(dtype)
     return helper.make_value_info(name, helper.make_tensor_type_proto(element_type, None))

@@ -245,7 +245,10 @@ def build_report(
         "repair": {
             "method": evidence.options.repair,
             "layers": [
-                {"node": row.layer.name, "weight": row.layer.weight, "reason": row.reason, "error_before": row.before, "error_after": row.after}
+                {
+                    "node": row.layer.name, "weight": row.layer.weight, "reason": row.reason,
+                    "error_before": row.before, "error_after": row.after,
+                }
                 for row in evidence.repaired
             ],
         },

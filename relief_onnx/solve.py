@@ -1,7 +1,7 @@
 """Least squares for the weights that are left of a layer, neuron by neuron, in closed form.
 
-For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred). The
-bias b is free and costs nothing. Where only the positive part of the neuron counts (a Relu follows), a negative target is met by any
+For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred).
+The bias b is free and costs nothing. Where only the positive part of the neuron counts (a Relu follows), a negative target is met by any
 negative output: those targets are set to what the neuron emits now and the equations are solved again, a few times, with larger steps.
 """
 
@@ -42,13 +42,13 @@ class Target:
 
     def of(self, y: Floats) -> Floats:
         """What y should be, seen from what it is."""
-        wanted = self.wanted
+        wanted, scale = self.wanted, self.scale.astype(np.float32)
         if self.one_sided:
-            wanted = np.where(wanted > 0, wanted, np.minimum(y * self.scale.astype(np.float32) + self.shift, 0))
-        result: Floats = (wanted - self.shift) / self.scale.astype(np.float32)
+            wanted = np.where(wanted > 0, wanted, np.minimum(y * scale + self.shift, np.float32(0))).astype(np.float32)
+        result: Floats = np.divide(wanted - self.shift, scale, dtype=np.float32)
         return result
 
-    def rows(self, columns: slice) -> Target:
+    def units(self, columns: slice) -> Target:
         """The same for some units only."""
         return Target(self.wanted[:, columns], self.shift[:, columns], self.scale[columns], self.one_sided)
 
@@ -66,9 +66,7 @@ def solve(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags
     return weight, bias
 
 
-def _turn(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool
-) -> tuple[Doubles, Doubles]:
+def _turn(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool) -> tuple[Doubles, Doubles]:
     """One block of features solved for, with the others as they are."""
     mean = x[:, block].mean(0, dtype=np.float64) if free_bias else np.zeros(len(range(*block.indices(x.shape[1]))))
     own = x[:, block] - mean.astype(np.float32)
@@ -76,7 +74,7 @@ def _turn(
     ridge = RIDGE * float(np.trace(moments)) / len(moments) + 1e-12
     weight, bias = weight.copy(), bias.copy()
     for columns, inverses in _inverses(moments, ridge, keep[:, block]):
-        part = target.rows(columns)
+        part = target.units(columns)
         y = x @ weight[columns].T.astype(np.float32) + bias[columns].astype(np.float32)
         start = weight[columns, block].copy()
         now = start.copy()
@@ -111,7 +109,7 @@ def _inverses(moments: Doubles, ridge: float, keep: Flags) -> Iterator[tuple[sli
             places = np.flatnonzero(row)
             system = moments[np.ix_(places, places)]
             system[np.diag_indices(len(places))] += ridge
-            inverse = np.linalg.inv(system) if len(places) else system
+            inverse: Doubles = np.asarray(np.linalg.inv(system) if len(places) else system, np.float64)
             if held + inverse.nbytes > INVERSE_BYTES and pending:
                 yield slice(first, unit), pending
                 pending, known, first, held = [], {}, unit, 0
