@@ -186,7 +186,11 @@ def main() -> None:
     help="Share of importance that the channels kept carry (default --alpha; where none is given 0.98 by flow, 0.9 by other criteria).",
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
-@click.option("--repair", type=click.Choice(["none"]), help="What happens to the weights that are left.")
+@click.option(
+    "--repair",
+    type=click.Choice(["none", "least-squares"]),
+    help="What happens to the weights that are left; least-squares solves for them again.",
+)
 @click.option(
     "--mean-shift",
     type=click.Choice(["auto", "on", "off"]),

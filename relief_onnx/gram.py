@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.layers import Geometry
 
-__all__ = ["PatchStatistics", "Shifts", "offset_sums", "output_positions", "padding", "statistics"]
+__all__ = ["PatchStatistics", "Shifts", "offset_sums", "output_positions", "padding", "patches", "statistics"]
 
 Floats = NDArray[np.float32]
 
@@ -129,6 +129,30 @@ class _Windows:
             return a
         return np.pad(a, ((0, 0), (0, 0), *((max(begin, 0), max(end, 0)) for begin, end in self.pads)))
 
+    def seen(self, a: NDArray[Any]) -> NDArray[Any]:
+        """What each offset of the kernel sees at each output position: a view [n, c, *kernel, *out]."""
+        image = self.padded(a)
+        steps = image.strides[2:]
+        return np.lib.stride_tricks.as_strided(
+            image,
+            (*image.shape[:2], *self.kernel, *self.out),
+            (
+                *image.strides[:2],
+                *(step * dilation for step, dilation in zip(steps, self.dilations, strict=True)),
+                *(step * stride for step, stride in zip(steps, self.strides, strict=True)),
+            ),
+            writeable=False,
+        )
+
+
+def patches(geometry: Geometry, x: NDArray[Any], places: tuple[NDArray[np.intp], ...]) -> NDArray[Any]:
+    """x [n, c, *space] -> [n, P, c, *kernel]: what each weight meets at P output positions, `places` holding P numbers per axis."""
+    windows = _Windows(geometry, x.shape[2:])
+    every: tuple[Any, ...] = (..., *places)
+    seen = windows.seen(x)[every]
+    axes = tuple(range(2, seen.ndim - 1))
+    return np.moveaxis(np.flip(seen, axes) if geometry.transposed else seen, -1, 1)
+
 
 class Patches:
     """G by unfolding: any kernel, stride, dilation, padding, any number of spatial axes, transposed too."""
@@ -141,21 +165,9 @@ class Patches:
 
     def features(self, x: Floats) -> Floats:
         w = self._windows
-        image = w.padded(np.abs(x))
-        n, c = image.shape[:2]
-        steps = image.strides[2:]
-        view = np.lib.stride_tricks.as_strided(
-            image,
-            (n, c, *w.kernel, *w.out),
-            (
-                *image.strides[:2],
-                *(step * dilation for step, dilation in zip(steps, w.dilations, strict=True)),
-                *(step * stride for step, stride in zip(steps, w.strides, strict=True)),
-            ),
-            writeable=False,
-        )
-        patches = view.reshape(n, c, int(np.prod(w.kernel)), int(np.prod(w.out)))
-        gram = patches @ patches.swapaxes(-1, -2)
+        n, c = x.shape[:2]
+        unfolded = w.seen(np.abs(x)).reshape(n, c, int(np.prod(w.kernel)), int(np.prod(w.out)))
+        gram = unfolded @ unfolded.swapaxes(-1, -2)
         result: Floats = gram.reshape(n, c, -1).take(self._places, -1)
         return result
 

@@ -107,7 +107,7 @@ DEFAULT_CHANNEL_ALPHA = 0.9
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("flow", "relief", "relief-fast", "magnitude", "wanda"),
     "granularity": ("connection", "weight", "channel", "channel+connection", "channel+weight"),
-    "repair": ("none",),
+    "repair": ("none", "least-squares"),
     "bias": ("keep", "prune"),
     "skip_rule": ("off", "branch", "both"),
     "silent": ("keep", "remove"),

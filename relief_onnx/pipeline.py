@@ -1,4 +1,4 @@
-"""The order of the steps, and nothing else: load, plan, calibrate, score, mask, cut, pack, verify, report."""
+"""The order of the steps, and nothing else: load, plan, calibrate, score, mask, repair, cut, pack, verify, report."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
+from relief_onnx.repair import Repaired, repair
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
 from relief_onnx.surgery import apply_weights, operate
@@ -144,6 +145,8 @@ def prune(
         masks, gates = rules.apply(chosen.masks)
         graph, shifts = _shifted(ready, options, found, chosen, masks, dataset, progress)
         flags = initializer_masks(ready.plan if graph is ready.graph else find(graph), masks)
+    graph, repaired = _repaired(ready, graph, flags, options, chosen, masks, weights, dataset, clock, progress)
+    with clock("mask"):
         masked = rules.insert_gates(insert(graph, flags), gates)
     with clock("surgery"):
         operation = operate(rules.insert_gates(apply_weights(graph.model, applied(graph, flags)), gates))
@@ -152,7 +155,7 @@ def prune(
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, chosen.choices, shipped, found, chosen.floors, shifts,
-        passed_evenly(ready.graph, ready.plan) if options.criterion == "flow" else (),
+        passed_evenly(ready.graph, ready.plan) if options.criterion == "flow" else (), repaired,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
@@ -196,7 +199,7 @@ def _shifted(
     ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks, dataset: Dataset, progress: calibrate.Progress
 ) -> tuple[Graph, tuple[Shift, ...]]:
     """The graph with the mean of what goes in its biases, where that is wanted."""
-    if not options.shifts_means:
+    if not options.shifts_means and (options.repair == "none" or options.mean_shift == "off"):
         return ready.graph, ()
     means = {name: score.means for name, score in scores.items() if score.means is not None}
     if not means:
@@ -207,10 +210,27 @@ def _shifted(
             progress=progress,
         )  # fmt: skip
         means = measure.means()
-    # Channels that go as a whole leave the others as they were.
-    portions = None if options.fine is None else kept_portions(ready.graph, ready.plan, scores, masks)
+    # Channels that go as a whole leave the others as they were, and repair makes sure that means hold.
+    portions = None if options.fine is None or options.repair != "none" else kept_portions(ready.graph, ready.plan, scores, masks)
     model, shifts = compensate(ready.graph, ready.plan, masks, means, silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
+
+
+def _repaired(
+    ready: Prepared, graph: Graph, flags: Mapping[str, Any], options: Options, chosen: Chosen, masks: Masks, weights: frozenset[str],
+    dataset: Dataset, clock: _Clock, progress: calibrate.Progress,
+) -> tuple[Graph, tuple[Repaired, ...]]:  # fmt: skip
+    """The graph with the weights that are left solved for again, where that is wanted."""
+    if options.repair == "none" or not flags:
+        return graph, ()
+    with clock("repair"), _named(ready.path):
+        gone = silenced(ready.plan, chosen, masks)
+        removed = {layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}
+        model, rows = repair(
+            ready.graph, apply_weights(graph.model, applied(graph, flags)), flags, weights, dataset, removed=removed,
+            samples=options.samples, seed=options.seed, threads=options.threads, progress=progress,
+        )  # fmt: skip
+    return Graph(model), rows
 
 
 def _criterion_of(scores: Scores, options: Options) -> str:

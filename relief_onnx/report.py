@@ -27,6 +27,7 @@ from relief_onnx.options import Options
 from relief_onnx.pack import PackedTensor
 from relief_onnx.paper import Gate
 from relief_onnx.relevance import Even
+from relief_onnx.repair import Repaired
 from relief_onnx.scoring import Scores
 from relief_onnx.surgery import Operation
 from relief_onnx.verify import Verification
@@ -61,6 +62,7 @@ class Evidence:
     floors: tuple[Floor, ...] = ()
     shifts: tuple[Shift, ...] = ()
     evenly: tuple[Even, ...] = ()
+    repaired: tuple[Repaired, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -239,6 +241,16 @@ def build_report(
         "mean_shift": {
             "moved": [shift.layer.name for shift in evidence.shifts if shift.moved],
             "left": [{"node": shift.layer.name, "reason": shift.reason} for shift in evidence.shifts if not shift.moved],
+        },
+        "repair": {
+            "method": evidence.options.repair,
+            "layers": [
+                {
+                    "node": row.layer.name, "weight": row.layer.weight, "reason": row.reason,
+                    "error_before": row.before, "error_after": row.after,
+                }
+                for row in evidence.repaired
+            ],
         },
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,

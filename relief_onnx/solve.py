@@ -1,0 +1,120 @@
+"""Least squares for the weights that are left of a layer, neuron by neuron, in closed form.
+
+For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred).
+The bias b is free and costs nothing. Where only the positive part of the neuron counts (a Relu follows), a negative target is met by any
+negative output: those targets are set to what the neuron emits now and the equations are solved again, a few times, with larger steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Target", "solve"]
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+RIDGE = 0.01
+# Features that are solved for at a time, and how often all blocks take their turn where there are several.
+BLOCK, TURNS = 1024, 2
+# Inverses that are held at a time.
+INVERSE_BYTES = 256 << 20
+# Rounds for neurons that only count where they are positive, and how far each goes. More rounds were worse on samples not seen.
+ROUNDS, STEP = 5, 1.6
+
+
+@dataclass(frozen=True)
+class Target:
+    """What scale * y + shift should be for a layer's output y: `wanted` and `shift` [rows, out], `scale` [out].
+
+    one_sided: only the positive part of it counts.
+    """
+
+    wanted: Floats
+    shift: Floats
+    scale: Doubles
+    one_sided: bool
+
+    def of(self, y: Floats) -> Floats:
+        """What y should be, seen from what it is."""
+        wanted, scale = self.wanted, self.scale.astype(np.float32)
+        if self.one_sided:
+            wanted = np.where(wanted > 0, wanted, np.minimum(y * scale + self.shift, np.float32(0))).astype(np.float32)
+        result: Floats = np.divide(wanted - self.shift, scale, dtype=np.float32)
+        return result
+
+    def units(self, columns: slice) -> Target:
+        """The same for some units only."""
+        return Target(self.wanted[:, columns], self.shift[:, columns], self.scale[columns], self.one_sided)
+
+
+def solve(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool) -> tuple[Doubles, Doubles]:
+    """New weights [out, features] and biases [out]; 0 where `keep` [out, features] is not.
+
+    x: [rows, features]; weight, bias: those that the solution stays close to.
+    """
+    weight = np.where(keep, weight, 0.0)
+    blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK)]
+    for _ in range(TURNS if len(blocks) > 1 else 1):
+        for block in blocks:
+            weight, bias = _turn(x, target, weight, bias, keep, block, free_bias)
+    return weight, bias
+
+
+def _turn(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool) -> tuple[Doubles, Doubles]:
+    """One block of features solved for, with the others as they are."""
+    mean = x[:, block].mean(0, dtype=np.float64) if free_bias else np.zeros(len(range(*block.indices(x.shape[1]))))
+    own = x[:, block] - mean.astype(np.float32)
+    moments = (own.T @ own).astype(np.float64)
+    ridge = RIDGE * float(np.trace(moments)) / len(moments) + 1e-12
+    weight, bias = weight.copy(), bias.copy()
+    for columns, inverses in _inverses(moments, ridge, keep[:, block]):
+        part = target.units(columns)
+        y = x @ weight[columns].T.astype(np.float32) + bias[columns].astype(np.float32)
+        start = weight[columns, block].copy()
+        now = start.copy()
+        for step in (STEP if i else 1.0 for i in range(ROUNDS if target.one_sided else 1)):
+            goal = part.of(y)
+            left = goal - y
+            pull = (own.T @ left).T.astype(np.float64)
+            # What the present weights explain is in y: the equations are for the change.
+            change = np.zeros_like(now)
+            for row, (places, inverse) in enumerate(inverses):
+                change[row, places] = step * (inverse @ (pull[row, places] + ridge * (start[row, places] - now[row, places])))
+            now += change
+            y += own @ change.T.astype(np.float32)
+            if free_bias:
+                offset = (part.of(y) - y).mean(0, dtype=np.float64) if not target.one_sided else step * left.mean(0, dtype=np.float64)
+                bias[columns] += offset
+                y += offset.astype(np.float32)
+        weight[columns, block] = now
+        if free_bias:
+            bias[columns] -= (now - start) @ mean
+    return weight, bias
+
+
+def _inverses(moments: Doubles, ridge: float, keep: Flags) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], Doubles]]]]:
+    """Runs of units with the kept features and the inverse of each, as many at a time as memory allows."""
+    pending: list[tuple[NDArray[np.intp], Doubles]] = []
+    known: dict[bytes, tuple[NDArray[np.intp], Doubles]] = {}
+    first, held = 0, 0
+    for unit, row in enumerate(keep):
+        key = np.packbits(row).tobytes()
+        if key not in known:
+            places = np.flatnonzero(row)
+            system = moments[np.ix_(places, places)]
+            system[np.diag_indices(len(places))] += ridge
+            inverse: Doubles = np.asarray(np.linalg.inv(system) if len(places) else system, np.float64)
+            if held + inverse.nbytes > INVERSE_BYTES and pending:
+                yield slice(first, unit), pending
+                pending, known, first, held = [], {}, unit, 0
+            known[key] = places, inverse
+            held += inverse.nbytes
+        pending.append(known[key])
+    if pending:
+        yield slice(first, len(keep)), pending
