@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) --editable ".[dev]"
+	@$(PIP) --editable ".[dev,retrain]"
 	@touch $@
 
 $(VENV)/.samples: $(VENV)/.dev

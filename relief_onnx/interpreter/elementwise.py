@@ -1,0 +1,102 @@
+"""Rows for operators that work entry by entry, with numpy's broadcasting."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from relief_onnx.interpreter.registry import Table
+from relief_onnx.interpreter.values import scalar, torch_dtype
+
+__all__ = ["ROWS"]
+
+ROWS = Table()
+op = ROWS.op
+
+UNARY = {
+    "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan,
+    "Atanh": torch.atanh, "BitwiseNot": torch.bitwise_not, "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf,
+    "Exp": torch.exp, "Floor": torch.floor, "IsNaN": torch.isnan, "Log": torch.log, "Neg": torch.neg, "Not": torch.logical_not,
+    "Reciprocal": torch.reciprocal, "Round": torch.round, "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Sqrt": torch.sqrt,
+    "Tan": torch.tan, "Tanh": torch.tanh,
+}  # fmt: skip
+BINARY = {
+    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
+    "Equal": torch.eq, "Greater": torch.gt, "Less": torch.lt, "GreaterOrEqual": torch.ge, "LessOrEqual": torch.le,
+    "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
+}  # fmt: skip
+for name, function in (UNARY | BINARY).items():
+    op(name)(function)
+
+
+@op("Div")
+def div(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+@op("Pow", frozen=(1,))
+def power(base: Tensor, exponent: Tensor) -> Tensor:
+    if exponent.dim() == 0 and base.is_floating_point():
+        return torch.pow(base, exponent.item())  # x ** 2 has a cheap gradient, x ** tensor has not
+    return torch.pow(base, exponent).to(base.dtype)
+
+
+@op("Mod")
+def mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
+    return torch.fmod(a, b) if fmod else torch.remainder(a, b)
+
+
+@op("BitShift")
+def bit_shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
+    return torch.bitwise_left_shift(a, b) if direction == "LEFT" else torch.bitwise_right_shift(a, b)
+
+
+@op("Max")
+def maximum(*values: Tensor) -> Tensor:
+    return reduce(torch.maximum, values)
+
+
+@op("Min")
+def minimum(*values: Tensor) -> Tensor:
+    return reduce(torch.minimum, values)
+
+
+@op("Sum")
+def total(*values: Tensor) -> Tensor:
+    return reduce(torch.add, values)
+
+
+@op("Mean")
+def mean(*values: Tensor) -> Tensor:
+    return reduce(torch.add, values) / len(values)
+
+
+@op("Where")
+def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(condition, x, y)
+
+
+@op("Clip", host=(1, 2))
+def clip(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    low, high = scalar(min), scalar(max)
+    return x if low is None and high is None else torch.clamp(x, low, high)
+
+
+@op("Cast")
+def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return x.to(torch_dtype(to))
+
+
+@op("CastLike")
+def cast_like(x: Tensor, target: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return x.to(target.dtype)
+
+
+@op("IsInf")
+def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
+    found = torch.isinf(x)
+    if not detect_negative:
+        found = found & (x > 0)
+    return found if detect_positive else found & (x < 0)

@@ -1,0 +1,73 @@
+"""Which stored tensors are weights, which are running statistics, and which are neither: read off how nodes use them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from relief_onnx.errors import ModelError
+from relief_onnx.interpreter.table import TABLE
+from relief_onnx.interpreter.values import FLOATS
+from relief_onnx.nodes import STANDARD, subgraphs
+
+__all__ = ["Roles", "all_initializers", "roles"]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of the initializers that training changes: by gradients, and as running statistics."""
+
+    weights: tuple[str, ...]
+    statistics: tuple[str, ...]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for body in subgraphs(node):
+            yield from _graphs(body)
+
+
+def all_initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Initializers of the graph and of all bodies by name, without names that are used twice: they would not say which one is meant."""
+    found = [item for graph in _graphs(model.graph) for item in graph.initializer]
+    counts = Counter(item.name for item in found)
+    return {item.name: item for item in found if counts[item.name] == 1}
+
+
+def roles(model: onnx.ModelProto, opsets: Mapping[str, int], trainable: Collection[str] | None) -> Roles:
+    """What training may change. By default a weight is a floating initializer that some node reads as data, of rank 1 and more and finite;
+    rank 0 is an epsilon or an exponent. Raises ModelError where `trainable` names what is none.
+    """
+    stored = {name: item for name, item in all_initializers(model).items() if item.data_type in FLOATS}
+    data, frozen, statistics = set[str](), set[str](), set[str]()
+    for graph in _graphs(model.graph):
+        data |= {item.name for item in graph.output}
+        for node in graph.node:
+            domain = "" if node.domain in STANDARD else node.domain
+            row = TABLE.find(domain, node.op_type, opsets.get(domain, 1))
+            for slot, name in enumerate(node.input):
+                if row is None or slot in row.host | row.frozen:
+                    frozen.add(name)
+                else:
+                    (statistics if slot in row.statistics else data).add(name)
+    kept = tuple(name for name in stored if name in statistics)
+    if trainable is not None:
+        for name in trainable:
+            if name not in stored or name in statistics or name not in data:
+                reason = (
+                    "is a running statistic" if name in statistics else "is no floating initializer of its own name that is read as data"
+                )
+                raise ModelError(f"{name} cannot be trained: it {reason}; name weights as `relief-onnx inspect` lists them")
+        return Roles(tuple(name for name in stored if name in set(trainable)), kept)
+    found = (name for name, item in stored.items() if name in data - statistics and len(item.dims) > 0)
+    return Roles(tuple(name for name in found if np.isfinite(_values(stored[name])).all()), kept)
+
+
+def _values(tensor: onnx.TensorProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return numpy_helper.to_array(tensor).astype(np.float32)
