@@ -116,11 +116,11 @@ def _rows(x: Tensor, axis: int) -> Tensor:
 
 @op("Dropout", host=(1, 2), pure=False)
 def dropout(
-    x: Tensor, ratio: float | None = 0.5, training_mode: bool | None = False, *, seed: int = 0, outputs: int = 1, mode: Mode
+    x: Tensor, ratio: float | None = 0.5, training_mode: bool | None = False, *, seed: int = 0, outputs: int = 1, state: Mode
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Active where the graph asks for it and the network is training: what an inference graph skips stays skipped."""
     share = 0.5 if ratio is None else scalar(ratio)
-    if not (scalar(training_mode) and mode.training) or share == 0:
+    if not (scalar(training_mode) and state.training) or share == 0:
         return x if outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
     mask = torch.rand_like(x) >= share
     y = x * mask / (1 - share)

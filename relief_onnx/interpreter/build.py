@@ -22,9 +22,9 @@ from relief_onnx.nodes import STANDARD, attributes, captured, subgraphs
 
 __all__ = ["Builder", "Shared", "refusal", "row_of"]
 
-INJECTED = ("outputs", "mode", "opset")
+INJECTED = ("outputs", "state", "opset")
 # Attributes that say nothing about what is computed.
-IGNORED = frozenset({"consumed_inputs", "spatial"})
+IGNORED = frozenset({"consumed_inputs"})
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Builder:
             for item, value in ((item, attributes(node).get(item.name)) for item in node.attribute)
             if item.name not in IGNORED and item.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
         }
-        offered = {"outputs": len(node.output), "mode": self.shared.mode, "opset": opset}
+        offered = {"outputs": len(node.output), "state": self.shared.mode, "opset": opset}
         values |= {name: offered[name] for name in INJECTED if name in row.parameters}
         return partial(row.function, **values) if values else row.function
 

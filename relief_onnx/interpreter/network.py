@@ -11,7 +11,7 @@ import onnx.inliner
 import torch
 from numpy.typing import NDArray
 
-from relief_onnx.errors import ModelError, Unsupported
+from relief_onnx.errors import ModelError
 from relief_onnx.interpreter.build import Builder, Shared
 from relief_onnx.interpreter.program import Store
 from relief_onnx.interpreter.readers import all_initializers, roles
@@ -20,8 +20,6 @@ from relief_onnx.interpreter.values import HALVES, to_array, to_tensor
 from relief_onnx.nodes import STANDARD
 
 __all__ = ["Network"]
-
-OLDEST_OPSET = 7
 
 
 class Network(torch.nn.Module):
@@ -41,11 +39,6 @@ class Network(torch.nn.Module):
             model = onnx.inliner.inline_local_functions(model)
         self.model = model
         opsets = {"" if item.domain in STANDARD else item.domain: item.version for item in model.opset_import}
-        if opsets.get("", OLDEST_OPSET) < OLDEST_OPSET:
-            raise Unsupported(
-                f"the model has opset {opsets['']}, and torch training needs {OLDEST_OPSET} or newer; "
-                "use --repair least-squares, which needs no torch"
-            )
         stored = all_initializers(model)
         found = roles(model, opsets, trainable)
         self._keys: dict[str, tuple[bool, str]] = {}

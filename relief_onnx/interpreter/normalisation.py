@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,11 @@ ROWS = Table()
 op = ROWS.op
 
 
-@op("BatchNormalization", statistics=(3, 4), pure=False)
+def _per_channel(values: Mapping[str, Any]) -> str | None:
+    return None if values.get("spatial", 1) else "statistics for each place, spatial = 0"
+
+
+@op("BatchNormalization", statistics=(3, 4), pure=False, check=_per_channel)
 def batch_normalization(
     x: Tensor,
     scale: Tensor,
@@ -26,9 +32,10 @@ def batch_normalization(
     *,
     epsilon: float = 1e-5,
     momentum: float = 0.9,
+    spatial: int = 1,
     training_mode: int = 0,
     outputs: int = 1,
-    mode: Mode,
+    state: Mode,
 ) -> Tensor | tuple[Tensor, ...]:
     """As the file says; but a network that is training normalises by the batch, and updates the running statistics in place."""
     if training_mode:
@@ -36,7 +43,7 @@ def batch_normalization(
         batch_var, batch_mean = torch.var_mean(x, axes, correction=0)
         y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
         return (y, mean * momentum + batch_mean * (1 - momentum), var * momentum + batch_var * (1 - momentum))[:outputs]
-    if mode.training and x.numel() > x.shape[1]:  # one value for each channel has no variance
+    if state.training and x.numel() > x.shape[1]:  # one value for each channel has no variance
         return F.batch_norm(x, mean, var, scale, bias, True, 1 - momentum, epsilon)
     return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
 

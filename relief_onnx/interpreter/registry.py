@@ -3,7 +3,7 @@
 The parameters of a function are what ONNX names them: inputs in their order, attributes as keywords with the standard's defaults. What was
 an attribute first and an input later (the axes of Squeeze) is one parameter, so most operators need one row for all versions.
 
-A function may also ask for `outputs` (how many outputs the node has), `mode` (is the network training?) and `opset`.
+A function may also ask for `outputs` (how many outputs the node has), `state` (is the network training?) and `opset`.
 """
 
 from __future__ import annotations

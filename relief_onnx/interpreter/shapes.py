@@ -111,9 +111,9 @@ def constant_of_shape(shape: list[int], *, value: onnx.TensorProto | None = None
     return filling.expand(shape).contiguous() if shape else filling.reshape(())
 
 
-@op("Range", host=(0, 1, 2))
-def arange(start: Any, limit: Any, delta: Any) -> Tensor:
-    return torch.arange(start, limit, delta)
+@op("Range")
+def arange(start: Tensor, limit: Tensor, delta: Tensor, *, stash_type: int = 1) -> Tensor:
+    return torch.arange(scalar(start.tolist()), scalar(limit.tolist()), scalar(delta.tolist()), dtype=start.dtype)
 
 
 @op("EyeLike")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from relief_onnx.interpreter import (
     activations,
+    control,
     convolution,
     elementwise,
+    indexing,
     normalisation,
     pooling,
     products,
+    recurrent,
     reductions,
     shapes,
 )
@@ -16,18 +19,5 @@ from relief_onnx.interpreter.registry import Table
 
 __all__ = ["TABLE"]
 
-TABLE = Table(
-    *(
-        family.ROWS
-        for family in (
-            activations,
-            convolution,
-            elementwise,
-            normalisation,
-            pooling,
-            products,
-            reductions,
-            shapes,
-        )
-    )
-)
+FAMILIES = (activations, control, convolution, elementwise, indexing, normalisation, pooling, products, recurrent, reductions, shapes)
+TABLE = Table(*(family.ROWS for family in FAMILIES))
