@@ -7,17 +7,16 @@ from typing import Any, Self
 
 import numpy as np
 import onnx
-import onnx.inliner
 import torch
 from numpy.typing import NDArray
 
 from relief_onnx.errors import ModelError
 from relief_onnx.interpreter.build import Builder, Shared
+from relief_onnx.interpreter.expansion import expand, opsets_of
 from relief_onnx.interpreter.program import Store
 from relief_onnx.interpreter.readers import all_initializers, roles
 from relief_onnx.interpreter.registry import Mode
 from relief_onnx.interpreter.values import HALVES, to_array, to_tensor
-from relief_onnx.nodes import STANDARD
 
 __all__ = ["Network"]
 
@@ -35,10 +34,9 @@ class Network(torch.nn.Module):
         Raises Unsupported where a node cannot be run in torch, ModelError where `trainable` names no weight.
         """
         super().__init__()
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
         self.model = model
-        opsets = {"" if item.domain in STANDARD else item.domain: item.version for item in model.opset_import}
+        model = expand(model)
+        opsets = opsets_of(model)
         stored = all_initializers(model)
         found = roles(model, opsets, trainable)
         self._keys: dict[str, tuple[bool, str]] = {}

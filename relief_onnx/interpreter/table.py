@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from relief_onnx.interpreter import (
     activations,
+    attention,
     control,
     convolution,
     elementwise,
@@ -13,11 +14,12 @@ from relief_onnx.interpreter import (
     products,
     recurrent,
     reductions,
+    resizing,
     shapes,
 )
 from relief_onnx.interpreter.registry import Table
 
 __all__ = ["TABLE"]
 
-FAMILIES = (activations, control, convolution, elementwise, indexing, normalisation, pooling, products, recurrent, reductions, shapes)
+FAMILIES = (activations, attention, control, convolution, elementwise, indexing, normalisation, pooling, products, recurrent, reductions, resizing, shapes)
 TABLE = Table(*(family.ROWS for family in FAMILIES))
