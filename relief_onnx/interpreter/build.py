@@ -38,6 +38,16 @@ class Shared:
     mode: Mode
 
 
+def values_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes without bodies and what says nothing; text as str in lists too."""
+    bodies = {item.name for item in node.attribute if item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)}
+    return {
+        name: [part.decode() if isinstance(part, bytes) else part for part in value] if isinstance(value, list) else value
+        for name, value in attributes(node).items()
+        if name not in IGNORED | bodies
+    }
+
+
 def label_of(node: onnx.NodeProto) -> str:
     """A node's own name, or that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
@@ -58,8 +68,8 @@ def row_of(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Row:
     row = TABLE.find(domain, node.op_type, opset)
     if row is None:
         raise refusal(node, opset)
-    values = {name: value for name, value in attributes(node).items() if name not in IGNORED}
-    unknown = [] if not row.parameters and not values else sorted(name for name in values if name not in row.parameters)
+    values = values_of(node)
+    unknown = sorted(name for name in values if name not in row.parameters)
     if unknown:
         raise refusal(node, opset, f"attribute {unknown[0]}")
     reason = row.check(values) if row.check is not None else None
@@ -211,11 +221,7 @@ class Builder:
     def _bind(self, node: onnx.NodeProto, row: Row) -> Callable[..., Any]:
         """The row's function with attributes and whatever else it asks for."""
         opset = self.shared.opsets.get("" if node.domain in STANDARD else node.domain, 1)
-        values = {
-            item.name: value
-            for item, value in ((item, attributes(node).get(item.name)) for item in node.attribute)
-            if item.name not in IGNORED and item.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-        }
+        values = values_of(node)
         offered = {"outputs": len(node.output), "state": self.shared.mode, "opset": opset}
         values |= {name: offered[name] for name in INJECTED if name in row.parameters}
         return partial(row.function, **values) if values else row.function

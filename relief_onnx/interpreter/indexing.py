@@ -29,13 +29,13 @@ def slices(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = Non
     starts, ends = as_list(starts), as_list(ends)
     chosen = list(range(len(starts))) if axes is None else as_list(axes)
     for axis, start, end, step in zip(chosen, starts, ends, [1] * len(starts) if steps is None else as_list(steps), strict=True):
-        where = [slice(None)] * x.dim()
+        first, last, _ = slice(start, end, step).indices(x.shape[axis])
         if step > 0:
-            where[axis] = slice(start, end, step)
+            where = [slice(None)] * x.dim()
+            where[axis] = slice(first, last, step)
             x = x[tuple(where)]
         else:
-            places = list(range(*slice(start, end, step).indices(x.shape[axis])))
-            x = x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
+            x = x.index_select(axis, torch.tensor(list(range(first, last, step)), dtype=torch.int64, device=x.device))
     return x
 
 
