@@ -23,7 +23,7 @@ def to_torch(value: Any) -> Any:
         return [to_torch(item) for item in value]
     if value is None:
         return None
-    array = numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.array(value)
+    array = np.array(numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value)
     return torch.from_numpy(array.astype(np.float32) if array.dtype.name == "bfloat16" else array)
 
 

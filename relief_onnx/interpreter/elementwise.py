@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import reduce
+from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from relief_onnx.interpreter.registry import Table
@@ -84,7 +87,11 @@ def clip(x: Tensor, min: float | None = None, max: float | None = None) -> Tenso
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
-@op("Cast")
+def _known_type(values: Mapping[str, Any]) -> str | None:
+    return None if torch_dtype(values["to"]) is not None else f"to {TensorProto.DataType.Name(values['to'])}"
+
+
+@op("Cast", check=_known_type)
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
     return x.to(torch_dtype(to))
 

@@ -7,19 +7,24 @@ from relief_onnx.interpreter import (
     attention,
     control,
     convolution,
+    detection,
     elementwise,
+    fused,
     indexing,
     normalisation,
     pooling,
     products,
+    quantised,
+    random_numbers,
     recurrent,
     reductions,
     resizing,
     shapes,
+    signals,
 )
 from relief_onnx.interpreter.registry import Table
 
 __all__ = ["TABLE"]
 
-FAMILIES = (activations, attention, control, convolution, elementwise, indexing, normalisation, pooling, products, recurrent, reductions, resizing, shapes)
+FAMILIES = (activations, attention, control, convolution, detection, elementwise, fused, indexing, normalisation, pooling, products, quantised, random_numbers, recurrent, reductions, resizing, shapes, signals)
 TABLE = Table(*(family.ROWS for family in FAMILIES))
