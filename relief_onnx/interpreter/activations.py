@@ -24,6 +24,12 @@ def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
 
 
 @op("PRelu")
+def prelu_per_channel(x: Tensor, slope: Tensor) -> Tensor:
+    """Before opset 7: one slope, or one for each channel."""
+    return F.prelu(x, slope)
+
+
+@op("PRelu", since=7)
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope, x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,27 +61,27 @@ def non_max_suppression(
     return torch.tensor(chosen, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
 
 
-@op("RoiAlign")
-def roi_align_10(x: Tensor, rois: Tensor, batch_indices: Tensor, **attributes: Any) -> Tensor:
-    """Before opset 16 there is no shift by half a pixel."""
-    return roi_align(x, rois, batch_indices, **({"coordinate_transformation_mode": "output_half_pixel"} | attributes))
+def _averages(values: Mapping[str, Any]) -> str | None:
+    return "mode max, which ONNX defines by parts of samples" if values.get("mode", "avg") != "avg" else None
 
 
-@op("RoiAlign", since=16)
+@op("RoiAlign", check=_averages)
 def roi_align(
     x: Tensor,
     rois: Tensor,
     batch_indices: Tensor,
     *,
-    coordinate_transformation_mode: str = "half_pixel",
+    coordinate_transformation_mode: str | None = None,
     mode: str = "avg",
     output_height: int = 1,
     output_width: int = 1,
     sampling_ratio: int = 0,
     spatial_scale: float = 1.0,
+    opset: int,
 ) -> Tensor:
-    """Each box [left, top, right, bottom] is cut into bins, each bin is sampled at some points and pooled."""
-    shift = 0.5 if coordinate_transformation_mode == "half_pixel" else 0.0
+    """Each box [left, top, right, bottom] is cut into bins, each bin is sampled at some points and averaged. Before opset 16 no shift by half a pixel."""
+    default = "half_pixel" if opset >= 16 else "output_half_pixel"
+    shift = 0.5 if (coordinate_transformation_mode or default) == "half_pixel" else 0.0
     pooled = []
     for roi, image in zip(rois * spatial_scale - shift, x[batch_indices.long()], strict=True):
         lengths = roi[2:] - roi[:2] if shift else (roi[2:] - roi[:2]).clamp(min=1.0)
@@ -91,7 +92,7 @@ def roi_align(
             axes.append((roi[place] + steps * lengths[place] / bins, count))
         (y, rows), (z, columns) = axes
         samples = _bilinear(image, y, z).unflatten(1, (output_height, rows)).unflatten(3, (output_width, columns))
-        pooled.append(samples.amax((2, 4)) if mode == "max" else samples.mean((2, 4)))
+        pooled.append(samples.mean((2, 4)))
     return torch.stack(pooled)
 
 

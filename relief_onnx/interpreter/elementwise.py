@@ -11,7 +11,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from relief_onnx.interpreter.registry import Table
-from relief_onnx.interpreter.values import scalar, torch_dtype
+from relief_onnx.interpreter.values import HALVES, scalar, torch_dtype
 
 __all__ = ["ROWS"]
 
@@ -94,6 +94,16 @@ def _known_type(values: Mapping[str, Any]) -> str | None:
 @op("Cast", check=_known_type)
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
     return x.to(torch_dtype(to))
+
+
+def _whole_words(values: Mapping[str, Any]) -> str | None:
+    half = values["to"] in HALVES  # held in single precision, so their bits are not there
+    return f"to {TensorProto.DataType.Name(values['to'])}" if half else _known_type(values)
+
+
+@op("BitCast", check=_whole_words)
+def bit_cast(x: Tensor, *, to: int) -> Tensor:
+    return x.view(torch_dtype(to))
 
 
 @op("CastLike")
