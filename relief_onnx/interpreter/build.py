@@ -216,7 +216,7 @@ class Builder:
         for name in node.output:
             self.slots[name or " "] = self.program.slot() if name else self.unused
             writes.append(self.slots[name or " "])
-        return Step(call, tuple(reads), tuple(writes), f"node {label_of(node)} ({node.op_type})")
+        return Step(call, tuple(reads), tuple(writes), f"node {label_of(node)} ({node.op_type})", tuple(waiting))
 
     def _bind(self, node: onnx.NodeProto, row: Row) -> Callable[..., Any]:
         """The row's function with attributes and whatever else it asks for."""

@@ -19,12 +19,13 @@ ABSENT = 0
 
 @dataclass
 class Step:
-    """One node: a call from slots to slots. `dead` slots are free afterwards."""
+    """One node: a call from slots to slots. `host` are places of inputs that it wants as Python numbers; `dead` slots are free afterwards."""
 
     call: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     label: str
+    host: tuple[int, ...] = ()
     dead: tuple[int, ...] = ()
 
 
@@ -34,6 +35,23 @@ class Store:
 
     parameters: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
+
+    def elsewhere(self) -> bool:
+        """Whether weights and constants are on another device than the CPU, where whole numbers and shapes stay."""
+        first = next(iter(self.parameters.values()), None)
+        first = next(iter(self.buffers.values()), None) if first is None else first
+        return first is not None and first.device.type != "cpu"
+
+
+def _together(values: list[Any], host: tuple[int, ...]) -> list[Any]:
+    """What a node reads, on one device: tensors on the CPU go where the others are. Single numbers and host inputs may stay."""
+    tensors = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor) and place not in host]
+    target = next((values[place].device for place in tensors if values[place].device.type != "cpu"), None)
+    if target is not None:
+        for place in tensors:
+            if values[place].dim():
+                values[place] = values[place].to(target)
+    return values
 
 
 @dataclass
@@ -72,10 +90,11 @@ class Program:
             values[slot] = value
         for slot, value in zip(self.outer, outer, strict=True):
             values[slot] = value
-        step = None
+        step, elsewhere = None, self.store.elsewhere()
         try:
             for step in self.steps:
-                result = step.call(*[values[slot] for slot in step.reads])
+                arguments = [values[slot] for slot in step.reads]
+                result = step.call(*(_together(arguments, step.host) if elsewhere else arguments))
                 if type(result) is tuple:
                     for slot, value in zip(step.writes, result):  # noqa: B905 - a node may leave out its last outputs
                         values[slot] = value

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,8 +44,8 @@ class Plan:
 
 
 def _coordinates(plan: Plan) -> Tensor:
-    """Where in the input each output lies."""
-    place = torch.arange(plan.wanted, dtype=torch.float64)
+    """Where in the input each output lies: in single precision, which decides ties as onnxruntime does."""
+    place = torch.arange(plan.wanted, dtype=torch.float32)
     if plan.coordinates == "asymmetric":
         return place / plan.scale
     if plan.coordinates == "align_corners":
@@ -59,7 +60,7 @@ def _coordinates(plan: Plan) -> Tensor:
         return place
     shift = 0.0
     if plan.coordinates == "half_pixel_symmetric":
-        shift = plan.size / 2 * (1 - plan.wanted / (plan.scale * plan.size))
+        shift = float(plan.size / 2 * (1 - plan.wanted / (np.float32(plan.scale) * np.float32(plan.size))))
     return shift + (place + 0.5) / plan.scale - 0.5
 
 
@@ -151,6 +152,11 @@ def _resized(x: Tensor, plans: Sequence[Plan], extrapolation: float = 0.0) -> Te
     return x
 
 
+def _length(size: float, scale: float) -> int:
+    """In single precision, as onnxruntime does: 5 times 1.8 is 9."""
+    return int(np.float32(size) * np.float32(scale))
+
+
 @op("Resize", host=(1,))
 def resize_10(x: Tensor, scales: list[float], *, mode: str = "nearest") -> Tensor:
     """Opset 10, and Upsample before it: coordinates divided by the scale."""
@@ -158,7 +164,7 @@ def resize_10(x: Tensor, scales: list[float], *, mode: str = "nearest") -> Tenso
     return _resized(
         x,
         [
-            Plan(size, math.floor(size * scale), scale, 0.0, 1.0, kind, "asymmetric", "simple", -0.75, False, False)
+            Plan(size, _length(size, scale), scale, 0.0, 1.0, kind, "asymmetric", "simple", -0.75, False, False)
             for size, scale in zip(x.shape, scales, strict=True)
         ],
     )
@@ -201,7 +207,7 @@ def resize(
     else:
         factors = as_list(scales)
         shares = [bounds[count + place] - bounds[place] for place in range(count)]
-        wanted = [math.floor(source * share * factor) for source, share, factor in zip(sources, shares, factors, strict=True)]
+        wanted = [_length(source * share, factor) for source, share, factor in zip(sources, shares, factors, strict=True)]
     plans = [Plan(size, size, 1.0, 0.0, 1.0, mode, "asymmetric", nearest_mode, cubic_coeff_a, False, False) for size in x.shape]
     for place, axis in enumerate(chosen):
         plans[axis] = Plan(
