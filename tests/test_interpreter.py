@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from benchmarks.interpreter import measure
-from benchmarks.interpreter_models import LeNet5, build, to_onnx
-from benchmarks.zoo_models import SHARED, ZOO, feed, rows
 from builders import Net
 from helpers import SAMPLES, digits
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.interpreter import measure
+from benchmarks.interpreter_models import LeNet5, build, to_onnx
+from benchmarks.zoo_models import SHARED, ZOO, feed, rows
 from relief_onnx.errors import ModelError, Unsupported
 from relief_onnx.interpreter import Network
 from relief_onnx.model import prepare
@@ -127,7 +127,10 @@ def test_a_step_is_that_of_the_plain_module() -> None:
     net = Net()
     w, b = (net.constant(value.detach().numpy()) for value in (plain[0].weight, plain[0].bias))
     y = net.op("Conv", net.input(8, 3, 6, 6), w, b)
-    norm = [net.constant(value.detach().numpy().copy()) for value in (plain[1].weight, plain[1].bias, plain[1].running_mean, plain[1].running_var)]
+    norm = [
+        net.constant(value.detach().numpy().copy())
+        for value in (plain[1].weight, plain[1].bias, plain[1].running_mean, plain[1].running_var)
+    ]
     network = Network(net.model(net.op("BatchNormalization", y, *norm, momentum=0.9)))
     x = torch.rand(8, 3, 6, 6)
     network.train()
@@ -242,7 +245,8 @@ def test_whole_numbers_stay_on_the_cpu() -> None:
 REFUSED = {
     "an operator nobody knows": (
         helper.make_node("Mystery", ["x"], ["y"], name="riddle", domain="com.example"),
-        "node riddle: operator Mystery of domain com.example, opset 3, cannot be run in torch; use --repair least-squares, which needs no torch",
+        "node riddle: operator Mystery of domain com.example, opset 3, cannot be run in torch; use --repair least-squares, "
+        "which needs no torch",
     ),
     "an attribute nobody knows": (
         helper.make_node("Relu", ["x"], ["y"], sharpness=3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,15 +27,18 @@ def _check(values: Any) -> str | None:
     return f"activation {unknown[0]}" if unknown else None
 
 
-def _activations(
-    names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None, clip: float | None
-) -> list[Activation]:
+def _activations(names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None, clip: float | None) -> list[Activation]:
     """The functions by name, with their alpha and beta where they are given; clip bounds what they get."""
-    found = []
+    found: list[Activation] = []
     for place, name in enumerate(names):
         given = {key: row[place] for key, row in (("alpha", alpha), ("beta", beta)) if row is not None and place < len(row)}
-        found.append(lambda x, function=ACTIVATIONS[name], given=given: function(x if clip is None else x.clamp(-clip, clip), **given))
+        function = partial(ACTIVATIONS[name], **given)
+        found.append(function if clip is None else partial(_clipped, function, clip))
     return found
+
+
+def _clipped(function: Activation, clip: float, x: Tensor) -> Tensor:
+    return function(x.clamp(-clip, clip))
 
 
 def _run(projected: Tensor, lengths: Tensor | None, states: States, cell: Cell, backward: bool) -> tuple[Tensor, States]:
@@ -78,9 +82,10 @@ def _recurrent(
     return (found[0].permute(2, 0, 1, 3), *(state.transpose(0, 1) for state in found[1:])) if layout else tuple(found)
 
 
-def _biases(b: Tensor | None, number: int) -> tuple[Tensor | float, Tensor | float]:
+def _biases(b: Tensor | None, number: int, r: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to x W and to h R in a direction, [gates * hidden] each."""
     if b is None:
-        return 0.0, 0.0
+        return r.new_zeros(r.shape[1]), r.new_zeros(r.shape[1])
     first, second = b[number].chunk(2)
     return first, second
 
@@ -105,7 +110,7 @@ def rnn(
     functions = _activations(activations or ["Tanh"] * len(w), activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         weight, f = r[number].t(), functions[number]
         return lambda rows: rows + (wb + rb), lambda row, states: (f(row + states[0] @ weight),)
 
@@ -134,10 +139,10 @@ def gru(
     size = r.shape[-1]
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         gates, new = r[number, : 2 * size].t(), r[number, 2 * size :].t()
         f, g = functions[2 * number : 2 * number + 2]
-        rb_gates, rb_new = (0.0, 0.0) if b is None else (rb[: 2 * size], rb[2 * size :])
+        rb_gates, rb_new = rb[: 2 * size], rb[2 * size :]
 
         def cell(row: Tensor, states: States) -> States:
             (h,) = states
@@ -176,7 +181,7 @@ def lstm(
     functions = _activations(activations or ["Sigmoid", "Tanh", "Tanh"] * len(w), activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         weight = r[number].t()
         f, g, h = functions[3 * number : 3 * number + 3]
         peep_i, peep_o, peep_f = (0.0, 0.0, 0.0) if p is None else p[number].chunk(3)
