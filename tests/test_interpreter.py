@@ -10,9 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from builders import Net
 from helpers import SAMPLES, digits
 from onnx import TensorProto, helper, numpy_helper
+from random_graphs import KINDS as GRAPH_KINDS
+from random_graphs import STEPS
+from random_graphs import build as build_graph
+from surgery_cases import CASES, sandwich
 
 from benchmarks.interpreter import measure
 from benchmarks.interpreter_models import LeNet5, build, to_onnx
@@ -57,6 +62,42 @@ def test_real_models(row: dict[str, Any]) -> None:
         pytest.skip("this model is not gathered; `make bench-zoo` brings it")
     model = onnx.load(path)
     assert_like_onnxruntime(model, feed(row, 0))
+
+
+@pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))
+def test_every_weight_of_a_real_model_gets_a_gradient(row: dict[str, Any]) -> None:
+    path = SHARED / f"{row['id']}.onnx"
+    if not path.exists():
+        pytest.skip("not one of the small models beside the project")
+    network = Network(onnx.load(path))
+    network.train()
+    given = {name: torch.from_numpy(value) for name, value in feed(row, 0).items()}
+    sum((value.square().mean() for value in network(given).values()), torch.zeros(())).backward()
+    for name, weight in network.weights().items():
+        assert weight.grad is not None, name
+        assert bool(torch.isfinite(weight.grad).all()), name
+
+
+PAIRS = [(case, layer) for case, (layers, _, _) in CASES.items() for layer in layers]
+
+
+def test_every_row_of_the_pruners_table_between_two_layers() -> None:
+    """What can be pruned can be trained: all cases of the operator table that surgery is tested with."""
+    for case, layer in PAIRS:
+        assert_like_onnxruntime(*sandwich(case, layer))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patterns_of_architectures(name: str) -> None:
+    assert_like_onnxruntime(*ARCHITECTURES[name]())
+
+
+def test_random_graphs() -> None:
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        steps = [(int(rng.integers(len(STEPS))), int(rng.integers(1000))) for _ in range(int(rng.integers(1, 14)))]
+        opset = [9, 11, 13, 17, 18, 21][seed % 6]
+        assert_like_onnxruntime(*build_graph(steps, opset, GRAPH_KINDS[seed % len(GRAPH_KINDS)], bool(seed % 2)))
 
 
 def test_prepared_models_have_the_weights_of_constant_nodes() -> None:
