@@ -255,13 +255,14 @@ def test_resize_of_a_part() -> None:
 @pytest.mark.parametrize(("operator", "gates", "states"), [("RNN", 1, 1), ("GRU", 3, 1), ("LSTM", 4, 2)])
 @pytest.mark.parametrize("opset", [7, 14])
 def test_recurrent_operators(operator: str, gates: int, states: int, direction: str, opset: int) -> None:
-    """With biases, lengths of their own and states at the start; GRU in both forms."""
+    """With biases, states at the start, and lengths of their own (only without those torch's own kernels can run); GRU in both forms."""
     ways, hidden, features = 2 if direction == "bidirectional" else 1, 3, 4
     inputs = [values(5, 2, features), values(ways, gates * hidden, features, seed=1), values(ways, gates * hidden, hidden, seed=2)]
     inputs += [values(ways, 2 * gates * hidden, seed=3), np.array([5, 3], np.int32)]
     inputs += [values(ways, 2, hidden, seed=4 + state) for state in range(states)]
     for more in ({}, {"linear_before_reset": 1}) if operator == "GRU" else ({},):
         check(operator, opset, tuple(inputs), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
+        check(operator, opset, (*inputs[:4], None, *inputs[5:]), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
         check(operator, opset, tuple(inputs[:3]), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
 
 

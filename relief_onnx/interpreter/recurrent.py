@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from relief_onnx.interpreter.activations import ACTIVATIONS
+from relief_onnx.interpreter.recurrent_native import native
 from relief_onnx.interpreter.registry import Table
 
 __all__ = ["ROWS"]
@@ -66,10 +67,17 @@ def _recurrent(
     direction: str,
     layout: int,
     make_cell: Callable[[int], tuple[Callable[[Tensor], Tensor], Cell]],
+    fast: Callable[..., tuple[Tensor, ...] | None] | None,
 ) -> tuple[Tensor, ...]:
-    """Both directions and layouts. make_cell: for a direction the function that adds its biases to x W, and the cell."""
+    """Both directions and layouts. make_cell: for a direction the function that adds its biases to x W, and the cell.
+
+    fast: torch's own kernel, where nothing in the node rules it out.
+    """
     x = x.transpose(0, 1) if layout else x
     starts = [state.transpose(0, 1) if state is not None and layout else state for state in initial]
+    quick = fast(x=x, initial=starts, backward=direction == "reverse") if fast is not None and lengths is None else None
+    if quick is not None:
+        return (quick[0].permute(2, 0, 1, 3), *(state.transpose(0, 1) for state in quick[1:])) if layout else quick
     zeros = x.new_zeros(x.shape[1], hidden_size)
     outputs, lasts = [], []
     for number in range(len(w)):
@@ -107,14 +115,17 @@ def rnn(
     hidden_size: int | None = None,
     layout: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
         wb, rb = _biases(b, number, r)
         weight, f = r[number].t(), functions[number]
         return lambda rows: rows + (wb + rb), lambda row, states: (f(row + states[0] @ weight),)
 
-    return _recurrent(x, w, sequence_lens, (initial_h,), r.shape[-1], direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta
+    fast = partial(native, "RNN", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h,), r.shape[-1], direction, layout, make, fast)
 
 
 @op("GRU", check=_check)
@@ -135,7 +146,8 @@ def gru(
     layout: int = 0,
     linear_before_reset: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Sigmoid", "Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Sigmoid", "Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
     size = r.shape[-1]
 
     def make(number: int) -> tuple[Activation, Cell]:
@@ -155,7 +167,9 @@ def gru(
 
         return lambda rows: rows + wb, cell
 
-    return _recurrent(x, w, sequence_lens, (initial_h,), size, direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta and linear_before_reset
+    fast = partial(native, "GRU", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h,), size, direction, layout, make, fast)
 
 
 @op("LSTM", check=_check)
@@ -178,7 +192,8 @@ def lstm(
     input_forget: int = 0,
     layout: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Sigmoid", "Tanh", "Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Sigmoid", "Tanh", "Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
         wb, rb = _biases(b, number, r)
@@ -197,4 +212,6 @@ def lstm(
 
         return lambda rows: rows + (wb + rb), cell
 
-    return _recurrent(x, w, sequence_lens, (initial_h, initial_c), r.shape[-1], direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta and p is None and not input_forget
+    fast = partial(native, "LSTM", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h, initial_c), r.shape[-1], direction, layout, make, fast)
