@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from builders import Net
-from helpers import SAMPLES, digits
+from helpers import ROOT, SAMPLES, digits
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import KINDS as GRAPH_KINDS
 from random_graphs import STEPS
@@ -24,6 +24,7 @@ from benchmarks.interpreter_models import LeNet5, build, to_onnx
 from benchmarks.zoo_models import SHARED, ZOO, feed, rows
 from relief_onnx.errors import ModelError, Unsupported
 from relief_onnx.interpreter import Network
+from relief_onnx.interpreter.table import TABLE
 from relief_onnx.model import prepare
 from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights
@@ -350,3 +351,9 @@ def test_the_benchmarks_models_are_valid() -> None:
     model = to_onnx(build(LeNet5))
     onnx.checker.check_model(model, full_check=True)
     assert_like_onnxruntime(model, {"input": digits(3)})
+
+
+def test_the_page_lists_every_operator() -> None:
+    rows = re.findall(r"^\| `\w+`: .* \| (.*) \|$", (ROOT / "docs" / "interpreter.md").read_text().split("## Operators")[1], re.MULTILINE)
+    listed = {name.removeprefix("ai.onnx.ml.") for row in rows for name in row.split(", ")}
+    assert listed == {name for _, name in TABLE.rows}
