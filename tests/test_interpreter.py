@@ -193,6 +193,26 @@ def test_what_is_no_weight_by_default() -> None:
     y = net.op("Softmax", net.op("Add", net.op("Pow", net.op("Add", x, scalar), exponent), mask))
     network = Network(net.model(net.op("MatMul", y, table)))
     assert list(network.weights()) == [table]
+    net = Net()
+    bias, factor = net.bias(1), net.bias(1)
+    y = net.op("Gemm", net.input(2, 4), net.weight(4, 1), bias)
+    network = Network(net.model(net.op("Mul", y, factor)))
+    assert bias in network.weights()
+    assert factor not in network.weights()
+
+
+def test_statistics_that_cannot_go_back_stay() -> None:
+    """In Constant nodes, for example: the network would no longer be what the file says."""
+    net = Net()
+    tensors = [numpy_helper.from_array(value) for value in (np.array([1, 2], np.float32), np.array([3, 4], np.float32))]
+    statistics = [net.op("Constant", value=tensor) for tensor in tensors]
+    network = Network(net.model(net.op("BatchNormalization", net.input(4, 2), net.weight(2), net.weight(2), *statistics)))
+    x = torch.rand(4, 2)
+    (before,) = network({network.inputs[0]: x}).values()
+    network.train()
+    (training,) = network({network.inputs[0]: x}).values()
+    assert torch.equal(before, training)
+    assert not network.arrays()
 
 
 @pytest.mark.parametrize("kind", [np.float16, "bfloat16"])
