@@ -90,7 +90,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, no file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(kind, batch, steps // 10 if options.quick else steps, before, options.blocks) for kind, batch, steps, before in CASES]
+    rows = []
+    for kind, batch, steps, before in CASES:
+        count = max(steps // 10, options.blocks) if options.quick else steps
+        rows.append(measure(kind, batch, count, before, options.blocks))
     heading = f"{'network':10s} {'batch':>5s} {'plain ms':>9s} {'interpreter ms':>15s} {'ratio':>6s} {'processor':>9s}"
     print(f"{heading}  ratio of blocks (aim {AIM})")
     for row in rows:
