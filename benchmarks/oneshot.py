@@ -177,9 +177,7 @@ def write(document: dict[str, Any], target: Path) -> None:
         "versions": {name: metadata.version(name) for name in libraries},
         "cells": {method: cells.counts(models, method) for method in cells.REPAIRED},
         "left_of_sparsegpt": {method: cells.median_left(models, method) for method in cells.REPAIRED},
-        "cost": {
-            name: {method: cells.cost(model["rows"].get(method, ())) for method in cells.REPAIRED} for name, model in models.items()
-        },
+        "cost": {name: {method: cells.cost(model["rows"].get(method, ())) for method in cells.REPAIRED} for name, model in models.items()},
     }
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

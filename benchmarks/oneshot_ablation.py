@@ -1,9 +1,9 @@
 """The third table of bench-oneshot: which part of `--repair least-squares` does what, on the paper's masks and on flow's.
 
-The known trap: with the paper's masks a plain solve of each layer can lower the accuracy. Starting from it, one part after the other is
-switched on (STEPS); then, from the whole repair, one part at a time is changed (CHANGES). The parts are switched off by replacing two
-functions of the library while the repair runs (`switched`): the product has no options for that. Masks and weights come from `calib_a`,
-results from `test`; nothing is chosen here.
+The known trap: with the paper's masks a plain solve of each layer can lower the accuracy. Starting from such a solve, one part after the
+other is switched on (STEPS); from the whole repair, one part at a time is changed (CHANGES); and, on the MLP, ways to spoil a plain solve
+and what helps against them (TRAPS). Parts are switched off by replacing functions of the library while the repair runs (`switched`): the
+product has no options for that. Masks and weights come from `calib_a`, results from `test`; nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ Feed = Mapping[str, NDArray[Any]]
 class Parts:
     """What of the repair is on; as it stands here, all of it.
 
-    inputs: of each layer, from the network `pruned` and repaired so far, from the `original`, or `mixed`: every second batch from each.
+    inputs: of each layer, from the network `pruned` and repaired so far, from the network only `masked`, from the `original`, or `mixed`:
+    every second batch from the original. samples: at most so many.
     ridge: None for the library's. towards: what the ridge draws the weights to, their `old` values or `zero`.
     relu: targets below 0 count as met where a Relu follows. sums: where a sum follows, the target is what the sum was.
     spread: the power of the factor that scales each neuron's outputs back to the spread of its targets.
     """
 
     inputs: str = "pruned"
+    samples: int | None = None
     free_bias: bool = True
     ridge: float | None = None
     towards: str = "old"
@@ -68,8 +70,6 @@ STEPS: dict[str, Parts] = {
     "+ Relu targets": Parts(),
 }
 CHANGES: dict[str, Parts] = {
-    "plain, free bias": replace(PLAIN, free_bias=True),
-    "plain, ridge": replace(PLAIN, ridge=None),
     "all, original inputs": Parts(inputs="original"),
     "all, mixed inputs": Parts(inputs="mixed"),
     "all, no ridge": Parts(ridge=NO_RIDGE),
@@ -77,10 +77,24 @@ CHANGES: dict[str, Parts] = {
     "all, spread half kept": Parts(spread=0.5),
     "all, spread kept": Parts(spread=1.0),
 }
+_FEW = replace(PLAIN, samples=64)
+_SHRUNK = replace(PLAIN, ridge=1.0, towards="zero")
+TRAPS: dict[str, Parts] = {
+    "plain, free bias": replace(PLAIN, free_bias=True),
+    "plain, masked inputs": replace(PLAIN, inputs="masked"),
+    "64 samples: plain": _FEW,
+    "  + ridge to old weights": replace(_FEW, ridge=None),
+    "  all": Parts(samples=64),
+    "  all, no ridge": Parts(samples=64, ridge=NO_RIDGE),
+    "ridge 1 to zero: plain": _SHRUNK,
+    "  + spread kept": replace(_SHRUNK, free_bias=True, spread=1.0),
+    "  + sequential inputs": replace(_SHRUNK, inputs="pruned"),
+    "  + to old weights": replace(_SHRUNK, inputs="pruned", towards="old"),
+}
 
 
-class _FromOriginal(Replay):
-    """The original network where the pruned one is expected: new weights do not reach it."""
+class _Fixed(Replay):
+    """A network that new weights do not reach."""
 
     def advance(self, stop: int, weights: Mapping[str, NDArray[Any]] | None = None) -> None:
         super().advance(stop)
@@ -91,7 +105,7 @@ class _Mixed(Replay):
 
     def __init__(self, original: Graph, graph: Graph, feeds: Sequence[Feed], wanted: Collection[str], *, threads: int = 0) -> None:
         super().__init__(graph, feeds, wanted, threads=threads)
-        self._other = _FromOriginal(original, feeds, wanted, threads=threads)
+        self._other = _Fixed(original, feeds, wanted, threads=threads)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
@@ -114,7 +128,7 @@ def switched(parts: Parts, original: Graph) -> Iterator[None]:
             return Replay(graph, feeds, wanted, threads=threads)
         if parts.inputs == "mixed":
             return _Mixed(original, graph, feeds, wanted, threads=threads)
-        return _FromOriginal(original, feeds, wanted, threads=threads)
+        return _Fixed(original if parts.inputs == "original" else graph, feeds, wanted, threads=threads)
 
     def solve(x: Any, target: Any, weight: Any, bias: Any, keep: Any, free_bias: bool, *more: Any) -> tuple[Any, Any]:
         target = replace(target, one_sided=target.one_sided and parts.relu)
@@ -163,7 +177,7 @@ class Subject:
         if parts is None:
             return masked
         with switched(parts, graph):
-            return repairs.repair(graph, masked, flags, self.weights, self.dataset, threads=self.threads)[0]
+            return repairs.repair(graph, masked, flags, self.weights, self.dataset, samples=parts.samples, threads=self.threads)[0]
 
     def judged(self, model: onnx.ModelProto) -> dict[str, float]:
         """score on the test samples, and the variance of the first output over the original's."""
@@ -182,12 +196,10 @@ def study(name: str, threads: int = 1, criteria: Sequence[str] = CRITERIA) -> di
         found = masks.setdefault(criterion, {})
         for share in SHARES[name]:
             flags = initializer_masks(subject.ready.plan, subject.pruned(criterion, share, mean_shift="off").masks)
-            models: dict[str, Parts | None] = {"mask only": None, **STEPS, **CHANGES}
+            models: dict[str, Parts | None] = {"mask only": None, **STEPS, **CHANGES, **(TRAPS if name == "mlp" else {})}
             for label, parts in models.items():
                 if label != "+ targets of sums" or any(node.op_type == "Add" for node in subject.ready.graph.nodes):
                     found.setdefault(label, []).append(subject.judged(subject.repaired(flags, parts)))
-            shifted = subject.pruned(criterion, share, mean_shift="on").model
-            found.setdefault("mask and mean shift", []).append(subject.judged(shifted))
             shipped = subject.pruned(criterion, share, repair="least-squares").model
             found.setdefault("as the product does it", []).append(subject.judged(shipped))
     original = flow_data.evaluate(name, subject.path, "test", threads)
