@@ -47,7 +47,7 @@ FLOW = Look(
 def draw(document: dict[str, Any], target: Path, look: Look = FLOW) -> None:
     """Write the SVG: the same bytes for the same document and matplotlib.
 
-    document: `models`, each with `rows` by method and `matched`: more rows of the own methods, a list by method, or a list where there is one.
+    document: `models`, each with `rows` by method and `matched`: more rows of the own methods, by method, or a list.
     """
     import matplotlib
 

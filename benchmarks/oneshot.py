@@ -1,4 +1,4 @@
-"""make bench-oneshot: accuracy, or agreement with the original, against the share of weights kept, after one cut and a repair without training.
+"""make bench-oneshot: accuracy, or agreement with the original, against the share of weights kept; one cut, repaired without training.
 
     python -m benchmarks.oneshot [--parts weights,channels,ablation] [--models a,b] [--shares 50,25] [--methods "flow + repair"] [--fresh]
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import relief_onnx
 from benchmarks import flow_data, flow_models
+from relief_onnx import aims, equations
 from relief_onnx import model as files
 from relief_onnx import repair as repairs
 from relief_onnx import solve as solving
@@ -138,11 +139,11 @@ def switched(parts: Parts, original: Graph) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(repairs, "Replay", replay))
-        stack.enter_context(patch.object(repairs, "solve", solve))
+        stack.enter_context(patch.object(equations, "solve", solve))
         if parts.ridge is not None:
             stack.enter_context(patch.object(solving, "RIDGE", parts.ridge))
         if not parts.sums:
-            stack.enter_context(patch.dict(repairs._STEPS, {"Add": lambda *_: None}))
+            stack.enter_context(patch.dict(aims._STEPS, {"Add": lambda *_: None}))
         yield
 
 
@@ -165,10 +166,12 @@ class Subject:
         self.dataset = open_dataset(self.data, files.input_specs(self.ready.original), images=ImageOptions())
         self.weights = frozenset(self.ready.plan.by_weight())
 
-    def pruned(self, criterion: str, share: float, **more: Any) -> relief_onnx.Result:
+    def pruned(self, criterion: str, share: float) -> relief_onnx.Result:
         """As a user calls it."""
-        keep = {"keep": f"{100 * share:.4g}%", "granularity": "weight", "storage": "dense", "threads": self.threads}
-        return relief_onnx.prune(self.path, self.data, criterion=criterion, **keep, **more)
+        return relief_onnx.prune(
+            self.path, self.data, criterion=criterion, keep=f"{100 * share:.4g}%", granularity="weight", repair="least-squares",
+            storage="dense", threads=self.threads,
+        )  # fmt: skip
 
     def repaired(self, flags: Mapping[str, NDArray[np.bool_]], parts: Parts | None) -> onnx.ModelProto:
         """The masked model with these parts of the repair; None: with none."""
@@ -179,29 +182,31 @@ class Subject:
         with switched(parts, graph):
             return repairs.repair(graph, masked, flags, self.weights, self.dataset, samples=parts.samples, threads=self.threads)[0]
 
-    def judged(self, model: onnx.ModelProto) -> dict[str, float]:
-        """score on the test samples, and the variance of the first output over the original's."""
+    def judged(self, model: onnx.ModelProto) -> dict[str, float | None]:
+        """score on the test samples, and the variance of the first output over the original's; None where it is not a number."""
         found, due = (next(iter(flow_data.outputs(self.name, item, "test", self.threads).values())) for item in (model, self.path))
         score = flow_data.evaluate(self.name, model, "test", self.threads)
-        return {"score": score, "spread": round(float(found.var(0).sum() / due.var(0).sum()), 4)}
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = float(found.var(0).sum() / due.var(0).sum())
+        return {"score": score, "spread": float(f"{spread:.4g}") if np.isfinite(spread) else None}
 
 
 def study(name: str, threads: int = 1, criteria: Sequence[str] = CRITERIA) -> dict[str, Any]:
     """By criterion and label, score and spread at each of the model's shares."""
     subject = Subject(name, threads)
-    masks: dict[str, dict[str, list[dict[str, float]]]] = {}
+    masks: dict[str, dict[str, list[dict[str, float | None]]]] = {}
     for criterion in criteria:
         if criterion not in CHOICES["criterion"]:
             continue
         found = masks.setdefault(criterion, {})
         for share in SHARES[name]:
-            flags = initializer_masks(subject.ready.plan, subject.pruned(criterion, share, mean_shift="off").masks)
+            shipped = subject.pruned(criterion, share)
+            flags = initializer_masks(subject.ready.plan, shipped.masks)
             models: dict[str, Parts | None] = {"mask only": None, **STEPS, **CHANGES, **(TRAPS if name == "mlp" else {})}
             for label, parts in models.items():
                 if label != "+ targets of sums" or any(node.op_type == "Add" for node in subject.ready.graph.nodes):
                     found.setdefault(label, []).append(subject.judged(subject.repaired(flags, parts)))
-            shipped = subject.pruned(criterion, share, repair="least-squares").model
-            found.setdefault("as the product does it", []).append(subject.judged(shipped))
+            found.setdefault("as the product does it", []).append(subject.judged(shipped.model))
     original = flow_data.evaluate(name, subject.path, "test", threads)
     return {"original": original, "shares": list(SHARES[name]), "masks": masks}
 
@@ -211,7 +216,12 @@ def table(name: str, entry: dict[str, Any]) -> str:
     heads = [f"{100 * share:g} %" for share in entry["shares"]]
     lines = [f"{name}, original {100 * entry['original']:.1f}: score in % (variance of the output, the original's is 1) by share kept"]
     for criterion, rows in entry["masks"].items():
-        lines.append(f"  {'masks of ' + criterion:24}" + "".join(f"{head:>14}" for head in heads))
+        lines.append(f"  {'masks of ' + criterion:24}" + "".join(f"{head:>15}" for head in heads))
         for label, found in rows.items():
-            lines.append(f"  {label:24}" + "".join(f"{100 * cell['score']:7.1f} ({cell['spread']:.2f})" for cell in found))
+            lines.append(f"  {label:24}" + "".join(f"{_cell(cell):>15}" for cell in found))
     return "\n".join(lines)
+
+
+def _cell(cell: Mapping[str, float]) -> str:
+    spread = cell["spread"]
+    return f"{100 * cell['score']:.1f} ({'-' if spread is None else f'{spread:.2f}' if spread < 100 else f'{spread:.0e}'})"

@@ -66,7 +66,7 @@ def losses(model: Model, own: str, opponent: str = "sparsegpt") -> list[dict[str
 
 
 def median_left(models: Mapping[str, Model], own: str) -> dict[str, Any]:
-    """The median over all cells of what is left of SparseGPT's loss, and over those where one of both keeps half of the original's score."""
+    """The median of what is left of SparseGPT's loss over all cells, and over those where one of both keeps half of the score."""
     every, alive = [], []
     for model in models.values():
         for cell in losses(model, own):
@@ -87,7 +87,7 @@ def counts(models: Mapping[str, Model], own: str) -> dict[str, dict[str, int]]:
 
 
 def cost(rows: Sequence[Row]) -> dict[str, Any]:
-    """Medians over a method's runs of the seconds of each stage, what choosing and repair took as multiples of the calibration, most memory."""
+    """Of a method's runs: median seconds of each stage, of choosing and repair as multiples of the calibration, and the most memory."""
     runs = [row for row in rows if "timing" in row]
     if not runs:
         return {}

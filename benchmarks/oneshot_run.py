@@ -62,7 +62,7 @@ def measure(model: str, data: str, target: str, options: dict[str, Any]) -> Row:
 
 
 def kept(path: Path, result: relief_onnx.Result, repaired: bool) -> float:
-    """The share of prunable weights that the masks leave: of those not zero before or, after a repair, of all, as it may fill any of them."""
+    """The share of prunable weights that the masks leave: of those not zero before or, repaired, of all: any may be filled."""
     ready = prepare(path)
     flags = initializer_masks(ready.plan, result.masks)
     left = every = 0

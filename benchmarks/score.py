@@ -191,7 +191,7 @@ def measure_peak(path: str, samples: str, batch: str, mode: str) -> None:
 
 
 def peak_kb() -> int:
-    """Peak resident memory of this process in kB (Linux). Not getrusage: its maximum survives exec, so a child would report its parent's."""
+    """Peak resident memory of this process in kB (Linux). Not getrusage: its maximum survives exec, so a child has its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
