@@ -152,9 +152,9 @@ def _maker(subject: flow_rules.Subject, name: str, method: str, given: Settings)
     return lambda share: by_magnitude(subject, name, method, share)
 
 
-def code() -> str:
-    """A key of what rows depend on: the library, and what makes samples, models, cuts and judgements."""
-    modules = ("flow_data", "flow_inputs", "flow_sound", "flow_metrics", "flow_models", "flow_rules", "oneshot_run")
+def code(*more: str) -> str:
+    """A key of what rows depend on: the library, and the modules that make samples, models, cuts and judgements."""
+    modules = ("flow_data", "flow_inputs", "flow_sound", "flow_metrics", "flow_models", "flow_rules", "oneshot_run", *more)
     files = [*sorted((ROOT / "relief_onnx").glob("*.py")), *(Path(__file__).parent / f"{module}.py" for module in modules)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -224,18 +224,25 @@ def main() -> None:
     if "weights" in parts:
         weights(document, names, given, told.output)
     if "channels" in parts:
-        stored = Cells(CACHE / "channels.json", {"code": code()})
-        if told.fresh:
-            stored.rows = {}
+        stored = _stored("channels", told.fresh, "flow_channels_data", "latency")
         for name, entry in oneshot_channels.bench(stored, CACHE / "channels", told.limit, told.threads):
             document.setdefault("channels", {})[name] = entry
             print(oneshot_channels.table(name, entry), flush=True)
             write(document, told.output)
     if "ablation" in parts:
+        stored = _stored("ablation", told.fresh, "oneshot_ablation")
         for name in told.ablation_models.split(","):
-            document.setdefault("ablation", {})[name] = oneshot_ablation.study(name, told.threads)
+            document.setdefault("ablation", {})[name] = oneshot_ablation.study(name, stored, told.threads)
             print(oneshot_ablation.table(name, document["ablation"][name]), flush=True)
             write(document, told.output)
+
+
+def _stored(part: str, fresh: bool, *modules: str) -> Cells:
+    """What was measured of a part with this code; nothing, where all is to be measured again."""
+    stored = Cells(CACHE / f"{part}.json", {"code": code(*modules)})
+    if fresh:
+        stored.rows = {}
+    return stored
 
 
 if __name__ == "__main__":

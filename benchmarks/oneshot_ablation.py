@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from types import TracebackType
 from typing import Any
 from unittest.mock import patch
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 
 import relief_onnx
 from benchmarks import flow_data, flow_models
+from benchmarks.flow_channels_data import Cells, Row
 from relief_onnx import aims, equations
 from relief_onnx import model as files
 from relief_onnx import repair as repairs
 from relief_onnx import solve as solving
 from relief_onnx.data import ImageOptions, open_dataset
 from relief_onnx.graph import Graph
-from relief_onnx.masks import applied, initializer_masks
+from relief_onnx.masks import Masks, applied, initializer_masks
 from relief_onnx.options import CHOICES
 from relief_onnx.pipeline import Prepared, prepare
 from relief_onnx.replay import Replay
@@ -173,16 +175,16 @@ class Subject:
             storage="dense", threads=self.threads,
         )  # fmt: skip
 
-    def repaired(self, flags: Mapping[str, NDArray[np.bool_]], parts: Parts | None) -> onnx.ModelProto:
+    def repaired(self, masks: Masks, parts: Parts | None) -> onnx.ModelProto:
         """The masked model with these parts of the repair; None: with none."""
-        graph = self.ready.graph
+        graph, flags = self.ready.graph, initializer_masks(self.ready.plan, masks)
         masked = apply_weights(graph.model, applied(graph, flags))
         if parts is None:
             return masked
         with switched(parts, graph):
             return repairs.repair(graph, masked, flags, self.weights, self.dataset, samples=parts.samples, threads=self.threads)[0]
 
-    def judged(self, model: onnx.ModelProto) -> dict[str, float | None]:
+    def judged(self, model: onnx.ModelProto) -> Row:
         """score on the test samples, and the variance of the first output over the original's; None where it is not a number."""
         found, due = (next(iter(flow_data.outputs(self.name, item, "test", self.threads).values())) for item in (model, self.path))
         score = flow_data.evaluate(self.name, model, "test", self.threads)
@@ -191,22 +193,26 @@ class Subject:
         return {"score": score, "spread": float(f"{spread:.4g}") if np.isfinite(spread) else None}
 
 
-def study(name: str, threads: int = 1, criteria: Sequence[str] = CRITERIA) -> dict[str, Any]:
-    """By criterion and label, score and spread at each of the model's shares."""
+def study(name: str, stored: Cells, threads: int = 1, criteria: Sequence[str] = CRITERIA) -> dict[str, Any]:
+    """By criterion and label, score and spread at each of the model's shares; what is stored is not measured again."""
     subject = Subject(name, threads)
-    masks: dict[str, dict[str, list[dict[str, float | None]]]] = {}
+    variants: dict[str, Parts | None] = {"mask only": None, **STEPS, **CHANGES, **(TRAPS if name == "mlp" else {})}
+    if not any(node.op_type == "Add" for node in subject.ready.graph.nodes):
+        del variants["+ targets of sums"]
+    masks: dict[str, dict[str, list[Row]]] = {}
     for criterion in criteria:
         if criterion not in CHOICES["criterion"]:
             continue
         found = masks.setdefault(criterion, {})
         for share in SHARES[name]:
-            shipped = subject.pruned(criterion, share)
-            flags = initializer_masks(subject.ready.plan, shipped.masks)
-            models: dict[str, Parts | None] = {"mask only": None, **STEPS, **CHANGES, **(TRAPS if name == "mlp" else {})}
-            for label, parts in models.items():
-                if label != "+ targets of sums" or any(node.op_type == "Add" for node in subject.ready.graph.nodes):
-                    found.setdefault(label, []).append(subject.judged(subject.repaired(flags, parts)))
-            found.setdefault("as the product does it", []).append(subject.judged(shipped.model))
+            cut = cache(partial(subject.pruned, criterion, share))
+            for label, parts in variants.items():
+                key = (name, criterion, f"{share:g}", label, parts)
+                found.setdefault(label, []).append(
+                    stored.get(key, lambda cut=cut, parts=parts: subject.judged(subject.repaired(cut().masks, parts)))
+                )
+            key = (name, criterion, f"{share:g}", "product")
+            found.setdefault("as the product does it", []).append(stored.get(key, lambda cut=cut: subject.judged(cut().model)))
     original = flow_data.evaluate(name, subject.path, "test", threads)
     return {"original": original, "shares": list(SHARES[name]), "masks": masks}
 
@@ -222,6 +228,6 @@ def table(name: str, entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(cell: Mapping[str, float]) -> str:
+def _cell(cell: Row) -> str:
     spread = cell["spread"]
     return f"{100 * cell['score']:.1f} ({'-' if spread is None else f'{spread:.2f}' if spread < 100 else f'{spread:.0e}'})"
