@@ -14,7 +14,12 @@ from rich.table import Table
 
 __all__ = ["comparison", "data", "overview", "progress", "prune_report", "quantize_report"]
 
-_STAGES = {"calibrate": "Calibrating and scoring", "repair": "Repairing layers", "compare": "Comparing with the original"}
+_STAGES = {
+    "calibrate": "Calibrating and scoring",
+    "choose": "Choosing again",
+    "repair": "Repairing layers",
+    "compare": "Comparing with the original",
+}
 
 
 class _Rate(TextColumn):
