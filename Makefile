@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-zoo bench-flow bench-flow-channels bench-oneshot study-flow peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-zoo bench-flow bench-flow-channels bench-oneshot study-flow peers clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) --editable ".[dev]"
+	@$(PIP) --editable ".[dev,retrain]"
 	@touch $@
 
 $(VENV)/.samples: $(VENV)/.dev
@@ -59,6 +59,9 @@ bench-score: $(VENV)/.dev  ## Measure scoring speed, memory and file sizes; prin
 
 bench-latency: $(VENV)/.dev  ## Measure how much faster pruned channels make a model in onnxruntime; prints the speed-ups.
 	$(BIN)/python -m benchmarks.latency $(LATENCY_OPTIONS)
+
+bench-interpreter: $(VENV)/.dev  ## Measure a training step through the interpreter beside a plain nn.Module; prints the ratios.
+	$(BIN)/python -m benchmarks.interpreter $(INTERPRETER_OPTIONS)
 
 bench-zoo: $(VENV)/.dev  ## Prune and check all real models of ../shared/models; prints a table.
 	$(BIN)/python -m benchmarks.zoo $(ZOO_OPTIONS)

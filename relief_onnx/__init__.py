@@ -4,7 +4,7 @@
     result = relief_onnx.prune("model.onnx", "calib/", alpha=0.95, output="model.pruned.onnx")
     print(result.report["totals"]["kept_percent"])
 
-Nothing heavy is imported until it is used; torch never is.
+Nothing heavy is imported until it is used; torch by relief_onnx.interpreter alone.
 """
 
 from __future__ import annotations

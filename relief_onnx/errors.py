@@ -2,6 +2,7 @@
 
 ReliefError                    exit code 1
 ├── ModelError                 the model file: missing, truncated, not ONNX, external data, unknown domain
+│   └── Unsupported            a node that the torch interpreter cannot run
 ├── DataError                  the calibration data: missing, empty, wrong name, type or shape, NaN, unreadable
 ├── RecipeError                a recipe or option value
 ├── OutputError                the place to write to: exists, not writable, disk full
@@ -22,6 +23,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "ReliefError",
+    "Unsupported",
     "VerificationError",
 ]
 
@@ -34,6 +36,10 @@ class ReliefError(Exception):
 
 class ModelError(ReliefError):
     """The model cannot be read or run."""
+
+
+class Unsupported(ModelError):  # noqa: N818 - a refusal, not a fault
+    """A node that the torch interpreter cannot run."""
 
 
 class DataError(ReliefError):

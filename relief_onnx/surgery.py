@@ -6,7 +6,7 @@ computes does not change. Running it twice is the same as running it once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from relief_onnx.branches import DeadBranch, drop_dead_branches
 from relief_onnx.coupling import Coupling
 from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, unused
-from relief_onnx.graph import Graph, attributes
+from relief_onnx.graph import Graph, attributes, subgraphs
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
 from relief_onnx.sources import VIEW_OPERATORS
@@ -137,15 +137,22 @@ def _surviving(layer: Layer, coupling: Coupling, removal: Removal) -> NDArray[np
 
 
 def apply_weights(model: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
-    """A copy with those initializers replaced."""
+    """A copy with those initializers replaced, in the graph and in the bodies of its nodes."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    for item in result.graph.initializer:
+    for item in _stored(result.graph):
         if item.name in arrays:
             tensor = numpy_helper.from_array(np.ascontiguousarray(arrays[item.name]), item.name)
             tensor.doc_string = item.doc_string
             item.CopyFrom(tensor)
     return result
+
+
+def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for body in subgraphs(node):
+            yield from _stored(body)
 
 
 def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Removal) -> bool:

@@ -274,7 +274,7 @@ def initial_weights(net: Network, rng: np.random.RandomState) -> Weights:
 
 def torch_operators() -> Mapping[str, Callable[..., Tensor]]:
     """ONNX operator -> the same in torch while training, called with the node's inputs and attributes."""
-    import torch.nn.functional as F  # noqa: N812 (the name that torch's own documentation uses)
+    import torch.nn.functional as F
 
     def normalize(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, epsilon: float) -> Tensor:
         return F.batch_norm(x, mean, var, scale, bias, training=True, eps=epsilon)

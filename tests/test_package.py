@@ -39,7 +39,7 @@ def test_contents(wheel: Path) -> None:
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
     assert {name.split("/")[0] for name in names} == {"relief_onnx", "relief_onnx_cli", info}
     assert {"relief_onnx/py.typed", "relief_onnx_cli/py.typed", f"{info}/licenses/LICENSE"} <= set(names)
-    modules = {f"relief_onnx/{path.name}" for path in (ROOT / "relief_onnx").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "relief_onnx").rglob("*.py")}
     modules |= {f"relief_onnx_cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +51,10 @@ def imports(source: str) -> set[str]:
     return found
 
 
+# The only places that may import torch: the interpreter, and the training that is built on it.
+WITH_TORCH = {name for name in LIBRARY if name.startswith(("relief_onnx/interpreter/", "relief_onnx/retrain/"))}
+
+
 def importers(module: str) -> set[str]:
     """The files of the library that import a module or anything in it."""
     return {name for name in LIBRARY if any(item == module or item.startswith(f"{module}.") for item in imports((ROOT / name).read_text()))}
@@ -59,7 +65,8 @@ def importers(module: str) -> set[str]:
     [
         ("onnxruntime", {"relief_onnx/session.py", "relief_onnx/quantizer.py"}),
         ("onnxruntime.quantization", {"relief_onnx/quantizer.py"}),
-        ("torch", set()),
+        ("torch", WITH_TORCH),
+        ("relief_onnx.interpreter", WITH_TORCH),
         ("click", set()),
         ("rich", set()),
         ("relief_onnx_cli", set()),
@@ -71,6 +78,20 @@ def importers(module: str) -> set[str]:
 )
 def test_who_imports(module: str, allowed: set[str]) -> None:
     assert importers(module) <= allowed
+
+
+@pytest.mark.parametrize("module", ["relief_onnx", "relief_onnx_cli.main", "relief_onnx.pipeline"])
+def test_torch_is_imported_by_nothing_but_training(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_help_imports_neither_torch_nor_onnxruntime() -> None:
+    code = (
+        "import sys\nfrom relief_onnx_cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'onnxruntime'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
 
 
 def test_the_import_rule_can_fail() -> None:
