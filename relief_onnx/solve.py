@@ -1,14 +1,16 @@
 """Least squares for the weights that are left of a layer, neuron by neuron, in closed form.
 
-For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred).
+For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred),
+more where there are few rows: FEW_ROWS times the kept inputs per row.
 The bias b is free and costs nothing. Where only the positive part of the neuron counts (a Relu follows), a negative target is met by any
 negative output: those targets are set to what the neuron emits now and the equations are solved again, a few times, with larger steps.
+With less than ROUNDS_ROWS rows for each kept input that would fit the rows and not the neuron, so all of the target is met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-RIDGE = 0.01
+RIDGE, FEW_ROWS = 0.01, 0.3
 # Features that are solved for at a time, and how often all blocks take their turn where there are several.
 BLOCK, TURNS = 1024, 2
 # Inputs of which X'X is held as a whole.
@@ -31,7 +33,7 @@ SOLVE_FLOPS, LEAST_BLOCK = 1e11, 128
 # Inverses that are held at a time.
 INVERSE_BYTES = 256 << 20
 # Rounds for neurons that only count where they are positive, and how far each goes. More rounds were worse on samples not seen.
-ROUNDS, STEP = 5, 1.6
+ROUNDS, STEP, ROUNDS_ROWS = 5, 1.6, 100
 
 
 @dataclass(frozen=True)
@@ -67,19 +69,23 @@ def solve(
     x: [rows, features]; weight, bias: those that the solution stays close to. appraisal: takes what each weight is then worth.
     """
     weight = np.where(keep, weight, 0.0)
+    inputs = float(keep.sum(1).mean()) if keep.size else 0.0
+    ridge = max(RIDGE, FEW_ROWS * inputs / max(len(x), 1))
+    if target.one_sided and len(x) < ROUNDS_ROWS * inputs:
+        target = replace(target, one_sided=False)
     size = _block_size(keep, 1 if appraisal is None else appraisal.size)
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
     if not target.one_sided and x.shape[1] <= MOMENT_FEATURES:
-        return _by_moments(x, target, weight, bias, keep, blocks * turns, free_bias, appraisal)
+        return _by_moments(x, target, weight, bias, keep, blocks * turns, free_bias, ridge, appraisal)
     for turn in range(turns):
         for block in blocks:
-            weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, appraisal if turn == turns - 1 else None)
+            weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, ridge, appraisal if turn == turns - 1 else None)
     return weight, bias
 
 
 def _by_moments(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: list[slice], free_bias: bool,
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: list[slice], free_bias: bool, part: float,
     appraisal: Appraisal | None,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """All blocks in turn from X'X and X't alone, where the target does not move with the outputs: rows are met once."""
@@ -92,7 +98,7 @@ def _by_moments(
     weight = weight.copy()
     for block in blocks:
         inner = moments[block, block]
-        ridge = RIDGE * float(np.trace(inner)) / len(inner) + 1e-12
+        ridge = part * float(np.trace(inner)) / len(inner) + 1e-12
         for columns, inverses in _inverses(inner, ridge, keep[:, block], np.float64 if appraisal is None else np.float32):
             # What the present weights explain is taken off: the equations are for the change.
             pull = wanted[columns, block] - weight[columns] @ moments[:, block]
@@ -109,22 +115,22 @@ def _by_moments(
 
 
 def _turn(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool,
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool, part: float,
     appraisal: Appraisal | None,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """One block of features solved for, with the others as they are."""
     mean = x[:, block].mean(0, dtype=np.float64) if free_bias else np.zeros(len(range(*block.indices(x.shape[1]))))
     own = x[:, block] - mean.astype(np.float32)
     moments = (own.T @ own).astype(np.float64)
-    ridge = RIDGE * float(np.trace(moments)) / len(moments) + 1e-12
+    ridge = part * float(np.trace(moments)) / len(moments) + 1e-12
     weight, bias = weight.copy(), bias.copy()
     for columns, inverses in _inverses(moments, ridge, keep[:, block]):
-        part = target.units(columns)
+        own_target = target.units(columns)
         y = x @ weight[columns].T.astype(np.float32) + bias[columns].astype(np.float32)
         start = weight[columns, block].copy()
         now = start.copy()
         for step in (STEP if i else 1.0 for i in range(ROUNDS if target.one_sided else 1)):
-            goal = part.of(y)
+            goal = own_target.of(y)
             left = goal - y
             pull = (own.T @ left).T.astype(np.float64)
             # What the present weights explain is in y: the equations are for the change.
@@ -134,11 +140,11 @@ def _turn(
             now += change
             y += own @ change.T.astype(np.float32)
             if free_bias:
-                offset = (part.of(y) - y).mean(0, dtype=np.float64) if not target.one_sided else step * left.mean(0, dtype=np.float64)
+                offset = (own_target.of(y) - y).mean(0, dtype=np.float64) if not target.one_sided else step * left.mean(0, dtype=np.float64)
                 bias[columns] += offset
                 y += offset.astype(np.float32)
         if appraisal is not None:
-            pull = (own.T @ (part.of(y) - y)).T.astype(np.float64) if appraisal.additions else np.zeros_like(now)
+            pull = (own.T @ (own_target.of(y) - y)).T.astype(np.float64) if appraisal.additions else np.zeros_like(now)
             for row, (places, inverse) in enumerate(inverses):
                 appraisal.judge(columns.start + row, block.start, moments, ridge, places, inverse, now[row], pull[row])
         weight[columns, block] = now

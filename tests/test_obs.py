@@ -45,7 +45,7 @@ def objective(x: Array, wanted: Array, keep: Array, prior: Array) -> float:
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_loss_is_what_the_error_grows_by(size: int) -> None:
     """Solved again without each kept weight (or run of weights), by another solver."""
-    x, wanted, weight, bias, keep = system(4)
+    x, wanted, weight, bias, keep = system(4, rows=400)
     keep = np.repeat(keep[:, ::size], size, axis=1)
     appraisal = Appraisal.empty(keep.shape, size, additions=False)
     solve(x, plain(wanted), weight, bias, keep, True, appraisal)
@@ -60,7 +60,7 @@ def test_a_loss_is_what_the_error_grows_by(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_gain_is_what_the_error_falls_by(size: int) -> None:
     """Solved again with each weight that is gone; the prior of those that are gone is 0 here, so that the ridge asks for nothing."""
-    x, wanted, weight, bias, keep = system(5)
+    x, wanted, weight, bias, keep = system(5, rows=400)
     keep = np.repeat(keep[:, ::size], size, axis=1)
     weight = weight * keep
     appraisal = Appraisal.empty(keep.shape, size, additions=True)

@@ -92,6 +92,26 @@ def test_each_neuron_is_its_own_ridge_regression(free: bool) -> None:
         assert offsets[j] == pytest.approx(wanted[:, j].mean() - expected @ mean[row] if free else bias[j], rel=1e-3, abs=1e-3)
 
 
+def test_few_rows_are_not_fitted_too_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows that the solution has not seen, with a third more rows than inputs."""
+    rng = np.random.default_rng(7)
+    x = (rng.standard_normal((4000, 60)) @ rng.standard_normal((60, 60))).astype(np.float32)
+    truth, keep = rng.standard_normal((8, 60)), rng.random((8, 60)) < 0.5
+    wanted = np.maximum(x @ truth.T, 0).astype(np.float32) @ rng.standard_normal((8, 8)).astype(np.float32)
+    seen, unseen = slice(0, 40), slice(40, None)
+
+    def error(one_sided: bool) -> float:
+        w, b = solve(x[seen], plain(wanted[seen], one_sided), 0.1 * truth, np.zeros(8), keep, True)
+        y = x[unseen] @ w.T + b
+        return float(np.square(plain(wanted[unseen], one_sided).of(y.astype(np.float32)) - y).mean())
+
+    found = [error(False), error(True)]
+    monkeypatch.setattr(solving, "FEW_ROWS", 0.0)
+    assert found[0] < 0.8 * error(False)
+    monkeypatch.setattr(solving, "ROUNDS_ROWS", 0)
+    assert found[1] < 0.8 * error(True)
+
+
 def test_blocks_end_near_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     x, wanted, weight, bias, keep = system(1)
     whole = solve(x, plain(wanted), weight, bias, keep, True)
