@@ -23,17 +23,30 @@ from relief_onnx.scoring import Scores
 from relief_onnx.unit_budget import choose_units
 from relief_onnx.walk import trace
 
-__all__ = ["Chosen", "decide", "kept_portions", "shrinks", "silenced"]
+__all__ = ["Chosen", "decide", "kept_portions", "pools", "shrinks", "silenced"]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the rules keep: masks, what happened to each coupling group, units that go as a whole, layers that a floor saved."""
+    """What the rules keep: masks, what happened to each coupling group, units that go as a whole, layers that a floor saved.
+
+    allowed: what is left where only whole units go.
+    """
 
     masks: Masks
+    allowed: Masks
     choices: tuple[Choice, ...] = ()
     coupling: Coupling | None = None
     floors: tuple[Floor, ...] = ()
+
+    def within(self, masks: Masks) -> Masks:
+        """What may stay: `allowed`, without what later rules took away from the masks."""
+        keep = {}
+        for weight, own in masks.keep.items():
+            may = self.allowed.keep[weight] if weight in self.allowed.keep else np.ones(own.shape, bool)
+            taken = self.masks.keep[weight] & ~own if weight in self.masks.keep else ~own
+            keep[weight] = may.reshape(*may.shape, *(1,) * (own.ndim - may.ndim)) & ~taken
+        return Masks(keep, masks.bias_keep, masks.vectors)
 
     def removed(self, plan: Plan) -> dict[str, Any]:
         """Flags [out] of the units that go, by layer name."""
@@ -47,7 +60,7 @@ def decide(graph: Graph, plan: Plan, options: Options, scores: Scores, weights: 
     """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
     if not options.by_channel:
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
-        return Chosen(masks, floors=floors)
+        return Chosen(masks, keep_all(plan, weights), floors=floors)
     coupling = trace(graph, plan)
     sample = next(iter(dataset.batches(1, limit=1)))
     choices = tuple(choose_units(
@@ -56,7 +69,8 @@ def decide(graph: Graph, plan: Plan, options: Options, scores: Scores, weights: 
     ))  # fmt: skip
     removed = frozenset(unit for choice in choices for unit in choice.removed)
     inside, floors = _fine_masks(plan, options, without_units(plan, coupling, scores, removed), weights, None)
-    return Chosen(unit_masks(graph, plan, coupling, removed, inside), choices, coupling, floors)
+    units = unit_masks(graph, plan, coupling, removed, keep_all(plan, weights))
+    return Chosen(unit_masks(graph, plan, coupling, removed, inside), units, choices, coupling, floors)
 
 
 def _fine_masks(
@@ -67,22 +81,22 @@ def _fine_masks(
         return keep_all(plan, weights), ()
     if options.pattern is not None:
         return pattern_masks(plan, scores, weights, *parse_pattern(options.pattern)), ()
-    if options.criterion == "flow" or keep is not None:
-        return cut(plan, scores, _pools(plan, options, weights, keep), keep)
+    if options.by_flow or keep is not None:
+        return cut(plan, scores, pools(plan, options, weights, keep), keep)
     return make_masks(plan, scores, weights, _alpha(options), options.bias == "prune"), ()
 
 
-def _pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
+def pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
     """Weights with one and the same alpha are ranked together; where a recipe names a layer it is on its own."""
-    pools: dict[tuple[str, float | None], list[str]] = {}
+    found: dict[tuple[str, float | None], list[str]] = {}
     for weight, layers in plan.by_weight().items():
         if weight not in weights:
             continue
         names = (layers[0].name, weight)
         named = options.layer_alpha(names)
         alpha = named[1] if named is not None else None if keep is not None else _alpha(options)(layers[0])
-        pools.setdefault(("" if named is None else named[0], alpha), []).append(weight)
-    return [Pool(tuple(own), alpha) for (_, alpha), own in pools.items()]
+        found.setdefault(("" if named is None else named[0], alpha), []).append(weight)
+    return [Pool(tuple(own), alpha) for (_, alpha), own in found.items()]
 
 
 # How much of the mean of what goes is moved where inputs shrink: (share of the layer's flow that stays)^SHIFT_EXPONENT; see docs/flow.md.

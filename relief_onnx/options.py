@@ -53,6 +53,11 @@ class Options:
         return self.granularity.startswith("channel")
 
     @property
+    def by_flow(self) -> bool:
+        """Whether R of units decides, alone or as the first step."""
+        return self.criterion in BY_FLOW
+
+    @property
     def fine(self) -> str | None:
         """What goes inside units: "connection", "weight" or nothing."""
         return self.granularity.removeprefix("channel").removeprefix("+") or None
@@ -65,14 +70,14 @@ class Options:
     @property
     def shifts_means(self) -> bool:
         """Whether biases take over the mean of what goes: asked for, or the criterion measures means anyway."""
-        return self.mean_shift == "on" or (self.mean_shift == "auto" and self.criterion == "flow")
+        return self.mean_shift == "on" or (self.mean_shift == "auto" and self.by_flow)
 
     def unit_alpha_for(self, names: tuple[str, ...], convolution: bool) -> float:
         """The share of importance that the units kept of a layer's group carry."""
         chosen = (self.alpha, self.alpha_conv, self.alpha_fc) != (None, None, None) or self.layers
         if self.alpha_channel is None and chosen:
             return self.alpha_for(names, convolution)
-        default = DEFAULT_FLOW_CHANNEL_ALPHA if self.criterion == "flow" else DEFAULT_CHANNEL_ALPHA
+        default = DEFAULT_FLOW_CHANNEL_ALPHA if self.by_flow else DEFAULT_CHANNEL_ALPHA
         return default if self.alpha_channel is None else self.alpha_channel
 
     def layer_alpha(self, names: tuple[str, ...]) -> tuple[str, float] | None:
@@ -85,9 +90,12 @@ class Options:
         if own is not None:
             return own[1]
         specific = self.alpha_conv if convolution else self.alpha_fc
-        default = DEFAULT_FLOW_ALPHA if self.criterion == "flow" else DEFAULT_ALPHA[convolution]
+        default = DEFAULT_FLOW_ALPHA if self.by_flow else DEFAULT_ALPHA[convolution]
         return next(value for value in (specific, self.alpha, default) if value is not None)
 
+
+# Criteria that measure R of every unit.
+BY_FLOW = ("flow", "flow-obs")
 
 _FIELDS = tuple(item.name for item in fields(Options))
 
@@ -105,7 +113,7 @@ DEFAULT_FLOW_CHANNEL_ALPHA = 0.98
 DEFAULT_CHANNEL_ALPHA = 0.9
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "criterion": ("flow", "relief", "relief-fast", "magnitude", "wanda"),
+    "criterion": ("flow", "flow-obs", "relief", "relief-fast", "magnitude", "wanda"),
     "granularity": ("connection", "weight", "channel", "channel+connection", "channel+weight"),
     "repair": ("none", "least-squares"),
     "bias": ("keep", "prune"),
@@ -147,6 +155,10 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
     values = {key: _parsed("", key, value) for key, value in values.items()}
     if "granularity" in values:
         values["granularity"] = granularity_of(values["granularity"])
+    if values.get("repair") == "least-squares":
+        values.setdefault("criterion", "flow-obs")
+    if values.get("criterion") == "flow-obs" and values.setdefault("repair", "least-squares") == "none":
+        raise RecipeError("criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow")
     options = replace(Options(), **values)
     for key in (*alphas, "alpha_channel"):
         _check_alpha(key, getattr(options, key))
@@ -192,9 +204,9 @@ def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str
         for key in ("alpha_channel", "round_to")
         if given.get(key) is not None and not options.by_channel
     ]
-    if options.criterion == "flow" and given.get("bias") == "prune":
+    if options.by_flow and given.get("bias") == "prune":
         found.append("bias prune does nothing by flow: a bias is constant, so no flow goes through it")
-    if options.criterion != "flow" and options.output_weight:
+    if not options.by_flow and options.output_weight:
         found.append(f"output-weight does nothing by the criterion {options.criterion}; it needs flow")
     if scores is not None and options.output_weight:
         found.append(f"output-weight does nothing: {scores} holds what was measured; give it to relief-onnx score")

@@ -17,16 +17,19 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
+from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.decide import Chosen, decide, kept_portions, silenced
+from relief_onnx.decide import Chosen, decide, kept_portions, pools, silenced
 from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
 from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find, select
 from relief_onnx.masks import Masks, applied, initializer_masks, insert
+from relief_onnx.obs import improve
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import PaperRules
+from relief_onnx.patterns import parse_pattern
 from relief_onnx.probes import instrument
 from relief_onnx.repair import Repaired, repair
 from relief_onnx.report import Evidence, build_report, to_json
@@ -144,7 +147,12 @@ def prune(
         chosen = decide(ready.graph, ready.plan, options, found, weights, dataset)
         masks, gates = rules.apply(chosen.masks)
         graph, shifts = _shifted(ready, options, found, chosen, masks, dataset, progress)
-        flags = initializer_masks(ready.plan if graph is ready.graph else find(graph), masks)
+    plan = ready.plan if graph is ready.graph else find(graph)
+    floors, exchanged = chosen.floors, tuple[int, ...]()
+    if options.criterion == "flow-obs" and options.fine is not None:
+        with clock("choose"), _named(ready.path):
+            masks, floors, exchanged = _improved(ready, graph, plan, options, found, chosen, masks, weights, dataset, progress)
+    flags = initializer_masks(plan, masks)
     graph, repaired = _repaired(ready, graph, flags, options, chosen, masks, weights, dataset, clock, progress)
     with clock("mask"):
         masked = rules.insert_gates(insert(graph, flags), gates)
@@ -154,8 +162,8 @@ def prune(
     with clock("pack"):
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
     evidence = Evidence(
-        ready, options, masks, operation, packed, reasons, gates, chosen.choices, shipped, found, chosen.floors, shifts,
-        passed_evenly(ready.graph, ready.plan) if options.criterion == "flow" else (), repaired,
+        ready, options, masks, operation, packed, reasons, gates, chosen.choices, shipped, found, floors, shifts,
+        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, exchanged,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
@@ -216,6 +224,23 @@ def _shifted(
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
 
 
+def _improved(
+    ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks, weights: frozenset[str],
+    dataset: Dataset, progress: calibrate.Progress,
+) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:  # fmt: skip
+    """The masks chosen again by what is lost after repair, the floors that acted, and how many weights were exchanged."""
+    gone = silenced(ready.plan, chosen, masks)
+    found = improve(
+        ready.graph, graph, plan, masks, chosen.within(masks),
+        [pool.weights for pool in pools(ready.plan, options, weights, None if options.by_channel else options.keep)],
+        {score.weight: score.relevance for score in scores.values() if score.relevance is not None}, weights, dataset,
+        pattern=None if options.pattern is None else parse_pattern(options.pattern),
+        removed={layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}, samples=options.samples,
+        seed=options.seed, threads=options.threads, progress=progress,
+    )  # fmt: skip
+    return found.masks, found.floors, found.exchanged
+
+
 def _repaired(
     ready: Prepared, graph: Graph, flags: Mapping[str, Any], options: Options, chosen: Chosen, masks: Masks, weights: frozenset[str],
     dataset: Dataset, clock: _Clock, progress: calibrate.Progress,
@@ -236,8 +261,8 @@ def _repaired(
 def _criterion_of(scores: Scores, options: Options) -> str:
     """What a score file holds decides: R of every unit makes it flow."""
     if all(score.relevance is not None for score in scores.values()):
-        return "flow"
-    return options.criterion if options.criterion != "flow" else "relief"
+        return options.criterion if options.by_flow else "flow"
+    return options.criterion if not options.by_flow else "relief"
 
 
 @contextmanager
@@ -288,7 +313,7 @@ def _measure(
             raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
     threads = options.threads or os.cpu_count() or 1
     flow, grouping = None, None
-    if options.criterion == "flow":
+    if options.by_flow:
         grouping = calibrate.sort_samples(
             ready.graph.model, dataset, DEFAULT_RULE.bits, limit=options.samples, seed=options.seed, threads=threads
         )
@@ -325,7 +350,8 @@ def _measure(
 
 def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
     parts = (
-        ready.sha256, dataset.fingerprint, options.scored, options.criterion, options.samples, options.seed, options.output_weight,
+        ready.sha256, dataset.fingerprint, options.scored, "flow" if options.by_flow else options.criterion, options.samples, options.seed,
+        options.output_weight,
     )  # fmt: skip
     return files.sha256(repr(parts).encode())
 

@@ -8,7 +8,7 @@ Both networks run once, piece by piece (see `replay`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,21 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.aims import aim_of
 from relief_onnx.dataset import Dataset
-from relief_onnx.graph import Graph, attributes
+from relief_onnx.equations import Equations
+from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.replay import Replay
-from relief_onnx.rows import layer_rows
-from relief_onnx.solve import Target, solve
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["Repaired", "repair"]
+__all__ = ["Repaired", "refusal", "repair", "samples_of", "sweep"]
 
-Doubles = NDArray[np.float64]
+Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
 
-# Samples that repair looks at, how many of them run at a time, and the bytes of rows that one layer holds.
-SAMPLES, BATCH, ROW_BYTES = 1024, 32, 256 << 20
+# Samples that repair looks at, and how many of them run at a time.
+SAMPLES, BATCH = 1024, 32
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,7 @@ class Repaired:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Aim:
-    """Where a layer's output is judged: in `tensor`, which is scale * output + shift + `other`; before a Relu only where it is positive."""
-
-    tensor: str
-    scale: Doubles
-    shift: Doubles
-    other: str = ""
-    one_sided: bool = False
+Visit = Callable[[Layer, Equations], dict[str, NDArray[Any]]]
 
 
 def repair(
@@ -66,164 +58,53 @@ def repair(
     """
     graph = Graph(masked)
     plan = find(graph)
-    limit = SAMPLES if samples is None else min(samples, SAMPLES)
-    feeds = [batch.feed for batch in dataset.batches(BATCH, limit=limit, seed=seed)]
-    aims = {layer.name: _aim(original, graph, layer) for layer in plan.layers}
-    wanted = {aim.tensor for aim in aims.values()}
+    rows = {layer.name: Repaired(layer, reason=reason) for layer in plan.layers if (reason := refusal(plan, layer, weights))}
+    feeds = samples_of(dataset, SAMPLES if samples is None else min(samples, SAMPLES), seed)
+
+    def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+        progress("repair", layer.node, len(graph.nodes))
+        found, errors = equations.solved()
+        rows[layer.name] = Repaired(layer, *errors) if found else Repaired(layer, reason="its equations have no finite solution")
+        return found
+
+    solvable = [layer for layer in plan.layers if layer.name not in rows]
+    new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads)
+    listed = tuple(rows[layer.name] for layer in plan.layers if layer.weight in weights)
+    return (apply_weights(masked, new) if new else masked), listed
+
+
+def samples_of(dataset: Dataset, limit: int, seed: int) -> list[Feed]:
+    """At most `limit` samples in batches, the same for every sweep."""
+    return [batch.feed for batch in dataset.batches(BATCH, limit=limit, seed=seed)]
+
+
+def sweep(
+    original: Graph, graph: Graph, plan: Plan, layers: Sequence[Layer], feeds: Sequence[Feed], flags: Mapping[str, Flags],
+    removed: Mapping[str, Flags], visit: Visit, *, seed: int, threads: int,
+) -> dict[str, NDArray[Any]]:  # fmt: skip
+    """Walk both networks side by side and ask `visit` for new initializers of each of the `layers`, which later ones see. All of them."""
+    aims = {layer.name: aim_of(original, graph, layer) for layer in layers}
+    last = {aims[layer.name].tensor: layer for layer in layers}
     new: dict[str, NDArray[Any]] = {}
-    rows = []
-    with Replay(original, feeds, wanted, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
-        for number, layer in enumerate(plan.layers):
-            progress("repair", number, len(plan.layers))
+    with Replay(original, feeds, last, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
+        for layer in layers:
             aim = aims[layer.name]
-            reason = _refusal(plan, layer, weights)
-            if not reason:
-                after.advance(layer.node, new)
-                before.advance(original.producer[aim.tensor] + 1)
-                job = _Job(graph, layer, aim, flags, (removed or {}).get(layer.weight))
-                found, errors = job.run(before, after, seed)
-                new |= found
-                rows.append(Repaired(layer, *errors) if found else Repaired(layer, reason="its equations have no finite solution"))
-            elif layer.weight in weights:
-                rows.append(Repaired(layer, reason=reason))
-            if not any(other.tensor == aim.tensor for other in list(aims.values())[number + 1 :]):
+            after.advance(layer.node, new)
+            before.advance(original.producer[aim.tensor] + 1)
+            bias_keep = None if layer.bias is None else flags.get(layer.bias.name)
+            new |= visit(
+                layer,
+                Equations(graph, layer, aim, flags.get(layer.weight), bias_keep, removed.get(layer.weight), before, after, seed),
+            )
+            if last[aim.tensor] is layer:
                 before.drop(aim.tensor)
-    return (apply_weights(masked, new) if new else masked), tuple(rows)
+    return new
 
 
-def _refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:
+def refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:
     """Why a layer keeps its weights as they are; empty where it can be solved for."""
     if layer.weight not in weights:
         return "not chosen"
     if len(plan.by_weight()[layer.weight]) > 1:
         return "several nodes read its weight"
     return ""
-
-
-def _aim(original: Graph, graph: Graph, layer: Layer) -> _Aim:
-    """Follow a layer's output to the sum that it goes into, and to the Relu behind it."""
-    aim = _Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
-    if layer.output not in original.producer:
-        return _Aim(graph.nodes[layer.node].output[0], aim.scale, aim.shift)
-    while len(uses := original.uses.get(aim.tensor, [])) == 1 and uses[0].slot >= 0 and not original.is_output(aim.tensor):
-        node = original.nodes[uses[0].node]
-        step = _STEPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        found = step(original, graph, layer, aim, node, uses[0].slot) if step is not None else None
-        if found is None:
-            break
-        aim = found
-        if aim.one_sided:
-            break
-    return aim
-
-
-def _affine(original: Graph, graph: Graph, layer: Layer, aim: _Aim, node: onnx.NodeProto, slot: int) -> _Aim | None:
-    """BatchNormalization as it runs in inference: another scale and shift."""
-    values = [original.constant(name) for name in node.input[1:5]]
-    if slot or aim.other or len(values) < 4 or layer.output_axis != 1 or attributes(node).get("training_mode", 0):
-        return None
-    if any(value is None or value.size != layer.out_channels for value in values):
-        return None
-    gamma, beta, mean, variance = (np.asarray(value, np.float64).reshape(-1) for value in values)
-    scale = gamma / np.sqrt(variance + float(attributes(node).get("epsilon", 1e-5)))
-    if not scale.all():
-        return None
-    return _Aim(node.output[0], aim.scale * scale, aim.shift * scale + beta - mean * scale)
-
-
-def _sum(original: Graph, graph: Graph, layer: Layer, aim: _Aim, node: onnx.NodeProto, slot: int) -> _Aim | None:
-    """A sum with another branch, where the pruned network has it before this layer runs."""
-    other = node.input[1 - slot]
-    is_input = any(info.name == other for info in graph.inputs)
-    ready = is_input or graph.producer.get(other, layer.node) < layer.node
-    if aim.other or not ready or original.constant(other) is not None or original.shape(other) != original.shape(aim.tensor):
-        return None
-    if original.shape(other) is None or len(set(node.input)) != 2:
-        return None
-    return _Aim(node.output[0], aim.scale, aim.shift, other)
-
-
-def _positive(original: Graph, graph: Graph, layer: Layer, aim: _Aim, node: onnx.NodeProto, slot: int) -> _Aim | None:
-    """Only what is above 0 counts."""
-    if node.op_type == "Clip":
-        least = attributes(node).get("min") if original.opset < 11 else original.constant(node.input[1]) if len(node.input) > 1 else None
-        if slot or least is None or float(np.asarray(least).reshape(-1)[0]) != 0:
-            return None
-    return _Aim(aim.tensor, aim.scale, aim.shift, aim.other, one_sided=True)
-
-
-# How a layer's output is followed: operator -> step.
-_STEPS = {"BatchNormalization": _affine, "Add": _sum, "Relu": _positive, "Clip": _positive}
-
-
-class _Job:
-    """One layer's equations."""
-
-    def __init__(self, graph: Graph, layer: Layer, aim: _Aim, flags: Mapping[str, Flags], removed: Flags | None) -> None:
-        self._graph, self._layer, self._aim = graph, layer, aim
-        weight = np.asarray(layer.view.apply(graph.array(layer.weight)), np.float64)
-        self._weight = weight.reshape(layer.out_channels, -1) * layer.scale
-        stays = flags.get(layer.weight)
-        keep = np.ones(layer.view.source, bool) if stays is None else np.broadcast_to(stays, layer.view.source)
-        self._keep = layer.view.apply(keep).reshape(layer.out_channels, -1)
-        self._solved = np.ones(layer.out_channels, bool) if removed is None else ~removed
-        self._free = layer.bias is not None and not layer.bias.shared and layer.bias.factor != 0
-        self._bias = np.zeros(layer.out_channels)
-        if layer.bias is not None:
-            self._bias = np.asarray(layer.bias.view.apply(graph.array(layer.bias.name)), np.float64) * layer.bias.factor
-            if layer.bias.name in flags:  # what the mask silenced stays silent
-                self._solved &= layer.bias.view.apply(np.broadcast_to(flags[layer.bias.name], layer.bias.view.source))
-
-    def run(self, before: Replay, after: Replay, seed: int) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
-        """New initializers, and the errors before and after."""
-        layer = self._layer
-        x, wanted, other = self._rows(before, after, seed)
-        scale = self._aim.scale
-        shift = other + self._aim.shift.astype(np.float32)
-        weight, bias = self._weight.copy(), self._bias.copy()
-        per_group = layer.out_channels // layer.groups
-        errors = np.zeros(2)
-        total = float(wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
-        for group in range(layer.groups):
-            units = np.arange(group * per_group, (group + 1) * per_group)
-            units = units[self._solved[units]]
-            if not len(units):
-                continue
-            own = x[:, group]
-            target = Target(wanted[:, units], shift[:, units], scale[units], self._aim.one_sided)
-            found = solve(own, target, weight[units], bias[units], self._keep[units], self._free)
-            for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
-                errors[place] += _error(own, target, w, b)
-            weight[units], bias[units] = found
-        return self._stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
-
-    def _stored(self, weight: Doubles, bias: Doubles) -> dict[str, NDArray[Any]]:
-        layer, graph = self._layer, self._graph
-        old = graph.array(layer.weight)
-        canonical = np.where(self._keep, weight / layer.scale, 0.0).reshape(layer.view.shape)
-        with np.errstate(over="ignore"):  # what is too large for half precision is refused below
-            found = {layer.weight: layer.view.invert(canonical).astype(old.dtype)}
-        if self._free and layer.bias is not None:
-            stored = graph.array(layer.bias.name)
-            found[layer.bias.name] = layer.bias.view.invert(bias / layer.bias.factor).astype(stored.dtype)
-        return found if all(np.isfinite(value).all() for value in found.values()) else {}
-
-    def _rows(self, before: Replay, after: Replay, seed: int) -> tuple[NDArray[np.float32], ...]:
-        """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
-        layer, name = self._layer, self._aim.other
-        each = layer.groups * self._weight.shape[1] * 4
-        budget = max(ROW_BYTES // each, 64) // max(after.batches, 1)
-        collected: list[tuple[NDArray[Any], ...]] = []
-        for batch in range(after.batches):
-            rng = np.random.default_rng([seed, layer.node, batch])
-            x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
-            other = after.value(name, batch) if name else None
-            assert x is not None
-            assert y is not None
-            collected.append(layer_rows(layer, x, y, other, budget, rng))
-        return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))
-
-
-def _error(x: NDArray[np.float32], target: Target, weight: Doubles, bias: Doubles) -> float:
-    y = x @ weight.T.astype(np.float32) + bias.astype(np.float32)
-    return float((np.square((target.of(y) - y), dtype=np.float64) * np.square(target.scale)).sum() / len(x))

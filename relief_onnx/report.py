@@ -63,6 +63,7 @@ class Evidence:
     shifts: tuple[Shift, ...] = ()
     evenly: tuple[Even, ...] = ()
     repaired: tuple[Repaired, ...] = ()
+    exchanged: tuple[int, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -111,7 +112,7 @@ class Evidence:
             return f"some node that shares it needs each {self._unit}" + ("" if alpha is None else f" at alpha {alpha:g}")
         if alpha is None and self.options.pattern is not None:
             return f"its neurons have fewer inputs than a block of the pattern {self.options.pattern}"
-        if alpha is None or self.options.criterion == "flow":
+        if alpha is None or self.options.by_flow:
             return f"every {self._unit} is above the cut" + ("" if alpha is None else f" that keeps {alpha:g} of the flow")
         return f"every {self._unit} is needed to keep {alpha:g} of the contribution of its output"
 
@@ -179,11 +180,12 @@ class Evidence:
 
     def flow_document(self) -> dict[str, Any] | None:
         """Nodes that passed relevance on evenly, and layers that a floor saved from the ranking; None without the criterion flow."""
-        if self.options.criterion != "flow":
+        if not self.options.by_flow:
             return None
         return {
             "evenly": [{"node": item.node, "op": item.op, "reason": item.reason} for item in self.evenly],
             "floors": [{"weight": item.weight, "ranked": item.ranked, "kept": item.kept} for item in self.floors],
+            "exchanged": list(self.exchanged),
         }
 
     def _flow_of(self, layer: Layer) -> dict[str, float]:

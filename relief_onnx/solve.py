@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.worth import Appraisal
+
 __all__ = ["Target", "solve"]
 
 Floats = NDArray[np.float32]
@@ -22,6 +24,8 @@ Flags = NDArray[np.bool_]
 RIDGE = 0.01
 # Features that are solved for at a time, and how often all blocks take their turn where there are several.
 BLOCK, TURNS = 1024, 2
+# Floating point operations for the inverses of a layer; beyond it blocks get smaller, down to LEAST_BLOCK.
+SOLVE_FLOPS, LEAST_BLOCK = 3e11, 128
 # Inverses that are held at a time.
 INVERSE_BYTES = 256 << 20
 # Rounds for neurons that only count where they are positive, and how far each goes. More rounds were worse on samples not seen.
@@ -53,20 +57,28 @@ class Target:
         return Target(self.wanted[:, columns], self.shift[:, columns], self.scale[columns], self.one_sided)
 
 
-def solve(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool) -> tuple[Doubles, Doubles]:
+def solve(
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool, appraisal: Appraisal | None = None
+) -> tuple[Doubles, Doubles]:
     """New weights [out, features] and biases [out]; 0 where `keep` [out, features] is not.
 
-    x: [rows, features]; weight, bias: those that the solution stays close to.
+    x: [rows, features]; weight, bias: those that the solution stays close to. appraisal: takes what each weight is then worth.
     """
+    old = weight
     weight = np.where(keep, weight, 0.0)
-    blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK)]
-    for _ in range(TURNS if len(blocks) > 1 else 1):
+    size = _block_size(keep, 1 if appraisal is None else appraisal.size)
+    blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
+    turns = TURNS if len(blocks) > 1 else 1
+    for turn in range(turns):
         for block in blocks:
-            weight, bias = _turn(x, target, weight, bias, keep, block, free_bias)
+            weight, bias = _turn(x, target, weight, bias, old, keep, block, free_bias, appraisal if turn == turns - 1 else None)
     return weight, bias
 
 
-def _turn(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool) -> tuple[Doubles, Doubles]:
+def _turn(
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, old: Doubles, keep: Flags, block: slice, free_bias: bool,
+    appraisal: Appraisal | None,
+) -> tuple[Doubles, Doubles]:  # fmt: skip
     """One block of features solved for, with the others as they are."""
     mean = x[:, block].mean(0, dtype=np.float64) if free_bias else np.zeros(len(range(*block.indices(x.shape[1]))))
     own = x[:, block] - mean.astype(np.float32)
@@ -92,10 +104,27 @@ def _turn(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags
                 offset = (part.of(y) - y).mean(0, dtype=np.float64) if not target.one_sided else step * left.mean(0, dtype=np.float64)
                 bias[columns] += offset
                 y += offset.astype(np.float32)
+        if appraisal is not None:
+            pull = ridge * (old[columns, block] - now)
+            if appraisal.additions:
+                pull += (own.T @ (part.of(y) - y)).T
+            for row, (places, inverse) in enumerate(inverses):
+                appraisal.judge(columns.start + row, block.start, moments, ridge, places, inverse, now[row], pull[row])
         weight[columns, block] = now
         if free_bias:
             bias[columns] -= (now - start) @ mean
     return weight, bias
+
+
+def _block_size(keep: Flags, multiple: int) -> int:
+    """Features to solve for at a time, a multiple of `multiple`: BLOCK, or less where all inverses would take more than SOLVE_FLOPS."""
+    features = keep.shape[1]
+    distinct = len(np.unique(np.packbits(keep, axis=1), axis=0))
+    density = float(keep.mean()) if keep.size else 0.0
+    size: int = min(BLOCK, features)
+    while size > LEAST_BLOCK and 2 * distinct * -(-features // size) * (density * size) ** 3 > SOLVE_FLOPS:
+        size //= 2
+    return max(int(size) // multiple, 1) * multiple
 
 
 def _inverses(moments: Doubles, ridge: float, keep: Flags) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], Doubles]]]]:

@@ -1,0 +1,123 @@
+"""One layer's equations: what its weights meet in the pruned network, what it should emit, and new weights for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.aims import Aim
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer
+from relief_onnx.replay import Replay
+from relief_onnx.rows import layer_rows
+from relief_onnx.solve import Target, solve
+from relief_onnx.worth import Appraisal
+
+__all__ = ["Equations"]
+
+Doubles = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+# Bytes of rows that one layer holds.
+ROW_BYTES = 256 << 20
+
+
+class Equations:
+    """Rows of one layer, at some positions of all samples, and its weights as they were before.
+
+    keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are.
+    """
+
+    def __init__(
+        self, graph: Graph, layer: Layer, aim: Aim, keep: Flags | None, bias_keep: Flags | None, removed: Flags | None,
+        before: Replay, after: Replay, seed: int,
+    ) -> None:  # fmt: skip
+        self._graph, self._layer, self._aim = graph, layer, aim
+        weight = np.asarray(layer.view.apply(graph.array(layer.weight)), np.float64)
+        self._weight = weight.reshape(layer.out_channels, -1) * layer.scale
+        stays = np.ones((), bool) if keep is None else keep
+        self._keep = layer.view.apply(np.broadcast_to(stays, layer.view.source)).reshape(layer.out_channels, -1)
+        self._solved = np.ones(layer.out_channels, bool) if removed is None else ~removed
+        self._free = layer.bias is not None and not layer.bias.shared and layer.bias.factor != 0
+        self._bias = np.zeros(layer.out_channels)
+        if layer.bias is not None:
+            self._bias = np.asarray(layer.bias.view.apply(graph.array(layer.bias.name)), np.float64) * layer.bias.factor
+            if bias_keep is not None:  # what the mask silenced stays silent
+                self._solved &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
+        self._x, self._wanted, other = self._rows(before, after, seed)
+        self._shift = other + aim.shift.astype(np.float32)
+
+    def variance(self) -> Doubles:
+        """Of what the weights as they were emit, per row [out]."""
+        found = np.zeros(self._layer.out_channels)
+        for x, units, _ in self._groups():
+            found[units] = np.var(x @ self._weight[units].T.astype(np.float32), axis=0, dtype=np.float64)
+        return found
+
+    def solved(self) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+        """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution."""
+        weight, bias = self._weight * self._keep, self._bias.copy()
+        errors = np.zeros(2)
+        total = float(self._wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
+        for x, units, target in self._groups():
+            found = solve(x, target, weight[units], bias[units], self._keep[units], self._free)
+            for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
+                errors[place] += _error(x, target, w, b)
+            weight[units], bias[units] = found
+        return self._stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
+
+    def appraised(self, size: int, additions: bool) -> tuple[dict[str, NDArray[Any]], Appraisal]:
+        """New initializers and what each run of `size` features is worth after the solve; the Relu behind the layer plays no part."""
+        weight, bias = self._weight.copy(), self._bias.copy()
+        appraisal = Appraisal.empty(self._keep.shape, size, additions)
+        for x, units, target in self._groups():
+            part = appraisal.part(len(units))
+            linear = replace(target, one_sided=False)
+            weight[units], bias[units] = solve(x, linear, weight[units], bias[units], self._keep[units], self._free, part)
+            appraisal.worth[units] = part.worth / len(x)
+        return self._stored(weight, bias), appraisal
+
+    def _groups(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp], Target]]:
+        """Inputs, units that are solved for and their targets, of each group of the layer."""
+        per_group = self._layer.out_channels // self._layer.groups
+        for group in range(self._layer.groups):
+            units = np.arange(group * per_group, (group + 1) * per_group)
+            units = units[self._solved[units]]
+            if len(units):
+                target = Target(self._wanted[:, units], self._shift[:, units], self._aim.scale[units], self._aim.one_sided)
+                yield self._x[:, group], units, target
+
+    def _stored(self, weight: Doubles, bias: Doubles) -> dict[str, NDArray[Any]]:
+        layer, graph = self._layer, self._graph
+        old = graph.array(layer.weight)
+        canonical = np.where(self._keep, weight / layer.scale, 0.0).reshape(layer.view.shape)
+        with np.errstate(over="ignore"):  # what is too large for half precision is refused below
+            found = {layer.weight: layer.view.invert(canonical).astype(old.dtype)}
+        if self._free and layer.bias is not None:
+            stored = graph.array(layer.bias.name)
+            found[layer.bias.name] = layer.bias.view.invert(bias / layer.bias.factor).astype(stored.dtype)
+        return found if all(np.isfinite(value).all() for value in found.values()) else {}
+
+    def _rows(self, before: Replay, after: Replay, seed: int) -> tuple[NDArray[np.float32], ...]:
+        """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
+        layer, name = self._layer, self._aim.other
+        each = layer.groups * self._weight.shape[1] * 4
+        budget = max(ROW_BYTES // each, 64) // max(after.batches, 1)
+        collected: list[tuple[NDArray[Any], ...]] = []
+        for batch in range(after.batches):
+            rng = np.random.default_rng([seed, layer.node, batch])
+            x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
+            other = after.value(name, batch) if name else None
+            assert x is not None
+            assert y is not None
+            collected.append(layer_rows(layer, x, y, other, budget, rng))
+        return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))
+
+
+def _error(x: NDArray[np.float32], target: Target, weight: Doubles, bias: Doubles) -> float:
+    y = x @ weight.T.astype(np.float32) + bias.astype(np.float32)
+    return float((np.square((target.of(y) - y), dtype=np.float64) * np.square(target.scale)).sum() / len(x))

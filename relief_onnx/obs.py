@@ -1,0 +1,195 @@
+"""flow-obs: flow's mask, chosen again by what is lost after repair.
+
+Flow says how many weights stay and what each unit means to the outputs (R). From the dense network the masks shrink in geometric steps;
+between two steps every layer is solved for again (as in `repair`), and each weight is worth what its neuron's squared error would grow by
+without it once the others make up for it (see `worth`), as a part of the neuron's variance, times R^EXPONENT: one ranking over the network.
+When the number is reached, the least of what stays is exchanged for the best of what went, as long as that is worth more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.cut import FLOOR, Floor
+from relief_onnx.dataset import Dataset
+from relief_onnx.equations import Equations
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer, Plan
+from relief_onnx.masks import Masks, initializer_masks
+from relief_onnx.patterns import keep_pattern
+from relief_onnx.repair import refusal, samples_of, sweep
+
+__all__ = ["Improved", "improve"]
+
+Doubles = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+# Samples that the choice looks at; what about each step leaves; rounds of exchange, and the part of the weights that each may exchange.
+SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 1 / 1.4, 3, 0.05
+# As in flow's own ranking.
+EXPONENT = 0.75
+
+
+@dataclass(frozen=True)
+class Improved:
+    """Masks of the same number of weights, the floors that acted, and how many weights were exchanged in each round."""
+
+    masks: Masks
+    floors: tuple[Floor, ...]
+    exchanged: tuple[int, ...]
+
+
+class _Pool:
+    """Weights that share a number: one ranking of all their mask entries, laid end to end, each a single weight or a whole kernel."""
+
+    def __init__(self, layers: Sequence[Layer], masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> None:
+        self.layers = list(layers)
+        self.shapes = [masks.keep[layer.weight].shape for layer in layers]
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        ends = np.cumsum([0, *sizes])
+        self._slices = [slice(int(start), int(end)) for start, end in itertools.pairwise(ends)]
+        costs = [int(np.prod(layer.view.shape)) // size for layer, size in zip(layers, sizes, strict=True)]
+        self._cost = np.repeat(costs, sizes).astype(np.int64)
+        self._place = np.repeat(np.arange(len(layers)), sizes)
+        self._allowed = np.concatenate([np.zeros(0, bool), *(_allowed(layer, masks, allowed, removed).reshape(-1) for layer in layers)])
+        self._least = np.ceil(FLOOR * np.bincount(self._place, self._allowed, len(layers))).astype(np.int64)
+        self.keep = self._allowed.copy()
+        self.worth = np.zeros(len(self.keep))
+        self.budget = sum(int(masks.keep[layer.weight].sum()) * cost for layer, cost in zip(layers, costs, strict=True))
+        self._total = int(self._cost[self._allowed].sum())
+        self._costs = costs
+
+    @property
+    def steps(self) -> int:
+        """Geometric steps from what is allowed to the budget."""
+        return math.ceil(math.log(self.budget / self._total) / math.log(STEP) - 1e-9) if 0 < self.budget < self._total else 0
+
+    def cost(self, place: int) -> int:
+        """Weights per entry of a layer's mask."""
+        return self._costs[place]
+
+    def mask(self, place: int) -> Flags:
+        """What stays of a layer's weight now."""
+        return self.keep[self._slices[place]].reshape(self.shapes[place])
+
+    def learn(self, place: int, worth: Doubles) -> None:
+        """What the entries of a layer are worth, per weight."""
+        self.worth[self._slices[place]] = worth.reshape(-1) / self._costs[place]
+
+    def cut(self, part: float) -> list[Floor]:
+        """Down to the budget, or `part` of the way there in the logarithm."""
+        left = self.budget if part >= 1 else round(self._total * (self.budget / self._total) ** part)
+        order = self._ranking(self.keep, -self.worth)
+        ranked = np.bincount(self._place[order[np.cumsum(self._cost[order]) <= left]], minlength=len(self.layers))
+        saved = _rank_within(self._place[order]) < np.where(ranked < self._least, self._least, 0)[self._place[order]]
+        rest = np.cumsum(np.where(saved, 0, self._cost[order])) <= left - int(self._cost[order][saved].sum())
+        self.keep = np.zeros_like(self.keep)
+        self.keep[order[saved | rest]] = True
+        short = np.flatnonzero(ranked < self._least)
+        return [Floor(self.layers[place].weight, int(ranked[place]), int(self._least[place])) for place in short]
+
+    def cut_pattern(self, n: int, m: int, part: float) -> None:
+        """At most n of every m consecutive inputs, or as many as `part` of the way there in the logarithm."""
+        count = n if part >= 1 else math.ceil(m * (n / m) ** part)
+        for where, shape in zip(self._slices, self.shapes, strict=True):
+            if shape[1] >= m:
+                worth = np.where(self.keep[where], self.worth[where], -1.0).reshape(shape)
+                self.keep[where] &= keep_pattern(worth, count, m).reshape(-1)
+
+    def exchange(self) -> int:
+        """Put back what is worth more than what is dropped for it, at most EXCHANGED of the budget. How many weights came back."""
+        falling = self._ranking(self._allowed & ~self.keep, -self.worth)
+        rising = self._ranking(self.keep, self.worth)
+        spare = np.bincount(self._place[rising], minlength=len(self.layers)) - self._least  # no layer falls below its floor
+        rising = rising[_rank_within(self._place[rising]) < spare[self._place[rising]]]
+        added, dropped = np.cumsum(self._cost[falling]), np.cumsum(self._cost[rising])
+        partner = np.searchsorted(dropped, added)
+        open_ = np.flatnonzero((added <= EXCHANGED * self.budget) & (partner < len(rising)))
+        better = self.worth[falling[open_]] > self.worth[rising[partner[open_]]]
+        count = len(better) if better.all() else int(np.argmin(better))
+        if not count:
+            return 0
+        self.keep[falling[:count]] = True
+        self.keep[rising[: partner[count - 1] + 1]] = False
+        return int(added[count - 1])
+
+    def _ranking(self, chosen: Flags, key: Doubles) -> NDArray[np.intp]:
+        places = np.flatnonzero(chosen)
+        return places[np.argsort(key[places], kind="stable")]
+
+
+def _allowed(layer: Layer, masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> Flags:
+    """Which entries of a layer's mask may stay."""
+    found = np.broadcast_to(allowed.keep[layer.weight], masks.keep[layer.weight].shape).copy()
+    if layer.weight in removed:
+        found[removed[layer.weight]] = False
+    return found
+
+
+def _rank_within(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each entry how many of the same place come before it."""
+    order = np.argsort(places, kind="stable")
+    ranks = np.empty(len(places), np.int64)
+    ranks[order] = np.arange(len(places)) - np.searchsorted(places[order], places[order])
+    return ranks
+
+
+def improve(
+    original: Graph, graph: Graph, plan: Plan, masks: Masks, allowed: Masks, grouped: Sequence[Sequence[str]],
+    relevance: Mapping[str, Doubles], weights: frozenset[str], dataset: Dataset, *, pattern: tuple[int, int] | None = None,
+    removed: Mapping[str, Flags] | None = None, samples: int | None = None, seed: int = 0, threads: int = 0,
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> Improved:  # fmt: skip
+    """Masks that keep as many weights as `masks` in each of the groups of weights `grouped`.
+
+    graph: the original with biases where they can be had, nothing masked yet. allowed: what may stay at all. relevance: R of units by
+    weight. removed: by weight, units [out] that go as a whole. Weights that repair has to leave alone keep their mask. With a
+    `pattern` (n, m) the choice is within each block. Raises DataError, ModelError.
+    """
+    gone = removed or {}
+    free = {layer.weight: layer for layer in plan.layers if layer.weight in masks.keep and not refusal(plan, layer, weights)}
+    pools = [_Pool([free[weight] for weight in group if weight in free], masks, allowed, gone) for group in grouped]
+    placed = {layer.weight: (pool, place) for pool in pools for place, layer in enumerate(pool.layers)}
+    value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
+    feeds = samples_of(dataset, SAMPLES if samples is None else min(samples, SAMPLES), seed)
+    steps = max((pool.steps for pool in pools), default=0)
+    rounds = ROUNDS if steps and pattern is None else 0
+
+    def current() -> Masks:
+        return replace(masks, keep={**masks.keep, **{weight: pool.mask(place) for weight, (pool, place) in placed.items()}})
+
+    def appraise(done: int, additions: bool) -> None:
+        def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+            pool, place = placed[layer.weight]
+            if done == 0:
+                variance = equations.variance()
+                value[layer.weight] = np.where(variance > 0, value[layer.weight] / np.where(variance > 0, variance, 1.0), 0.0)
+            found, appraisal = equations.appraised(pool.cost(place), additions)
+            pool.learn(place, appraisal.worth * value[layer.weight][:, None])
+            return found
+
+        progress("choose", done, steps + rounds)
+        layers = [layer for layer in plan.layers if layer.weight in placed]
+        sweep(original, graph, plan, layers, feeds, initializer_masks(plan, current()), gone, visit, seed=seed, threads=threads)
+
+    floors: list[Floor] = []
+    for step in range(1, steps + 1):
+        appraise(step - 1, additions=False)
+        floors = []
+        for pool in pools:
+            if pattern is not None:
+                pool.cut_pattern(*pattern, step / steps)
+            elif pool.steps:
+                floors += pool.cut(step / steps)
+    exchanged = []
+    for number in range(rounds):
+        appraise(steps + number, additions=True)
+        exchanged.append(sum(pool.exchange() for pool in pools))
+    return Improved(current(), tuple(floors), tuple(exchanged))
