@@ -108,7 +108,9 @@ def both(first: Masks, second: Masks) -> Masks:
     """What stays by both masks."""
     parts = []
     for one, other in ((first.keep, second.keep), (first.bias_keep, second.bias_keep), (first.vectors, second.vectors)):
-        parts.append({name: one[name] & other[name] if name in one and name in other else {**one, **other}[name] for name in {**one, **other}})
+        parts.append(
+            {name: one[name] & other[name] if name in one and name in other else {**one, **other}[name] for name in {**one, **other}}
+        )
     return Masks(*parts)
 
 

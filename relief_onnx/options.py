@@ -7,7 +7,7 @@ import numbers
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Options:
     mean_shift: str = "auto"
     output_weight: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
 
     @property
     def trains(self) -> bool:

@@ -20,12 +20,12 @@ from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
 from relief_onnx.decide import Chosen, decide, kept_portions, pools, silenced
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
-from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, MeanMeasure, passed_evenly
+from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find, select
-from relief_onnx.masks import Masks, applied, initializer_masks, insert
-from relief_onnx.obs import improve
+from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
+from relief_onnx.obs import improve
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import Gate, PaperRules, both_gates
@@ -36,7 +36,7 @@ from relief_onnx.recalibrate import normalisations, recalibrate
 from relief_onnx.repair import Repaired, repair
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
-from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
+from relief_onnx.scoring import Scores, read_scores, write_arrays
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
 
@@ -146,8 +146,9 @@ def prune(
         folder = work_folder(work_dir)
     job = _Job(ready, options, weights, dataset, folder, clock, progress)
     if options.trains:
-        cut, graph, retrained = _trained(job, scores)
+        retrained: Mapping[str, Any] | None
         repaired: tuple[Repaired, ...] = ()
+        cut, graph, retrained = _trained(job, scores)
     else:
         cut = _cut(job, ready, options, scores)
         graph, repaired = _repaired(job, cut)
@@ -281,9 +282,7 @@ def _cut(
     return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, exchanged)
 
 
-def _shifted(
-    job: _Job, ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks
-) -> tuple[Graph, tuple[Shift, ...]]:
+def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks) -> tuple[Graph, tuple[Shift, ...]]:
     """The graph with the mean of what goes in its biases, where that is wanted."""
     solves = options.repair == "least-squares" and options.mean_shift != "off"
     if not options.shifts_means and not solves:

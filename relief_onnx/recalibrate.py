@@ -16,7 +16,7 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.replay import Replay
 
-__all__ = ["recalibrate", "normalisations"]
+__all__ = ["normalisations", "recalibrate"]
 
 # Samples that are looked at, and how many run at a time.
 SAMPLES, BATCH = 1024, 32

@@ -1,4 +1,4 @@
-"""What happens around each round of retraining: its budget, the weights that it starts from, its place on disk, whether it lost too much."""
+"""Around each round of retraining: its budget, the weights that it starts from, its place on disk, whether it lost too much."""
 
 from __future__ import annotations
 
@@ -88,14 +88,15 @@ class Rounds:
             files.save(apply_weights(model, found.arrays), folder / "trained.onnx")
         self._again = [] if again is None else list(again["recalibrated"])
         self._rows.append({
-            "iteration": number, "keep_percent": None, "quality": found.quality, "drop": None, "epochs": list(found.epochs),
+            "iteration": number, "target_percent": None, "quality": found.quality, "drop": None, "epochs": list(found.epochs),
             "epoch_shipped": found.best_epoch, "stopped": found.stopped,
         })  # fmt: skip
         keep = self.options(number).keep
-        self._rows[-1]["keep_percent"] = None if keep is None else 100.0 * keep
+        self._rows[-1]["target_percent"] = None if keep is None else 100.0 * keep
         if found.quality is not None and self._baseline is not None:
             self._rows[-1]["drop"] = 100.0 * (self._baseline - found.quality)
-        return found.arrays
+        arrays: Mapping[str, NDArray[Any]] = found.arrays
+        return arrays
 
     def count(self, plan: Plan, surviving: Mapping[str, NDArray[np.bool_]]) -> None:
         """Note what is left of all prunable weights after this round."""
@@ -108,7 +109,9 @@ class Rounds:
         drop, most = self._rows[-1]["drop"], self._training.max_drop
         if drop is None or most is None or drop <= most:
             return False
-        self._stopped = f"iteration {len(self._rows)} loses {drop:.2f} points of {self._trainer.measure}, more than the {most:g} of max-drop"
+        self._stopped = (
+            f"iteration {len(self._rows)} loses {drop:.2f} points of {self._trainer.measure}, more than the {most:g} of max-drop"
+        )
         return True
 
     def refusal(self) -> str:

@@ -85,7 +85,7 @@ _REAL: Mapping[str, tuple[float, bool, float]] = {
 }  # fmt: skip
 
 
-def parse_training(values: Mapping[str, Any], base: Training = Training()) -> Training:  # noqa: B008 - a frozen value
+def parse_training(values: Mapping[str, Any], base: Training = Training()) -> Training:
     """`base` with these values, each checked. Raises RecipeError with one sentence."""
     found = replace(base, **{key: _parsed(key, value) for key, value in values.items() if value is not None})
     if found.precision == "mixed" and found.device != "cuda":
@@ -101,10 +101,12 @@ def _parsed(key: str, value: Any) -> Any:
         return int(value)
     if key in _REAL:
         least, closed, most = _REAL[key]
-        good = not isinstance(value, bool) and isinstance(value, numbers.Real) and least <= value <= most and math.isfinite(value)
-        if not good or (value == least and not closed):
+        good = not isinstance(value, bool) and isinstance(value, numbers.Real) and least <= float(value) <= most
+        if not good or not math.isfinite(value) or (value == least and not closed):
             bounds = f"{least:g} or more" if closed else f"above {least:g}"
-            raise RecipeError(f"{shown} is {value!r}; it must be a number, {bounds}" + ("" if most == math.inf else f" and at most {most:g}"))
+            raise RecipeError(
+                f"{shown} is {value!r}; it must be a number, {bounds}" + ("" if most == math.inf else f" and at most {most:g}")
+            )
         return float(value)
     if key in TRAINING_CHOICES:
         if value not in TRAINING_CHOICES[key]:

@@ -13,7 +13,9 @@ __all__ = ["trainer"]
 def trainer() -> ModuleType:
     """The module `loop`. Raises RecipeError where torch is not installed."""
     if find_spec("torch") is None:
-        raise RecipeError("retraining needs torch, which is not installed; run: pip install relief-onnx[retrain], or use --repair least-squares")
+        raise RecipeError(
+            "retraining needs torch, which is not installed; run: pip install relief-onnx[retrain], or use --repair least-squares"
+        )
     from relief_onnx.retrain import loop
 
     return loop

@@ -23,8 +23,8 @@ def write(path: Path, key: str, note: Mapping[str, Any], arrays: Mapping[str, ND
     """Keep `note` (what JSON can hold) and `arrays`. key: what they belong to. Raises OutputError."""
     text = json.dumps({"key": key, **note}).encode()
     buffer = io.BytesIO()
-    contents: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
-    np.savez(buffer, **{_NOTE: np.frombuffer(text, np.uint8)}, **contents)
+    contents: dict[str, Any] = {_NOTE: np.frombuffer(text, np.uint8)} | {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, **contents)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 

@@ -83,7 +83,9 @@ class Trainer:
         self.processes = Processes(training.device)
         self.samples = Samples(dataset, batch=training.batch, validation=training.validation, seed=seed)
         if not self.samples.validation_rows and (training.patience is not None or training.max_drop is not None):
-            raise RecipeError("patience and max-drop need samples that are set aside; give --validation, 0.1 for example, and enough samples")
+            raise RecipeError(
+                "patience and max-drop need samples that are set aside; give --validation, 0.1 for example, and enough samples"
+            )
         self.heads = find_heads(original, training.loss)
         first = next(iter(self.samples.everything()))
         floats = [head for head in self.heads if head.form != "none"]
@@ -245,7 +247,7 @@ class _Round:
         teacher = self._own._teacher(draw) if self._own.objective.teaches else {}
         loss = self._loss(draw, teacher) * share
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for weight, mask in self._held:
             if weight.grad is not None:
                 weight.grad.mul_(mask)
@@ -258,7 +260,7 @@ class _Round:
         value = float(loss.detach())
         if not np.isfinite(value):
             raise RecipeError(
-                f"the loss is {value} in epoch {state.epoch + 1}; lower --learning-rate (now {training.rate:g}), or add --clip 1 or --warmup 1"
+                f"the loss is {value} in epoch {state.epoch + 1}; lower --learning-rate (now {training.rate:g}), or add --clip 1"
             )
         return value
 

@@ -200,4 +200,3 @@ class _Feed(_Group):
 
 def _whole(piece: Piece, start: int) -> _Group:
     return _Feed(dict(piece.feed), piece.labels, np.array([start]))
-

@@ -1,4 +1,4 @@
-"""The original's outputs for any batch: from onnxruntime on the CPU, from the interpreter on a GPU; once for all samples where they stay."""
+"""The original's outputs for any batch: from onnxruntime on the CPU, from the interpreter on a GPU; kept where they never change."""
 
 from __future__ import annotations
 
