@@ -1,4 +1,4 @@
-"""Networks twice: written as a plain nn.Module, and as an ONNX model with the same weights. Shared by `make bench-interpreter` and tests."""
+"""Networks twice, for `make bench-interpreter` and tests: as a plain nn.Module, and as an ONNX model with the same weights."""
 
 from __future__ import annotations
 

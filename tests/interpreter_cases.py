@@ -13,7 +13,6 @@ from onnx import numpy_helper
 
 from relief_onnx.interpreter import Network
 
-
 HALF_STEPS = {"bfloat16": 1e-2, "float16": 2e-3}
 
 

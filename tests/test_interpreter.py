@@ -10,15 +10,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from architectures import ARCHITECTURES
+from builders import Net
+from helpers import ROOT, SAMPLES, digits
+from onnx import TensorProto, helper, numpy_helper
+from random_graphs import KINDS as GRAPH_KINDS
+from random_graphs import STEPS
+from random_graphs import build as build_graph
+from surgery_cases import CASES, sandwich
+
 from benchmarks.interpreter import measure
 from benchmarks.interpreter_models import LeNet5, build, to_onnx
 from benchmarks.zoo_models import SHARED, ZOO, feed, rows
-from builders import Net
-from helpers import SAMPLES, digits
-from onnx import TensorProto, helper, numpy_helper
-
 from relief_onnx.errors import ModelError, Unsupported
 from relief_onnx.interpreter import Network
+from relief_onnx.interpreter.table import TABLE
 from relief_onnx.model import prepare
 from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights
@@ -57,6 +63,42 @@ def test_real_models(row: dict[str, Any]) -> None:
         pytest.skip("this model is not gathered; `make bench-zoo` brings it")
     model = onnx.load(path)
     assert_like_onnxruntime(model, feed(row, 0))
+
+
+@pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))
+def test_every_weight_of_a_real_model_gets_a_gradient(row: dict[str, Any]) -> None:
+    path = SHARED / f"{row['id']}.onnx"
+    if not path.exists():
+        pytest.skip("not one of the small models beside the project")
+    network = Network(onnx.load(path))
+    network.train()
+    given = {name: torch.from_numpy(value) for name, value in feed(row, 0).items()}
+    sum((value.square().mean() for value in network(given).values()), torch.zeros(())).backward()
+    for name, weight in network.weights().items():
+        assert weight.grad is not None, name
+        assert bool(torch.isfinite(weight.grad).all()), name
+
+
+PAIRS = [(case, layer) for case, (layers, _, _) in CASES.items() for layer in layers]
+
+
+def test_every_row_of_the_pruners_table_between_two_layers() -> None:
+    """What can be pruned can be trained: all cases of the operator table that surgery is tested with."""
+    for case, layer in PAIRS:
+        assert_like_onnxruntime(*sandwich(case, layer))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patterns_of_architectures(name: str) -> None:
+    assert_like_onnxruntime(*ARCHITECTURES[name]())
+
+
+def test_random_graphs() -> None:
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        steps = [(int(rng.integers(len(STEPS))), int(rng.integers(1000))) for _ in range(int(rng.integers(1, 14)))]
+        opset = [9, 11, 13, 17, 18, 21][seed % 6]
+        assert_like_onnxruntime(*build_graph(steps, opset, GRAPH_KINDS[seed % len(GRAPH_KINDS)], bool(seed % 2)))
 
 
 def test_prepared_models_have_the_weights_of_constant_nodes() -> None:
@@ -127,7 +169,10 @@ def test_a_step_is_that_of_the_plain_module() -> None:
     net = Net()
     w, b = (net.constant(value.detach().numpy()) for value in (plain[0].weight, plain[0].bias))
     y = net.op("Conv", net.input(8, 3, 6, 6), w, b)
-    norm = [net.constant(value.detach().numpy().copy()) for value in (plain[1].weight, plain[1].bias, plain[1].running_mean, plain[1].running_var)]
+    norm = [
+        net.constant(value.detach().numpy().copy())
+        for value in (plain[1].weight, plain[1].bias, plain[1].running_mean, plain[1].running_var)
+    ]
     network = Network(net.model(net.op("BatchNormalization", y, *norm, momentum=0.9)))
     x = torch.rand(8, 3, 6, 6)
     network.train()
@@ -148,6 +193,26 @@ def test_what_is_no_weight_by_default() -> None:
     y = net.op("Softmax", net.op("Add", net.op("Pow", net.op("Add", x, scalar), exponent), mask))
     network = Network(net.model(net.op("MatMul", y, table)))
     assert list(network.weights()) == [table]
+    net = Net()
+    bias, factor = net.bias(1), net.bias(1)
+    y = net.op("Gemm", net.input(2, 4), net.weight(4, 1), bias)
+    network = Network(net.model(net.op("Mul", y, factor)))
+    assert bias in network.weights()
+    assert factor not in network.weights()
+
+
+def test_statistics_that_cannot_go_back_stay() -> None:
+    """In Constant nodes, for example: the network would no longer be what the file says."""
+    net = Net()
+    tensors = [numpy_helper.from_array(value) for value in (np.array([1, 2], np.float32), np.array([3, 4], np.float32))]
+    statistics = [net.op("Constant", value=tensor) for tensor in tensors]
+    network = Network(net.model(net.op("BatchNormalization", net.input(4, 2), net.weight(2), net.weight(2), *statistics)))
+    x = torch.rand(4, 2)
+    (before,) = network({network.inputs[0]: x}).values()
+    network.train()
+    (training,) = network({network.inputs[0]: x}).values()
+    assert torch.equal(before, training)
+    assert not network.arrays()
 
 
 @pytest.mark.parametrize("kind", [np.float16, "bfloat16"])
@@ -242,7 +307,8 @@ def test_whole_numbers_stay_on_the_cpu() -> None:
 REFUSED = {
     "an operator nobody knows": (
         helper.make_node("Mystery", ["x"], ["y"], name="riddle", domain="com.example"),
-        "node riddle: operator Mystery of domain com.example, opset 3, cannot be run in torch; use --repair least-squares, which needs no torch",
+        "node riddle: operator Mystery of domain com.example, opset 3, cannot be run in torch; use --repair least-squares, "
+        "which needs no torch",
     ),
     "an attribute nobody knows": (
         helper.make_node("Relu", ["x"], ["y"], sharpness=3),
@@ -305,3 +371,9 @@ def test_the_benchmarks_models_are_valid() -> None:
     model = to_onnx(build(LeNet5))
     onnx.checker.check_model(model, full_check=True)
     assert_like_onnxruntime(model, {"input": digits(3)})
+
+
+def test_the_page_lists_every_operator() -> None:
+    rows = re.findall(r"^\| `\w+`: .* \| (.*) \|$", (ROOT / "docs" / "interpreter.md").read_text().split("## Operators")[1], re.MULTILINE)
+    listed = {name.removeprefix("ai.onnx.ml.") for row in rows for name in row.split(", ")}
+    assert listed == {name for _, name in TABLE.rows}

@@ -1,4 +1,4 @@
-"""Single nodes against onnxruntime: earlier versions of operators, which ONNX's node tests no longer have, modes of Resize, and fused operators."""
+"""Single nodes against onnxruntime: earlier versions of operators (ONNX's node tests have the latest), modes of Resize, fused operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def one(number: float) -> Any:
     return np.array(number, np.float32)
 
 
-def node_model(operator: str, opset: int, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int = 1, constants: bool = True) -> ModelProto:
+def node_model(
+    operator: str, opset: int, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int = 1, constants: bool = True
+) -> ModelProto:
     """One node. The first input is fed, the others are constants where `constants`; None leaves one out."""
     domain = MICROSOFT if operator.startswith(MICROSOFT) else ""
     names = ["" if value is None else f"x{place}" for place, value in enumerate(inputs)]
@@ -51,14 +53,18 @@ def node_model(operator: str, opset: int, inputs: tuple[Any, ...], attributes: d
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def check(operator: str, opset: int, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int = 1, tolerance: float = 2e-5) -> None:
+def check(
+    operator: str, opset: int, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int = 1, tolerance: float = 2e-5
+) -> None:
     for constants in (True, False):
         model = node_model(operator, opset, inputs, attributes, outputs, constants)
         given = {f"x{place}": value for place, value in enumerate(inputs) if value is not None and (not place or not constants)}
         expected = Session(model, threads=1).run(given)
         network = Network(model)
         with torch.no_grad():
-            found = [value.numpy() for value in network({name: torch.from_numpy(np.array(value)) for name, value in given.items()}).values()]
+            found = [
+                value.numpy() for value in network({name: torch.from_numpy(np.array(value)) for name, value in given.items()}).values()
+            ]
         for a, b in zip(expected, found, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             assert np.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True), np.abs(a.astype(float) - b).max()
@@ -116,7 +122,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "gemm without bias": ("Gemm", 11, (values(4, 3), values(4, 5)), {"transA": 1}),
     "gemm with a matrix": ("Gemm", 13, (values(3, 4), values(4, 5), values(3, 1)), {}),
     "scatter": ("Scatter", 9, (values(3, 3), np.array([[1, 0, 2]], np.int64), values(1, 3)), {"axis": 0}),
-    "scatter added": ("ScatterElements", 16, (values(3, 3), np.array([[1, -1, 1]], np.int64), values(1, 3)), {"axis": 1, "reduction": "add"}),
+    "scatter added": (
+        "ScatterElements",
+        16,
+        (values(3, 3), np.array([[1, -1, 1]], np.int64), values(1, 3)),
+        {"axis": 1, "reduction": "add"},
+    ),
     "gather below 0": ("Gather", 11, (X, np.array([[-1, 0]], np.int64)), {"axis": 1}),
     "max pool 8": ("MaxPool", 8, (X,), {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "strides": [2, 1]}, 2),
     "max pool, ceil": ("MaxPool", 10, (X,), {"kernel_shape": [2, 3], "strides": [2, 2], "ceil_mode": 1, "dilations": [1, 2]}),
@@ -129,7 +140,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "conv, uneven pads": ("Conv", 7, (X, values(6, 2, 2, 2), values(6)), {"group": 2, "pads": [0, 1, 2, 0]}),
     "conv of a line": ("Conv", 11, (values(2, 4, 9), values(3, 4, 3)), {"dilations": [2], "pads": [2, 2]}),
     "conv of a volume": ("Conv", 11, (values(1, 2, 4, 5, 6), values(3, 2, 2, 2, 2)), {}),
-    "conv transpose": ("ConvTranspose", 11, (X, values(4, 3, 3, 3), values(3)), {"strides": [2, 2], "pads": [1, 0, 0, 1], "output_padding": [1, 0]}),
+    "conv transpose": (
+        "ConvTranspose",
+        11,
+        (X, values(4, 3, 3, 3), values(3)),
+        {"strides": [2, 2], "pads": [1, 0, 0, 1], "output_padding": [1, 0]},
+    ),
     "conv transpose, shape": ("ConvTranspose", 11, (X, values(4, 3, 3, 3), values(3)), {"strides": [2, 2], "output_shape": [10, 13]}),
     "conv transpose, groups": ("ConvTranspose", 7, (X, values(4, 2, 3, 2)), {"group": 2, "dilations": [2, 1], "pads": [1, 1, 1, 1]}),
     "conv transpose, same": ("ConvTranspose", 11, (X, values(4, 3, 3, 3)), {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
@@ -141,27 +157,61 @@ CASES: dict[str, tuple[Any, ...]] = {
     "cumulative sum": ("CumSum", 11, (X, np.array(-1)), {"exclusive": 1, "reverse": 1}),
     "argmax, last": ("ArgMax", 12, (np.round(X),), {"axis": 3, "select_last_index": 1, "keepdims": 0}),
     "dequantize per axis": (
-        "DequantizeLinear", 13, (np.arange(-6, 6, dtype=np.int8).reshape(3, 4), np.abs(values(3)), np.array([1, 0, -1], np.int8)), {"axis": 0}
+        "DequantizeLinear",
+        13,
+        (np.arange(-6, 6, dtype=np.int8).reshape(3, 4), np.abs(values(3)), np.array([1, 0, -1], np.int8)),
+        {"axis": 0},
     ),
     "fused gelu": (f"{MICROSOFT}.Gelu", 17, (X,), {}),
     "fast gelu": (f"{MICROSOFT}.FastGelu", 17, (X, values(6)), {}),
     "bias gelu": (f"{MICROSOFT}.BiasGelu", 17, (X, values(6)), {}),
     "quick gelu": (f"{MICROSOFT}.QuickGelu", 17, (X,), {"alpha": 1.5}),
     "fused matmul": (f"{MICROSOFT}.FusedMatMul", 17, (values(2, 3, 4), values(2, 5, 4)), {"alpha": 0.5, "transB": 1}),
-    "fused conv": (f"{MICROSOFT}.FusedConv", 17, (X, values(3, 4, 3, 3), values(3)), {"activation": "LeakyRelu", "activation_params": [0.2]}),
+    "fused conv": (
+        f"{MICROSOFT}.FusedConv",
+        17,
+        (X, values(3, 4, 3, 3), values(3)),
+        {"activation": "LeakyRelu", "activation_params": [0.2]},
+    ),
     "fused gemm": (f"{MICROSOFT}.FusedGemm", 17, (values(3, 4), values(4, 5), values(5)), {"activation": "Relu"}),
-    "skip layer norm": (f"{MICROSOFT}.SkipLayerNormalization", 17, (values(2, 3, 8), values(2, 3, 8, seed=1), values(8), values(8, seed=2), values(8, seed=3)), {}),
+    "skip layer norm": (
+        f"{MICROSOFT}.SkipLayerNormalization",
+        17,
+        (values(2, 3, 8), values(2, 3, 8, seed=1), values(8), values(8, seed=2), values(8, seed=3)),
+        {},
+    ),
     "embedding": (
-        f"{MICROSOFT}.EmbedLayerNormalization", 17,
-        (np.array([[1, 3, 0]], np.int32), np.array([[0, 1, 1]], np.int32), *(values(rows, 8, seed=rows) for rows in (5, 4, 2)), values(8), values(8, seed=9)),
-        {}, 2,
+        f"{MICROSOFT}.EmbedLayerNormalization",
+        17,
+        (
+            np.array([[1, 3, 0]], np.int32),
+            np.array([[0, 1, 1]], np.int32),
+            *(values(rows, 8, seed=rows) for rows in (5, 4, 2)),
+            values(8),
+            values(8, seed=9),
+        ),
+        {},
+        2,
     ),
-    "fused attention": (f"{MICROSOFT}.Attention", 17, (values(2, 3, 8), values(8, 24, seed=1), values(24), np.array([3, 2], np.int32)), {"num_heads": 2}),
-    "causal fused attention": (f"{MICROSOFT}.Attention", 17, (values(2, 3, 8), values(8, 24, seed=1), values(24)), {"num_heads": 4, "unidirectional": 1}),
+    "fused attention": (
+        f"{MICROSOFT}.Attention",
+        17,
+        (values(2, 3, 8), values(8, 24, seed=1), values(24), np.array([3, 2], np.int32)),
+        {"num_heads": 2},
+    ),
+    "causal fused attention": (
+        f"{MICROSOFT}.Attention",
+        17,
+        (values(2, 3, 8), values(8, 24, seed=1), values(24)),
+        {"num_heads": 4, "unidirectional": 1},
+    ),
     "attention of heads": (
-        f"{MICROSOFT}.MultiHeadAttention", 17, (values(2, 3, 8), values(2, 5, 8, seed=1), values(2, 5, 8, seed=2), values(24)), {"num_heads": 2}
+        f"{MICROSOFT}.MultiHeadAttention",
+        17,
+        (values(2, 3, 8), values(2, 5, 8, seed=1), values(2, 5, 8, seed=2), values(24)),
+        {"num_heads": 2},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,13 +255,14 @@ def test_resize_of_a_part() -> None:
 @pytest.mark.parametrize(("operator", "gates", "states"), [("RNN", 1, 1), ("GRU", 3, 1), ("LSTM", 4, 2)])
 @pytest.mark.parametrize("opset", [7, 14])
 def test_recurrent_operators(operator: str, gates: int, states: int, direction: str, opset: int) -> None:
-    """With biases, lengths of their own and states at the start; GRU in both forms."""
+    """With biases, states at the start, and lengths of their own (only without those torch's own kernels can run); GRU in both forms."""
     ways, hidden, features = 2 if direction == "bidirectional" else 1, 3, 4
     inputs = [values(5, 2, features), values(ways, gates * hidden, features, seed=1), values(ways, gates * hidden, hidden, seed=2)]
     inputs += [values(ways, 2 * gates * hidden, seed=3), np.array([5, 3], np.int32)]
     inputs += [values(ways, 2, hidden, seed=4 + state) for state in range(states)]
     for more in ({}, {"linear_before_reset": 1}) if operator == "GRU" else ({},):
         check(operator, opset, tuple(inputs), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
+        check(operator, opset, (*inputs[:4], None, *inputs[5:]), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
         check(operator, opset, tuple(inputs[:3]), {"hidden_size": hidden, "direction": direction, **more}, 1 + states)
 
 

@@ -22,7 +22,7 @@ from relief_onnx.nodes import STANDARD, attributes, captured, subgraphs
 
 __all__ = ["Builder", "Shared", "refusal", "row_of"]
 
-INJECTED = ("outputs", "state", "opset")
+INJECTED = ("outputs", "state", "opset", "updates")
 # Attributes that say nothing about what is computed.
 IGNORED = frozenset({"consumed_inputs"})
 
@@ -73,6 +73,10 @@ def row_of(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Row:
     if unknown:
         raise refusal(node, opset, f"attribute {unknown[0]}")
     reason = row.check(values) if row.check is not None else None
+    given = [slot for slot, name in enumerate(node.input) if name]
+    if row.inputs is not None and given and given[-1] >= row.inputs:
+        reason = f"input {given[-1]}"
+    reason = next((f"input {slot}" for slot in given if slot in row.absent), reason)
     if reason is not None:
         raise refusal(node, opset, reason)
     return row
@@ -98,12 +102,14 @@ class Builder:
             if item.name not in stored:
                 self.slots[item.name] = self.program.slot()
                 self.program.inputs.append(self.slots[item.name])
+        needed = self._needed()
+        read = {item.name for item in self.graph.output} | {name for node in needed for name in (*node.input, *_captured(node))}
         for tensor in self.graph.initializer:
-            if tensor.name not in self.shared.variables:
+            if tensor.name in read and tensor.name not in self.shared.variables:
                 self.known[tensor.name] = to_tensor(tensor)
         for sparse in self.graph.sparse_initializer:
             self.known[sparse.values.name] = self._dense(sparse)
-        for node in self._needed():
+        for node in needed:
             self._add(node)
         self.program.outputs = [self._slot(item.name) for item in self.graph.output]
         self.program.finish()
@@ -125,8 +131,7 @@ class Builder:
         for node in reversed(self.graph.node):
             if wanted & set(node.output):
                 kept.append(node)
-                wanted |= set(node.input)
-                wanted |= {name for body in subgraphs(node) for name in captured(body)}
+                wanted |= {*node.input, *_captured(node)}
         return kept[::-1]
 
     def _find(self, name: str) -> Any:
@@ -222,8 +227,10 @@ class Builder:
         """The row's function with attributes and whatever else it asks for."""
         opset = self.shared.opsets.get("" if node.domain in STANDARD else node.domain, 1)
         values = values_of(node)
-        offered = {"outputs": len(node.output), "state": self.shared.mode, "opset": opset}
-        values |= {name: offered[name] for name in INJECTED if name in row.parameters}
+        kept = [node.input[slot] for slot in row.statistics if slot < len(node.input)]
+        updates = all(name in self.shared.variables for name in kept)
+        offered = {"outputs": len(node.output), "state": self.shared.mode, "opset": opset, "updates": updates}
+        values |= {name: offered[name] for name in INJECTED if name in row.asked}
         return partial(row.function, **values) if values else row.function
 
     def _fold(self, node: onnx.NodeProto, row: Row, call: Callable[..., Any]) -> bool:
@@ -251,6 +258,10 @@ class Builder:
             names += [name for name in inner.captures if name not in names]
             bodies[attribute] = (program, [names.index(name) for name in inner.captures])
         return bodies, names
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    return {name for body in subgraphs(node) for name in captured(body)}
 
 
 def _with_host(call: Callable[..., Any], slots: tuple[int, ...]) -> Callable[..., Any]:

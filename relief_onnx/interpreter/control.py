@@ -40,13 +40,11 @@ def loop(count: Tensor | None, condition: Tensor | None, *carried: Any, body: Bo
     return (*values, *(torch.stack(row) for row in collected))
 
 
-@op("Scan", pure=False)
+@op("Scan", pure=False, absent=(0,))
 def scan_of_batches(
-    lengths: Tensor | None, *values: Tensor, body: Body, num_scan_inputs: int, directions: list[int] | None = None
+    lengths: None, *values: Tensor, body: Body, num_scan_inputs: int, directions: list[int] | None = None
 ) -> tuple[Tensor, ...]:
-    """Opset 8: every value has a leading batch axis, every entry of the batch its own length."""
-    if lengths is not None:
-        raise ValueError("Scan with sequence lengths")
+    """Opset 8: every value has a leading batch axis. Lengths of their own are refused."""
     directions_only = {} if directions is None else {"scan_input_directions": directions}
     rows = [
         scan(*(value[entry] for value in values), body=body, num_scan_inputs=num_scan_inputs, **directions_only)
@@ -74,8 +72,7 @@ def scan(
     collected = list[list[Tensor]]()
     for number in range(length):
         entries = [
-            source.select(axis, length - 1 - number if back else number)
-            for source, axis, back in zip(sources, axes, backward, strict=True)
+            source.select(axis, length - 1 - number if back else number) for source, axis, back in zip(sources, axes, backward, strict=True)
         ]
         found = body(*states, *entries)
         states, outputs = found[:count], found[count:]

@@ -79,7 +79,10 @@ def roi_align(
     spatial_scale: float = 1.0,
     opset: int,
 ) -> Tensor:
-    """Each box [left, top, right, bottom] is cut into bins, each bin is sampled at some points and averaged. Before opset 16 no shift by half a pixel."""
+    """Each box [left, top, right, bottom] is cut into bins, each bin is sampled at some points and averaged.
+
+    Before opset 16 no shift by half a pixel.
+    """
     default = "half_pixel" if opset >= 16 else "output_half_pixel"
     shift = 0.5 if (coordinate_transformation_mode or default) == "half_pixel" else 0.0
     pooled = []

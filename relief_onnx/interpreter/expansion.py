@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -27,15 +28,15 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from _nodes(body)
 
 
-def _missing(model: onnx.ModelProto) -> dict[tuple[str, str], onnx.defs.OpSchema]:
+def _missing(model: onnx.ModelProto) -> dict[tuple[str, str], Any]:
     """The operators that the table lacks and the standard writes as functions."""
     opsets = opsets_of(model)
-    found = {}
+    found: dict[tuple[str, str], Any] = {}
     for node in _nodes(model.graph):
         domain = "" if node.domain in STANDARD else node.domain
         version = opsets.get(domain, 1)
         if TABLE.find(domain, node.op_type, version) is None and onnx.defs.has(node.op_type, version, domain):
-            schema = onnx.defs.get_schema(node.op_type, version, domain)
+            schema: Any = onnx.defs.get_schema(node.op_type, version, domain)
             if schema.has_function or schema.has_context_dependent_function:
                 found[domain, node.op_type] = schema
     return found
@@ -49,12 +50,16 @@ def expand(model: onnx.ModelProto) -> onnx.ModelProto:
         return model  # an older onnx; what the table lacks is refused by name
     while missing := _missing(model):
         prepared = onnx.shape_inference.infer_shapes(model)
-        prepared.graph.value_info.append(onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None))  # inputs that nodes leave out
+        prepared.graph.value_info.append(
+            onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None)
+        )  # inputs that nodes leave out
         for node in _nodes(prepared.graph):
             schema = missing.get(("" if node.domain in STANDARD else node.domain, node.op_type))
             if schema is not None:  # the inliner forgets defaults that a body refers to
                 given = {item.name for item in node.attribute}
-                node.attribute.extend(row.default_value for name, row in schema.attributes.items() if name not in given and row.default_value.name)
+                node.attribute.extend(
+                    row.default_value for name, row in schema.attributes.items() if name not in given and row.default_value.name
+                )
         try:
             model = onnx.inliner.inline_selected_functions(prepared, sorted(missing), inline_schema_functions=True)
         except RuntimeError:

@@ -189,7 +189,7 @@ def _only_plain(values: Mapping[str, Any]) -> str | None:
     return odd[0] if odd else None
 
 
-@ROWS.op("Attention", domain=MICROSOFT, check=_only_plain)
+@ROWS.op("Attention", domain=MICROSOFT, check=_only_plain, absent=(4,))
 def attention(
     x: Tensor,
     weights: Tensor,

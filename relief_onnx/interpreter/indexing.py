@@ -62,9 +62,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 
 def _coordinates(x: Tensor, indices: Tensor, batch_dims: int = 0) -> tuple[Tensor, ...]:
     """One index tensor for each axis that the last axis of `indices` names, after the axes that both share."""
-    shared = [
-        torch.arange(x.shape[axis], device=x.device).reshape(-1, *[1] * (indices.dim() - 2 - axis)) for axis in range(batch_dims)
-    ]
+    shared = [torch.arange(x.shape[axis], device=x.device).reshape(-1, *[1] * (indices.dim() - 2 - axis)) for axis in range(batch_dims)]
     named = [_from_front(places, x.shape[batch_dims + number]) for number, places in enumerate(indices.unbind(-1))]
     return (*shared, *named)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Self
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from relief_onnx.errors import ModelError
 from relief_onnx.interpreter.build import Builder, Shared
@@ -40,7 +40,7 @@ class Network(torch.nn.Module):
         stored = all_initializers(model)
         found = roles(model, opsets, trainable)
         self._keys: dict[str, tuple[bool, str]] = {}
-        self._kinds = {name: stored[name].data_type for name in (*found.weights, *found.statistics)}
+        self._stored = {name: stored[name] for name in (*found.weights, *found.statistics)}
         for number, name in enumerate(found.weights):
             self._keys[name] = (True, f"weight{number}")
             self.register_parameter(f"weight{number}", torch.nn.Parameter(to_tensor(stored[name])))
@@ -51,7 +51,6 @@ class Network(torch.nn.Module):
         store = Store(self._parameters, self._buffers)
         builder = Builder(model.graph, Shared(opsets, self._keys, self._register, store, self._mode))
         self._program = builder.build()
-        self._initial = {name: to_tensor(stored[name]) for name in self._keys}
         given = {item.name: item for item in model.graph.input}
         taken = {item.name for item in model.graph.initializer}
         self.inputs = tuple(name for name in given if name not in taken)
@@ -97,9 +96,10 @@ class Network(torch.nn.Module):
         """The current values of every initializer that changed, in its stored type and shape: for surgery.apply_weights."""
         found = {}
         for name, (trainable, key) in self._keys.items():
-            value = (self._parameters if trainable else self._buffers)[key].detach().cpu()
-            if not np.array_equal(value.numpy(), self._initial[name].numpy(), equal_nan=True):
-                found[name] = to_array(value, self._kinds[name])
+            tensor = self._stored[name]
+            value = to_array((self._parameters if trainable else self._buffers)[key], tensor.data_type)
+            if value.tobytes() != numpy_helper.to_array(tensor).tobytes():
+                found[name] = value
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:

@@ -36,14 +36,18 @@ def batch_normalization(
     training_mode: int = 0,
     outputs: int = 1,
     state: Mode,
+    updates: bool,
 ) -> Tensor | tuple[Tensor, ...]:
-    """As the file says; but a network that is training normalises by the batch, and updates the running statistics in place."""
+    """As the file says; but a network that is training normalises by the batch, and updates the running statistics in place.
+
+    Statistics that are no initializers of their own cannot go back into the file: they stay, in training too.
+    """
     if training_mode:
         axes = [axis for axis in range(x.dim()) if axis != 1]
         batch_var, batch_mean = torch.var_mean(x, axes, correction=0)
         y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
         return (y, mean * momentum + batch_mean * (1 - momentum), var * momentum + batch_var * (1 - momentum))[:outputs]
-    if state.training and x.numel() > x.shape[1]:  # one value for each channel has no variance
+    if state.training and updates and x.numel() > x.shape[1]:  # one value for each channel has no variance
         return F.batch_norm(x, mean, var, scale, bias, True, 1 - momentum, epsilon)
     return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
 

@@ -19,13 +19,17 @@ ABSENT = 0
 
 @dataclass
 class Step:
-    """One node: a call from slots to slots. `host` are places of inputs that it wants as Python numbers; `dead` slots are free afterwards."""
+    """One node: a call from slots to slots.
+
+    `host` are places of inputs that it wants as Python numbers; `dead` slots are free afterwards.
+    """
 
     call: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     label: str
     host: tuple[int, ...] = ()
+    wanted: int = 1  # so many of its first outputs are read
     dead: tuple[int, ...] = ()
 
 
@@ -73,12 +77,15 @@ class Program:
 
     def finish(self) -> None:
         """Find out when each slot is read last."""
-        seen = set(self.outputs)
+        seen, read = set(self.outputs), set(self.outputs)
         made = {slot for step in self.steps for slot in step.writes} | {*self.inputs, *self.outer}
         for step in reversed(self.steps):
             last = (made & {*step.reads, *step.writes}) - seen
             step.dead = tuple(sorted(last))
             seen |= last
+            needed = [place for place, slot in enumerate(step.writes) if slot in read]
+            step.wanted = needed[-1] + 1 if needed else 0
+            read |= {*step.reads}
 
     def run(self, inputs: Sequence[Any], outer: Sequence[Any] = ()) -> list[Any]:
         """The outputs for these inputs and captured values."""
@@ -96,10 +103,14 @@ class Program:
                 arguments = [values[slot] for slot in step.reads]
                 result = step.call(*(_together(arguments, step.host) if elsewhere else arguments))
                 if type(result) is tuple:
+                    if len(result) < step.wanted:
+                        raise ValueError(f"output {len(result)} is read, but not computed")
                     for slot, value in zip(step.writes, result):  # noqa: B905 - a node may leave out its last outputs
                         values[slot] = value
-                else:
+                elif step.wanted < 2:
                     values[step.writes[0]] = result
+                else:
+                    raise ValueError("output 1 is read, but not computed")
                 for slot in step.dead:
                     values[slot] = None
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -35,7 +35,9 @@ def _spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
 
 
 @op("DequantizeLinear", frozen=(1, 2))
-def dequantize(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, block_size: int = 0, output_dtype: int = 0) -> Tensor:
+def dequantize(
+    x: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, block_size: int = 0, output_dtype: int = 0
+) -> Tensor:
     values = x.to(scale.dtype)
     if zero is not None:
         values = values - _spread(zero.to(scale.dtype), x, axis, block_size)

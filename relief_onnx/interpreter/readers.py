@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from relief_onnx.errors import ModelError
+from relief_onnx.interpreter import elementwise
 from relief_onnx.interpreter.table import TABLE
 from relief_onnx.interpreter.values import FLOATS
 from relief_onnx.nodes import STANDARD, subgraphs
@@ -41,11 +42,13 @@ def all_initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def roles(model: onnx.ModelProto, opsets: Mapping[str, int], trainable: Collection[str] | None) -> Roles:
-    """What training may change. By default a weight is a floating initializer that some node reads as data, of rank 1 and more and finite;
-    rank 0 is an epsilon or an exponent. Raises ModelError where `trainable` names what is none.
+    """What training may change. By default a weight is a floating initializer that some node reads as data, and finite.
+
+    A single number is none where its rank is 0 or only operators that work entry by entry read it: an epsilon, a factor, a mask's value.
+    Raises ModelError where `trainable` names what is no weight.
     """
     stored = {name: item for name, item in all_initializers(model).items() if item.data_type in FLOATS}
-    data, frozen, statistics = set[str](), set[str](), set[str]()
+    data, frozen, statistics, by_layers = set[str](), set[str](), set[str](), set[str]()
     for graph in _graphs(model.graph):
         data |= {item.name for item in graph.output}
         for node in graph.node:
@@ -56,6 +59,8 @@ def roles(model: onnx.ModelProto, opsets: Mapping[str, int], trainable: Collecti
                     frozen.add(name)
                 else:
                     (statistics if slot in row.statistics else data).add(name)
+                    if (domain, node.op_type) not in elementwise.ROWS.rows:
+                        by_layers.add(name)
     kept = tuple(name for name in stored if name in statistics)
     if trainable is not None:
         for name in trainable:
@@ -65,9 +70,12 @@ def roles(model: onnx.ModelProto, opsets: Mapping[str, int], trainable: Collecti
                 )
                 raise ModelError(f"{name} cannot be trained: it {reason}; name weights as `relief-onnx inspect` lists them")
         return Roles(tuple(name for name in stored if name in set(trainable)), kept)
-    found = (name for name, item in stored.items() if name in data - statistics and len(item.dims) > 0)
-    return Roles(tuple(name for name in found if np.isfinite(_values(stored[name])).all()), kept)
+    found = [name for name, item in stored.items() if name in data - statistics and _is_weight(item, name in by_layers)]
+    return Roles(tuple(found), kept)
 
 
-def _values(tensor: onnx.TensorProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return numpy_helper.to_array(tensor).astype(np.float32)
+def _is_weight(tensor: onnx.TensorProto, by_layer: bool) -> bool:
+    """Whether a tensor that is read as data is trained by default; by_layer: by an operator that does not work entry by entry."""
+    if not tensor.dims or (not by_layer and np.prod(tensor.dims) == 1):
+        return False
+    return bool(np.isfinite(numpy_helper.to_array(tensor).astype(np.float32)).all())

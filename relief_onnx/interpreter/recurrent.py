@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from relief_onnx.interpreter.activations import ACTIVATIONS
+from relief_onnx.interpreter.recurrent_native import native
 from relief_onnx.interpreter.registry import Table
 
 __all__ = ["ROWS"]
@@ -26,15 +28,18 @@ def _check(values: Any) -> str | None:
     return f"activation {unknown[0]}" if unknown else None
 
 
-def _activations(
-    names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None, clip: float | None
-) -> list[Activation]:
+def _activations(names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None, clip: float | None) -> list[Activation]:
     """The functions by name, with their alpha and beta where they are given; clip bounds what they get."""
-    found = []
+    found: list[Activation] = []
     for place, name in enumerate(names):
         given = {key: row[place] for key, row in (("alpha", alpha), ("beta", beta)) if row is not None and place < len(row)}
-        found.append(lambda x, function=ACTIVATIONS[name], given=given: function(x if clip is None else x.clamp(-clip, clip), **given))
+        function = partial(ACTIVATIONS[name], **given)
+        found.append(function if clip is None else partial(_clipped, function, clip))
     return found
+
+
+def _clipped(function: Activation, clip: float, x: Tensor) -> Tensor:
+    return function(x.clamp(-clip, clip))
 
 
 def _run(projected: Tensor, lengths: Tensor | None, states: States, cell: Cell, backward: bool) -> tuple[Tensor, States]:
@@ -62,10 +67,17 @@ def _recurrent(
     direction: str,
     layout: int,
     make_cell: Callable[[int], tuple[Callable[[Tensor], Tensor], Cell]],
+    fast: Callable[..., tuple[Tensor, ...] | None] | None,
 ) -> tuple[Tensor, ...]:
-    """Both directions and layouts. make_cell: for a direction the function that adds its biases to x W, and the cell."""
+    """Both directions and layouts. make_cell: for a direction the function that adds its biases to x W, and the cell.
+
+    fast: torch's own kernel, where nothing in the node rules it out.
+    """
     x = x.transpose(0, 1) if layout else x
     starts = [state.transpose(0, 1) if state is not None and layout else state for state in initial]
+    quick = fast(x=x, initial=starts, backward=direction == "reverse") if fast is not None and lengths is None else None
+    if quick is not None:
+        return (quick[0].permute(2, 0, 1, 3), *(state.transpose(0, 1) for state in quick[1:])) if layout else quick
     zeros = x.new_zeros(x.shape[1], hidden_size)
     outputs, lasts = [], []
     for number in range(len(w)):
@@ -78,9 +90,10 @@ def _recurrent(
     return (found[0].permute(2, 0, 1, 3), *(state.transpose(0, 1) for state in found[1:])) if layout else tuple(found)
 
 
-def _biases(b: Tensor | None, number: int) -> tuple[Tensor | float, Tensor | float]:
+def _biases(b: Tensor | None, number: int, r: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to x W and to h R in a direction, [gates * hidden] each."""
     if b is None:
-        return 0.0, 0.0
+        return r.new_zeros(r.shape[1]), r.new_zeros(r.shape[1])
     first, second = b[number].chunk(2)
     return first, second
 
@@ -102,14 +115,17 @@ def rnn(
     hidden_size: int | None = None,
     layout: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         weight, f = r[number].t(), functions[number]
         return lambda rows: rows + (wb + rb), lambda row, states: (f(row + states[0] @ weight),)
 
-    return _recurrent(x, w, sequence_lens, (initial_h,), r.shape[-1], direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta
+    fast = partial(native, "RNN", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h,), r.shape[-1], direction, layout, make, fast)
 
 
 @op("GRU", check=_check)
@@ -130,14 +146,15 @@ def gru(
     layout: int = 0,
     linear_before_reset: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Sigmoid", "Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Sigmoid", "Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
     size = r.shape[-1]
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         gates, new = r[number, : 2 * size].t(), r[number, 2 * size :].t()
         f, g = functions[2 * number : 2 * number + 2]
-        rb_gates, rb_new = (0.0, 0.0) if b is None else (rb[: 2 * size], rb[2 * size :])
+        rb_gates, rb_new = rb[: 2 * size], rb[2 * size :]
 
         def cell(row: Tensor, states: States) -> States:
             (h,) = states
@@ -150,7 +167,9 @@ def gru(
 
         return lambda rows: rows + wb, cell
 
-    return _recurrent(x, w, sequence_lens, (initial_h,), size, direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta and linear_before_reset
+    fast = partial(native, "GRU", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h,), size, direction, layout, make, fast)
 
 
 @op("LSTM", check=_check)
@@ -173,10 +192,11 @@ def lstm(
     input_forget: int = 0,
     layout: int = 0,
 ) -> tuple[Tensor, ...]:
-    functions = _activations(activations or ["Sigmoid", "Tanh", "Tanh"] * len(w), activation_alpha, activation_beta, clip)
+    names = activations or ["Sigmoid", "Tanh", "Tanh"] * len(w)
+    functions = _activations(names, activation_alpha, activation_beta, clip)
 
     def make(number: int) -> tuple[Activation, Cell]:
-        wb, rb = _biases(b, number)
+        wb, rb = _biases(b, number, r)
         weight = r[number].t()
         f, g, h = functions[3 * number : 3 * number + 3]
         peep_i, peep_o, peep_f = (0.0, 0.0, 0.0) if p is None else p[number].chunk(3)
@@ -192,4 +212,6 @@ def lstm(
 
         return lambda rows: rows + (wb + rb), cell
 
-    return _recurrent(x, w, sequence_lens, (initial_h, initial_c), r.shape[-1], direction, layout, make)
+    plain = clip is None and not activation_alpha and not activation_beta and p is None and not input_forget
+    fast = partial(native, "LSTM", names, w=w, r=r, b=b) if plain else None
+    return _recurrent(x, w, sequence_lens, (initial_h, initial_c), r.shape[-1], direction, layout, make, fast)

@@ -25,13 +25,17 @@ def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
 
 def _largest(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     if any(x.shape[axis] == 0 for axis in axes):
-        return _filled(x, axes, keepdim, float("-inf") if x.is_floating_point() else 0 if x.dtype == torch.bool else torch.iinfo(x.dtype).min)
+        return _filled(
+            x, axes, keepdim, float("-inf") if x.is_floating_point() else 0 if x.dtype == torch.bool else torch.iinfo(x.dtype).min
+        )
     return x.amax(axes, keepdim) if x.dtype != torch.bool else x.to(torch.uint8).amax(axes, keepdim).bool()
 
 
 def _smallest(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     if any(x.shape[axis] == 0 for axis in axes):
-        return _filled(x, axes, keepdim, float("inf") if x.is_floating_point() else 1 if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+        return _filled(
+            x, axes, keepdim, float("inf") if x.is_floating_point() else 1 if x.dtype == torch.bool else torch.iinfo(x.dtype).max
+        )
     return x.amin(axes, keepdim) if x.dtype != torch.bool else x.to(torch.uint8).amin(axes, keepdim).bool()
 
 

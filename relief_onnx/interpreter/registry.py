@@ -3,7 +3,8 @@
 The parameters of a function are what ONNX names them: inputs in their order, attributes as keywords with the standard's defaults. What was
 an attribute first and an input later (the axes of Squeeze) is one parameter, so most operators need one row for all versions.
 
-A function may also ask for `outputs` (how many outputs the node has), `state` (is the network training?) and `opset`.
+A function may also ask for `outputs` (how many outputs the node has), `state` (is the network training?), `opset`, and `updates` (are the
+node's running statistics initializers that training may change?).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Row:
     frozen: slots whose float initializers are no weights (exponents, scales of quantisation).
     statistics: slots of running statistics, which training updates in place.
     check: what about a node's attributes cannot be run, or None.
+    absent: input slots that the standard has and the function lacks.
     pure: the same inputs give the same outputs, so that a node of constants can be computed once.
     """
 
@@ -44,6 +46,7 @@ class Row:
     frozen: frozenset[int] = frozenset()
     statistics: frozenset[int] = frozenset()
     check: Check | None = None
+    absent: frozenset[int] = frozenset()
     pure: bool = True
 
     @cached_property
@@ -53,6 +56,19 @@ class Row:
             return inspect.signature(self.function).parameters
         except ValueError:
             return {}
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """The keywords of the function."""
+        return frozenset(name for name, item in self.parameters.items() if item.kind is inspect.Parameter.KEYWORD_ONLY)
+
+    @cached_property
+    def inputs(self) -> int | None:
+        """How many inputs the function takes at most; None where any number, or where Python cannot see it."""
+        kinds = [item.kind for item in self.parameters.values()]
+        if not kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+            return None
+        return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
 
 class Table:
@@ -73,12 +89,13 @@ class Table:
         frozen: tuple[int, ...] = (),
         statistics: tuple[int, ...] = (),
         check: Check | None = None,
+        absent: tuple[int, ...] = (),
         pure: bool = True,
     ) -> Callable[[Function], Function]:
         """A decorator that adds a row for each name; the fields are those of Row."""
 
         def add(function: Function) -> Function:
-            row = Row(function, since, frozenset(host), frozenset(frozen), frozenset(statistics), check, pure)
+            row = Row(function, since, frozenset(host), frozenset(frozen), frozenset(statistics), check, frozenset(absent), pure)
             for name in names:
                 self.rows.setdefault((domain, name), []).append(row)
             return function

@@ -1,7 +1,7 @@
 """Rows for resizing and sampling at given places.
 
-Resizing is separable: along each axis an output is a weighted sum of a few inputs. Where and with which weights depends on sizes only and is
-computed once for each size.
+Resizing is separable: along each axis an output is a weighted sum of a few inputs. Where and with which weights depends on sizes only
+and is computed once for each size.
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ def resize(
     bounds = as_list(roi) if coordinate_transformation_mode == "tf_crop_and_resize" and roi else [0.0] * count + [1.0] * count
     sources = [x.shape[axis] for axis in chosen]
     if sizes:
-        wanted, factors = _targets(sizes, [size / source for size, source in zip(sizes, sources, strict=True)], sources, keep_aspect_ratio_policy)
+        wanted, factors = _targets(
+            sizes, [size / source for size, source in zip(sizes, sources, strict=True)], sources, keep_aspect_ratio_policy
+        )
     else:
         factors = as_list(scales)
         shares = [bounds[count + place] - bounds[place] for place in range(count)]

@@ -26,5 +26,24 @@ from relief_onnx.interpreter.registry import Table
 
 __all__ = ["TABLE"]
 
-FAMILIES = (activations, attention, control, convolution, detection, elementwise, fused, indexing, normalisation, pooling, products, quantised, random_numbers, recurrent, reductions, resizing, shapes, signals)
+FAMILIES = (
+    activations,
+    attention,
+    control,
+    convolution,
+    detection,
+    elementwise,
+    fused,
+    indexing,
+    normalisation,
+    pooling,
+    products,
+    quantised,
+    random_numbers,
+    recurrent,
+    reductions,
+    resizing,
+    shapes,
+    signals,
+)
 TABLE = Table(*(family.ROWS for family in FAMILIES))
