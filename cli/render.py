@@ -16,6 +16,7 @@ __all__ = ["comparison", "data", "overview", "progress", "prune_report", "quanti
 
 _STAGES = {
     "calibrate": "Calibrating and scoring",
+    "choose": "Choosing again",
     "repair": "Repairing layers",
     "compare": "Comparing with the original",
     "train": "Training",

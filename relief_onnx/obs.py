@@ -22,17 +22,18 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
-from relief_onnx.masks import Masks, initializer_masks
+from relief_onnx.masks import Masks, applied, initializer_masks
 from relief_onnx.patterns import keep_pattern
 from relief_onnx.repair import refusal, samples_of, sweep
+from relief_onnx.surgery import apply_weights, operate
 
-__all__ = ["Improved", "improve"]
+__all__ = ["EXCHANGED", "Improved", "Pool", "improve"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 # Samples that the choice looks at; what about each step leaves; rounds of exchange, and the part of the weights that each may exchange.
-SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 1 / 1.4, 3, 0.05
+SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 0.5, 3, 0.05
 # As in flow's own ranking.
 EXPONENT = 0.75
 
@@ -46,7 +47,7 @@ class Improved:
     exchanged: tuple[int, ...]
 
 
-class _Pool:
+class Pool:
     """Weights that share a number: one ranking of all their mask entries, laid end to end, each a single weight or a whole kernel."""
 
     def __init__(self, layers: Sequence[Layer], masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> None:
@@ -88,7 +89,7 @@ class _Pool:
         left = self.budget if part >= 1 else round(self._total * (self.budget / self._total) ** part)
         order = self._ranking(self.keep, -self.worth)
         ranked = np.bincount(self._place[order[np.cumsum(self._cost[order]) <= left]], minlength=len(self.layers))
-        saved = _rank_within(self._place[order]) < np.where(ranked < self._least, self._least, 0)[self._place[order]]
+        saved = _rank_within(self._place[order]) < self._least[self._place[order]]  # the floors, first of all
         rest = np.cumsum(np.where(saved, 0, self._cost[order])) <= left - int(self._cost[order][saved].sum())
         self.keep = np.zeros_like(self.keep)
         self.keep[order[saved | rest]] = True
@@ -103,26 +104,43 @@ class _Pool:
                 worth = np.where(self.keep[where], self.worth[where], -1.0).reshape(shape)
                 self.keep[where] &= keep_pattern(worth, count, m).reshape(-1)
 
+    def bury(self, surviving: Mapping[str, Flags]) -> None:
+        """Let go of what no output depends on any more. surviving: single weights [out, in per group, *kernel] by weight."""
+        for layer, where, shape in zip(self.layers, self._slices, self.shapes, strict=True):
+            left = np.any(surviving[layer.weight].reshape(*shape, -1), axis=-1).reshape(shape[0], -1)
+            self.keep[where] &= left.reshape(-1)
+            # A unit that lost everything does not come back: perhaps nobody reads it.
+            self._allowed[where] &= np.broadcast_to(left.any(1)[:, None], left.shape).reshape(-1)
+
     def exchange(self) -> int:
-        """Put back what is worth more than what is dropped for it, at most EXCHANGED of the budget. How many weights came back."""
+        """Fill up to the budget, then put back what is worth more than what is dropped for it, at most EXCHANGED of the budget.
+
+        How many weights came back.
+        """
         falling = self._ranking(self._allowed & ~self.keep, -self.worth)
         rising = self._ranking(self.keep, self.worth)
+        room = self.budget - int(self._cost[rising].sum())
         spare = np.bincount(self._place[rising], minlength=len(self.layers)) - self._least  # no layer falls below its floor
         rising = rising[_rank_within(self._place[rising]) < spare[self._place[rising]]]
         added, dropped = np.cumsum(self._cost[falling]), np.cumsum(self._cost[rising])
-        partner = np.searchsorted(dropped, added)
-        open_ = np.flatnonzero((added <= EXCHANGED * self.budget) & (partner < len(rising)))
-        better = self.worth[falling[open_]] > self.worth[rising[partner[open_]]]
+        needed = np.searchsorted(dropped, added - room) + (added > room)  # how many go for the first ones that come
+        possible = (added - room <= EXCHANGED * self.budget) & (needed <= len(rising))
+        level = np.concatenate([[0.0], self.worth[rising]])[np.minimum(needed, len(rising))]
+        better = possible & (self.worth[falling] > level)
         count = len(better) if better.all() else int(np.argmin(better))
-        if not count:
-            return 0
-        self.keep[falling[:count]] = True
-        self.keep[rising[: partner[count - 1] + 1]] = False
-        return int(added[count - 1])
+        if count:
+            self.keep[falling[:count]] = True
+            self.keep[rising[: needed[count - 1]]] = False
+        return int(added[count - 1]) if count else 0
 
     def _ranking(self, chosen: Flags, key: Doubles) -> NDArray[np.intp]:
         places = np.flatnonzero(chosen)
         return places[np.argsort(key[places], kind="stable")]
+
+
+def _surviving(graph: Graph, flags: Mapping[str, Flags]) -> Mapping[str, Flags]:
+    """What is left of each weight when units that are dead under the masks are gone."""
+    return operate(apply_weights(graph.model, applied(graph, flags))).surviving
 
 
 def _allowed(layer: Layer, masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> Flags:
@@ -155,7 +173,7 @@ def improve(
     """
     gone = removed or {}
     free = {layer.weight: layer for layer in plan.layers if layer.weight in masks.keep and not refusal(plan, layer, weights)}
-    pools = [_Pool([free[weight] for weight in group if weight in free], masks, allowed, gone) for group in grouped]
+    pools = [Pool([free[weight] for weight in group if weight in free], masks, allowed, gone) for group in grouped]
     placed = {layer.weight: (pool, place) for pool in pools for place, layer in enumerate(pool.layers)}
     value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
     feeds = samples_of(dataset, SAMPLES if samples is None else min(samples, SAMPLES), seed)
@@ -190,6 +208,9 @@ def improve(
                 floors += pool.cut(step / steps)
     exchanged = []
     for number in range(rounds):
+        surviving = _surviving(graph, initializer_masks(plan, current()))
+        for pool in pools:
+            pool.bury(surviving)
         appraise(steps + number, additions=True)
         exchanged.append(sum(pool.exchange() for pool in pools))
     return Improved(current(), tuple(floors), tuple(exchanged))

@@ -64,19 +64,18 @@ def solve(
 
     x: [rows, features]; weight, bias: those that the solution stays close to. appraisal: takes what each weight is then worth.
     """
-    old = weight
     weight = np.where(keep, weight, 0.0)
     size = _block_size(keep, 1 if appraisal is None else appraisal.size)
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
     for turn in range(turns):
         for block in blocks:
-            weight, bias = _turn(x, target, weight, bias, old, keep, block, free_bias, appraisal if turn == turns - 1 else None)
+            weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, appraisal if turn == turns - 1 else None)
     return weight, bias
 
 
 def _turn(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, old: Doubles, keep: Flags, block: slice, free_bias: bool,
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, block: slice, free_bias: bool,
     appraisal: Appraisal | None,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """One block of features solved for, with the others as they are."""
@@ -105,9 +104,7 @@ def _turn(
                 bias[columns] += offset
                 y += offset.astype(np.float32)
         if appraisal is not None:
-            pull = ridge * (old[columns, block] - now)
-            if appraisal.additions:
-                pull += (own.T @ (part.of(y) - y)).T
+            pull = (own.T @ (part.of(y) - y)).T.astype(np.float64) if appraisal.additions else np.zeros_like(now)
             for row, (places, inverse) in enumerate(inverses):
                 appraisal.judge(columns.start + row, block.start, moments, ridge, places, inverse, now[row], pull[row])
         weight[columns, block] = now

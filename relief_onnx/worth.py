@@ -47,7 +47,7 @@ class Appraisal:
         """One unit's block of features that begins at `start`.
 
         moments: X'X [block, block] without the ridge. places: kept features of the block; inverse: of their equations. w: the block's
-        solution, pull: X'(t - Xw) plus the ridge's pull, both [block].
+        solution, pull: X'(t - Xw), both [block].
         """
         size, first = self.size, start // self.size
         inside = self.worth[unit, first : first + len(moments) // size]
