@@ -19,8 +19,8 @@ from relief_onnx.layers import Plan
 from relief_onnx.options import Options, Share
 from relief_onnx.pack import unpack
 from relief_onnx.ranks import is_first
-from relief_onnx.retrain import trainer
 from relief_onnx.surgery import apply_weights
+from relief_onnx.trainer import open_loop
 
 __all__ = ["Rounds"]
 
@@ -37,7 +37,7 @@ class Rounds:
         self._folder = folder if dataset.fingerprint is not None else None
         self._inputs = dataset.fingerprint or ""
         self._start = _stored(self._training.rewind)
-        self._trainer = trainer().Trainer(
+        self._trainer = open_loop().Trainer(
             original, dataset, self._training, label_weight=self._training.labels_count(options.repair), seed=options.seed,
             threads=options.threads, progress=progress,
         )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from relief_onnx.interpreter import Network
-from relief_onnx.retrain.samples import Draw, Samples
 from relief_onnx.session import Session
+from relief_onnx.trainer.samples import Draw, Samples
 
 __all__ = ["Teacher"]
 

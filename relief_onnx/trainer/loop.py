@@ -21,15 +21,15 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.errors import DataError, RecipeError, Unsupported
 from relief_onnx.graph import Graph
 from relief_onnx.interpreter import Network
-from relief_onnx.retrain import checkpoint
-from relief_onnx.retrain.augment import augment, check_images
-from relief_onnx.retrain.heads import find_heads, label_head
-from relief_onnx.retrain.loss import Objective, quality
-from relief_onnx.retrain.processes import Processes
-from relief_onnx.retrain.samples import Draw, Samples
-from relief_onnx.retrain.schedule import factor, load_state, make_optimizer, state_arrays
-from relief_onnx.retrain.teacher import Teacher
-from relief_onnx.retrain.trainable import trainable
+from relief_onnx.trainer import checkpoint
+from relief_onnx.trainer.augment import augment, check_images
+from relief_onnx.trainer.heads import find_heads, label_head
+from relief_onnx.trainer.loss import Objective, quality
+from relief_onnx.trainer.processes import Processes
+from relief_onnx.trainer.samples import Draw, Samples
+from relief_onnx.trainer.schedule import factor, load_state, make_optimizer, state_arrays
+from relief_onnx.trainer.teacher import Teacher
+from relief_onnx.trainer.trainable import trainable
 from relief_onnx.training import Training
 
 __all__ = ["Trained", "Trainer"]
@@ -230,7 +230,7 @@ class _Round:
             state.rows += draw.rows
             state.step += 1
             self._own._progress("train", state.epoch * samples.training_rows + state.rows, self._training.epochs * samples.training_rows)
-            if self._path is not None and time.monotonic() - self._noted > self._training.checkpoint and self._processes.world == 1:
+            if self._processes.world == 1:
                 self._note()
 
     def _step(self, draw: Draw) -> float:
@@ -325,9 +325,8 @@ class _Round:
         state.loss = 0.0
 
     def _note(self) -> None:
-        """Write down where training stands."""
-        self._noted = time.monotonic()
-        if self._path is None or self._processes.rank > 0:
+        """Write down where training stands, if the last note is old enough."""
+        if self._path is None or self._processes.rank > 0 or time.monotonic() - self._noted < self._training.checkpoint:
             return
         state = self._state
         arrays = {f"weight/{name}": value.cpu().numpy() for name, value in self._network.state_dict().items()}
@@ -335,6 +334,7 @@ class _Round:
         arrays |= {f"best/{name}": value.cpu().numpy() for name, value in (state.best or {}).items()}
         note = {name: value for name, value in vars(state).items() if name != "best"}
         checkpoint.write(self._path, self._key, note, arrays)
+        self._noted = time.monotonic()
 
     def _resume(self) -> None:
         """Take up what a stopped run has noted."""

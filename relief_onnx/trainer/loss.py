@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relief_onnx.errors import RecipeError
-from relief_onnx.retrain.heads import Head
+from relief_onnx.trainer.heads import Head
 
 __all__ = ["Objective", "distance", "label_loss", "quality"]
 

@@ -1,4 +1,4 @@
-"""Training under masks, in torch: what is zero stays zero. `trainer()` is the door; nothing else here is imported before torch is there."""
+"""Training under masks, in torch: what is zero stays zero. `open_loop()` is the door; before it nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from types import ModuleType
 
 from relief_onnx.errors import RecipeError
 
-__all__ = ["trainer"]
+__all__ = ["open_loop"]
 
 
-def trainer() -> ModuleType:
+def open_loop() -> ModuleType:
     """The module `loop`. Raises RecipeError where torch is not installed."""
     if find_spec("torch") is None:
         raise RecipeError(
             "retraining needs torch, which is not installed; run: pip install relief-onnx[retrain], or use --repair least-squares"
         )
-    from relief_onnx.retrain import loop
+    from relief_onnx.trainer import loop
 
     return loop
