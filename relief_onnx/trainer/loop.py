@@ -98,7 +98,7 @@ class Trainer:
         )  # fmt: skip
         self._teacher = Teacher(original, [head.name for head in floats], self.samples, self.processes.device, self._threads)
         self.objective = Objective(self.heads, self.labelled, label_weight, self._scales())
-        if not training.augment and training.epochs > 1:
+        if self.objective.teaches and not training.augment and training.epochs > 1:
             self._teacher.keep()
 
     def _scales(self) -> dict[str, float]:
