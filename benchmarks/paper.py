@@ -1,7 +1,7 @@
-"""`make bench-paper`: LeNet-300-100 and LeNet-5 on MNIST, pruned and trained again in rounds as in arXiv 2109.10795, the schedule shortened.
+"""`make bench-paper`: LeNet-300-100 and LeNet-5 on MNIST, pruned and trained in rounds as in arXiv 2109.10795, the schedule shortened.
 
-Per network and seed: initial weights, a dense training on labels, then each way to prune from there. Test error is that of the last epoch of
-each round; the test images decide nothing. What is done already is read from build/paper, so a stopped benchmark goes on.
+Per network and seed: initial weights, a dense training on labels, then each way to prune from there. Test error is that of the last epoch
+of each round; the test images decide nothing. What is done already is read from build/paper, so a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def _network(name: str) -> Any:
         return build.lenet300()
     net = build.Network("lenet5", "LeNet-5 of Caffe: convolutions 5x5 with 20 and 50 filters, then 800-500-10")
     x = "image"
-    for index, filters in ((0, 20), (2, 50)):
-        x = net.max_pool(net.conv(x, f"features.{index}", filters, kernel=5), f"features.{index + 1}")
+    for index, filters in ((0, 20), (3, 50)):
+        x = net.relu(net.conv(x, f"features.{index}", filters, kernel=5), f"features.{index + 1}")
+        x = net.max_pool(x, f"features.{index + 2}")
     build.add_classifier(net, net.flatten(x, "flatten"), (500, 10))
     return net.finish()
 
@@ -113,8 +114,7 @@ def _prepared(name: str, seed: int, plan: Plan) -> tuple[Path, Path]:
         files.save(build.to_onnx(net, build.initial_weights(net, np.random.RandomState(seed)), {}), start)
     if not dense.exists():
         relief_onnx.retrain(
-            start, _training_data(plan.images), output=dense, epochs=plan.dense_epochs, seed=seed, work_dir=folder / "dense", storage="dense",
-            **plan.training(),
+            start, _training_data(plan.images), output=dense, epochs=plan.dense_epochs, seed=seed, storage="dense", **plan.training()
         )  # fmt: skip
     return start, dense
 
@@ -150,7 +150,8 @@ def _magnitude(
             masked = apply_weights(masked, {name: value.astype(np.float32) for name, value in rewound.items()})
         teacher = dense if repair == "distill" else None
         trained = relief_onnx.retrain(
-            masked, data, teacher=teacher, epochs=plan.epochs, seed=seed, storage="dense", work_dir=folder / f"round-{number}", **plan.training()
+            masked, data, teacher=teacher, epochs=plan.epochs, seed=seed, storage="dense", work_dir=folder / f"round-{number}",
+            **plan.training(),
         )  # fmt: skip
         current = trained.dense
         found.append(current)
@@ -176,7 +177,8 @@ def rounds_of(name: str, way: str, seed: int, plan: Plan) -> dict[str, Any]:
         budget |= {"rewind": str(start)} if plan.rewind else {}
         chosen = {"preset": "paper", "rewind": str(start)} if criterion == "paper" else budget
         relief_onnx.prune(
-            dense, data, repair=repair, iterations=plan.iterations, epochs=plan.epochs, seed=seed, work_dir=folder, **chosen, **plan.training()
+            dense, data, repair=repair, iterations=plan.iterations, epochs=plan.epochs, seed=seed, work_dir=folder, **chosen,
+            **plan.training(),
         )  # fmt: skip
         models = [files.load(folder / f"iteration-{number}" / "trained.onnx") for number in range(1, plan.iterations + 1)]
     rows = [{"kept_percent": round(_kept(model), 3), "test_error": round(test_error(model), 2)} for model in models]

@@ -101,6 +101,30 @@ def test_random_graphs() -> None:
         assert_like_onnxruntime(*build_graph(steps, opset, GRAPH_KINDS[seed % len(GRAPH_KINDS)], bool(seed % 2)))
 
 
+def assert_runs_without_values(model: onnx.ModelProto, given: dict[str, Any]) -> None:
+    """On torch's meta device, where tensors have shapes and no values: a GPU would never have to wait for the CPU."""
+    network = Network(model)
+    expected = [value.shape for value in evaluated(network, given)]
+    found = network.to("meta")({name: torch.from_numpy(value).to("meta") for name, value in given.items()})
+    assert [tuple(value.shape) for value in found.values()] == expected
+    assert {value.device.type for value in found.values()} == {"meta"}
+
+
+def test_random_graphs_run_without_reading_back() -> None:
+    for seed in range(60):
+        rng = np.random.default_rng(1000 + seed)
+        steps = [(int(rng.integers(len(STEPS))), int(rng.integers(1000))) for _ in range(int(rng.integers(1, 14)))]
+        assert_runs_without_values(*build_graph(steps, [9, 11, 13, 17, 18, 21][seed % 6], GRAPH_KINDS[seed % 3], bool(seed % 2)))
+
+
+@pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))
+def test_real_models_run_without_reading_back(row: dict[str, Any]) -> None:
+    path = SHARED / f"{row['id']}.onnx"
+    if not path.exists():
+        pytest.skip("not one of the small models beside the project")
+    assert_runs_without_values(onnx.load(path), feed(row, 0))
+
+
 def test_prepared_models_have_the_weights_of_constant_nodes() -> None:
     net = Net()
     x = net.input(4, 8)

@@ -210,13 +210,15 @@ class Builder:
         reads, waiting = [], []
         for slot, name in enumerate(inputs):
             host = slot in row.host and name
-            if host and self.is_known(name):
+            if name and slot in row.host | row.either and self.is_known(name):
                 reads.append(self._host_slot(name))
             else:
                 reads.append(self._slot(name))
                 waiting += [slot] if host else []
         if waiting:
             call = _with_host(call, tuple(waiting))
+        if any(True for _ in subgraphs(node)):
+            waiting = list(range(len(reads)))  # the nodes in the bodies bring values to one device themselves
         writes = []
         for name in node.output:
             self.slots[name or " "] = self.program.slot() if name else self.unused

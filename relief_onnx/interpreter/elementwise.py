@@ -39,11 +39,22 @@ def div(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
-@op("Pow", frozen=(1,))
-def power(base: Tensor, exponent: Tensor) -> Tensor:
-    if exponent.dim() == 0 and base.is_floating_point():
-        return torch.pow(base, exponent.item())  # x ** 2 has a cheap gradient, x ** tensor has not
+@op("Pow", frozen=(1,), either=(1,))
+def power(base: Tensor, exponent: Any) -> Tensor:
+    """A number as exponent has a cheap gradient (x ** 2), a tensor has not."""
+    if isinstance(exponent, list):
+        single = base.dim() > 0 and torch.Size(_sizes(exponent)).numel() == 1 and len(_sizes(exponent)) <= base.dim()
+        exponent = (
+            scalar(exponent)
+            if single
+            else torch.tensor(exponent, dtype=base.dtype if base.is_floating_point() else None, device=base.device)
+        )
     return torch.pow(base, exponent).to(base.dtype)
+
+
+def _sizes(values: Any) -> list[int]:
+    """The shape of nested lists."""
+    return [len(values), *_sizes(values[0])] if isinstance(values, list) and values else [0] if isinstance(values, list) else []
 
 
 @op("Mod")

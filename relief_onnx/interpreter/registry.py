@@ -33,6 +33,7 @@ class Row:
     """How one operator is run from version `since` on.
 
     host: input slots that the function wants as Python numbers or lists of them (axes, shapes, sizes).
+    either: slots that it takes as Python numbers where they are the same in every run, and as tensors where they are not.
     frozen: slots whose float initializers are no weights (exponents, scales of quantisation).
     statistics: slots of running statistics, which training updates in place.
     check: what about a node's attributes cannot be run, or None.
@@ -43,6 +44,7 @@ class Row:
     function: Function
     since: int = 1
     host: frozenset[int] = frozenset()
+    either: frozenset[int] = frozenset()
     frozen: frozenset[int] = frozenset()
     statistics: frozenset[int] = frozenset()
     check: Check | None = None
@@ -86,6 +88,7 @@ class Table:
         since: int = 1,
         domain: str = "",
         host: tuple[int, ...] = (),
+        either: tuple[int, ...] = (),
         frozen: tuple[int, ...] = (),
         statistics: tuple[int, ...] = (),
         check: Check | None = None,
@@ -95,7 +98,17 @@ class Table:
         """A decorator that adds a row for each name; the fields are those of Row."""
 
         def add(function: Function) -> Function:
-            row = Row(function, since, frozenset(host), frozenset(frozen), frozenset(statistics), check, frozenset(absent), pure)
+            row = Row(
+                function,
+                since,
+                frozenset(host),
+                frozenset(either),
+                frozenset(frozen),
+                frozenset(statistics),
+                check,
+                frozenset(absent),
+                pure,
+            )
             for name in names:
                 self.rows.setdefault((domain, name), []).append(row)
             return function

@@ -111,9 +111,12 @@ def constant_of_shape(shape: list[int], *, value: onnx.TensorProto | None = None
     return filling.expand(shape).contiguous() if shape else filling.reshape(())
 
 
-@op("Range")
-def arange(start: Tensor, limit: Tensor, delta: Tensor, *, stash_type: int = 1) -> Tensor:
-    return torch.arange(scalar(start.tolist()), scalar(limit.tolist()), scalar(delta.tolist()), dtype=start.dtype)
+@op("Range", either=(0, 1, 2))
+def arange(start: Any, limit: Any, delta: Any, *, stash_type: int = 1) -> Tensor:
+    """On the CPU; the type is that of any of the three (where all are constants they are tensors, and it is computed once)."""
+    given = (start, limit, delta)
+    dtype = next((value.dtype for value in given if isinstance(value, Tensor)), None)
+    return torch.arange(*(scalar(value.tolist() if isinstance(value, Tensor) else value) for value in given), dtype=dtype)
 
 
 @op("EyeLike")
