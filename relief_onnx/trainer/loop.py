@@ -156,7 +156,7 @@ class Trainer:
         if stored is not None:
             note, arrays = stored
             return Trained(arrays, tuple(note["epochs"]), note["best_epoch"], note["quality"], note["stopped"])
-        with self.processes.together(), _threads(self._threads):
+        with _threads(self._threads):
             round_ = _Round(self, model, flags, None if folder is None else folder / "checkpoint.npz", key)
             found = round_.run()
             self.processes.wait()
@@ -190,10 +190,16 @@ class _Round:
             if name in weights
         ]
         self._optimizer = make_optimizer(self._training, self._network.parameters())
-        self._wrapped = self._processes.wrapped(self._network)
         self._device = self._processes.device
+        self._wrapped = self._network if self._processes.world == 1 else self._shared()
         self._state = _State()
         self._noted = time.monotonic()
+
+    def _shared(self) -> Any:
+        """The network of several processes; a first batch shows which parameters the loss needs."""
+        draw = next(self._samples.epoch(0))
+        teacher = self._own._teacher(draw) if self._own.objective.teaches else {}
+        return self._processes.wrapped(self._network, self._loss(draw, teacher, self._network))
 
     def run(self) -> Trained:
         training, state = self._training, self._state
@@ -245,7 +251,7 @@ class _Round:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         teacher = self._own._teacher(draw) if self._own.objective.teaches else {}
-        loss = self._loss(draw, teacher) * share
+        loss = self._loss(draw, teacher, self._wrapped) * share
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for weight, mask in self._held:
@@ -275,10 +281,10 @@ class _Round:
         part = Draw(feed, None if draw.labels is None else draw.labels[taken], draw.numbers[taken], len(taken))
         return part, len(own) * world / rows
 
-    def _loss(self, draw: Draw, teacher: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, draw: Draw, teacher: Mapping[str, torch.Tensor], network: Any) -> torch.Tensor:
         mixed = self._training.precision == "mixed"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
-            found = self._forward(self._wrapped, draw)
+            found = self._forward(network, draw)
         labels = None if draw.labels is None else torch.from_numpy(draw.labels).to(self._device)
         result: torch.Tensor = self._own.objective(found, teacher, labels)
         return result
@@ -316,7 +322,12 @@ class _Round:
         loss, good = self._validate()
         rate = float(self._optimizer.param_groups[0]["lr"])
         state.epoch += 1
-        row = {"epoch": state.epoch, "loss": state.loss / max(state.rows, 1), "validation_loss": loss, "validation_quality": good}
+        row = {
+            "epoch": state.epoch,
+            "loss": self._processes.mean(state.loss / max(state.rows, 1)),
+            "validation_loss": loss,
+            "validation_quality": good,
+        }
         state.history.append({**row, "learning_rate": rate})
         if self._training.patience is not None and loss is not None and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_epoch = loss, state.epoch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import atexit
 from typing import Any
 
 import torch
@@ -20,26 +19,34 @@ class Processes:
     def __init__(self, device: str) -> None:
         self.rank, self.world = rank(), world()
         self.device = torch.device(f"cuda:{self.rank % max(torch.cuda.device_count(), 1)}" if device == "cuda" else "cpu")
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """While training: the group is there."""
-        if self.world == 1 or distributed.is_initialized():
-            yield
-            return
-        distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        try:
-            yield
-        finally:
-            distributed.destroy_process_group()
+        if self.world > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(_leave)
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
             distributed.barrier()
 
-    def wrapped(self, network: torch.nn.Module) -> Any:
-        """The network with gradients averaged over processes."""
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(shared)
+        return float(shared) / self.world
+
+    def wrapped(self, network: torch.nn.Module, outputs: torch.Tensor) -> Any:
+        """The network with gradients averaged over processes. outputs: of one run of it; parameters that they do not need are left out."""
         if self.world == 1:
             return network
-        return torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(outputs, parameters, allow_unused=True), strict=True):
+            parameter.requires_grad_(gradient is not None)
+        return torch.nn.parallel.DistributedDataParallel(network)
+
+
+def _leave() -> None:
+    """At the end of the program."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
