@@ -15,6 +15,7 @@ from relief_onnx.flow import DEFAULT_RULE, FlowMeasure
 from relief_onnx.options import Options
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
+from relief_onnx.ranks import is_first
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_scores
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def measure_scores(
     wanted += flow.measurements if flow is not None else []
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.running, [item.tensor for item in wanted], inside)
-    if folder is not None:
+    if folder is not None and is_first():
         files.save(probe.model, folder / "probe.onnx")
     if wanted:
         calibrate.run(
@@ -69,7 +70,7 @@ def measure_scores(
         if flow is not None
         else {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
     )
-    if stored is not None:
+    if stored is not None and is_first():
         note = stored.with_suffix(".json")
         note.unlink(missing_ok=True)  # no moment in which an old note stands beside new scores
         write_scores(scores, stored)

@@ -265,7 +265,7 @@ def _cut(
             rules.measure_alone(job.dataset, options, job.progress)
             options = replace(options, criterion=_criterion_of(found, options))
         else:
-            found = measure_scores(ready, job.dataset, options, rules, job.progress, (folder or job.folder) if is_first() else None)
+            found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder)
     with job.clock("mask"):
         chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset)
         masks, gates = rules.apply(chosen.masks)

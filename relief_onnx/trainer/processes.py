@@ -10,7 +10,7 @@ from torch import distributed
 
 from relief_onnx.ranks import rank, world
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "gather"]
 
 
 class Processes:
@@ -19,9 +19,9 @@ class Processes:
     def __init__(self, device: str) -> None:
         self.rank, self.world = rank(), world()
         self.device = torch.device(f"cuda:{self.rank % max(torch.cuda.device_count(), 1)}" if device == "cuda" else "cpu")
-        if self.world > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            atexit.register(_leave)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        _join(device)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -44,6 +44,21 @@ class Processes:
         for parameter, gradient in zip(parameters, torch.autograd.grad(outputs, parameters, allow_unused=True), strict=True):
             parameter.requires_grad_(gradient is not None)
         return torch.nn.parallel.DistributedDataParallel(network)
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process has, in the order of their numbers."""
+    _join("cpu")
+    found: list[Any] = [None] * world()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def _join(device: str) -> None:
+    """Become one of the processes; once."""
+    if world() > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(_leave)
 
 
 def _leave() -> None:
