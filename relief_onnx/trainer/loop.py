@@ -246,8 +246,8 @@ class _Round:
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         if training.augment:
             draw = Draw(augment(draw.feed, training.augment, np.random.default_rng(seeds)), draw.labels, draw.numbers, draw.rows)
-        draw, share = self._part(draw)
         rate = training.rate * factor(training, state.epoch + (state.rows + draw.rows / 2) / self._samples.training_rows)
+        draw, share = self._part(draw)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         teacher = self._own._teacher(draw) if self._own.objective.teaches else {}
