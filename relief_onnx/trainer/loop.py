@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ class Trainer:
         if stored is not None:
             note, arrays = stored
             return Trained(arrays, tuple(note["epochs"]), note["best_epoch"], note["quality"], note["stopped"])
-        with _threads(self._threads):
+        with _settings(self._threads, self.processes.device):
             round_ = _Round(self, model, flags, None if folder is None else folder / "checkpoint.npz", key)
             found = round_.run()
             self.processes.wait()
@@ -290,7 +291,7 @@ class _Round:
         return result
 
     def _forward(self, network: Any, draw: Draw) -> dict[str, torch.Tensor]:
-        feed = {name: torch.from_numpy(value).to(self._device) for name, value in draw.feed.items()}
+        feed = {name: _tensor(value).to(self._device) for name, value in draw.feed.items()}
         try:
             found: dict[str, torch.Tensor] = network(feed)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -366,16 +367,30 @@ class _Round:
         self._state.best = {name: value.to(self._device) for name, value in _tensors(parts["best"]).items()} or None
 
 
+def _tensor(array: Array) -> torch.Tensor:
+    """Torch warns about memory that it may not write to, such as a mapped file."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """While training torch takes that many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _settings(threads: int, device: torch.device) -> Iterator[None]:
+    """While training torch takes that many threads, and on the CPU sums in a fixed order; after it everything is as it was."""
+    before = torch.get_num_threads(), torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.set_rng_state(before[1])
+        torch.use_deterministic_algorithms(before[2])
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -57,7 +57,12 @@ class Teacher:
             return dict(zip(self._names, self._session.run(draw.feed, self._names), strict=True))
         with torch.no_grad():
             assert self._network is not None
-            found = self._network({name: torch.from_numpy(value).to(self._device) for name, value in draw.feed.items()})
+            found = self._network(
+                {
+                    name: torch.from_numpy(value if value.flags.writeable else value.copy()).to(self._device)
+                    for name, value in draw.feed.items()
+                }
+            )
         return {name: found[name].float().cpu().numpy() for name in self._names}
 
     def __call__(self, draw: Draw) -> dict[str, torch.Tensor]:
