@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-zoo bench-flow bench-flow-channels study-flow peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,9 @@ study-flow: $(VENV)/.bench  ## Compare the choices inside flow on calibration da
 
 bench-flow-channels: $(VENV)/.dev $(PEERS)/.installed  ## Measure the accuracy of ResNets without whole channels, beside the other pruners.
 	$(BIN)/python -m benchmarks.flow_channels --peers $(PEERS)/bin/python $(FLOW_CHANNELS_OPTIONS)
+
+bench-oneshot: $(VENV)/.bench $(PEERS)/.installed  ## Compare accuracy after one cut and a repair without training with other pruners; prints tables.
+	$(BIN)/python -m benchmarks.oneshot $(ONESHOT_OPTIONS)
 
 peers: $(PEERS)/.installed  ## Measure what Torch-Pruning and onnxsim can remove from the same models, for bench-zoo's table.
 	$(PEERS)/bin/python -m benchmarks.peers $(ZOO_OPTIONS)

@@ -95,7 +95,7 @@ def bench(name: str, shares: tuple[float, ...], peers: Path, threads: int, limit
 
 def table(name: str, model: dict[str, Any]) -> str:
     """A model's rows as text: one line for each method, one column for each share."""
-    shares = [row["share"] for row in model["rows"]["flow"]]
+    shares = [row["share"] for row in next(iter(model["rows"].values()))]
     lines = [
         f"{name} ({model['kind']}, {model['metric']}, original {100 * model['original']:.1f}, {model['prunable_weights']:,} weights)",
         f"  {'kept, %':17}" + "".join(f"{100 * share:>9g}" for share in shares),

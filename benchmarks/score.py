@@ -187,9 +187,13 @@ def measure_peak(path: str, samples: str, batch: str, mode: str) -> None:
         plain(Session(model, THREADS), dataset, int(batch))
     else:
         scored(model, mode)(dataset, int(batch))
-    # Not getrusage: its maximum survives exec, so a child would report its parent's.
+    print(peak_kb())
+
+
+def peak_kb() -> int:
+    """Peak resident memory of this process in kB (Linux). Not getrusage: its maximum survives exec, so a child has its parent's."""
     status = Path("/proc/self/status").read_text()
-    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def file_sizes(name: str, path: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,10 @@ Flags = NDArray[np.bool_]
 RIDGE = 0.01
 # Features that are solved for at a time, and how often all blocks take their turn where there are several.
 BLOCK, TURNS = 1024, 2
+# Inputs of which X'X is held as a whole.
+MOMENT_FEATURES = 6144
 # Floating point operations for the inverses of a layer; beyond it blocks get smaller, down to LEAST_BLOCK.
-SOLVE_FLOPS, LEAST_BLOCK = 3e11, 128
+SOLVE_FLOPS, LEAST_BLOCK = 1e11, 128
 # Inverses that are held at a time.
 INVERSE_BYTES = 256 << 20
 # Rounds for neurons that only count where they are positive, and how far each goes. More rounds were worse on samples not seen.
@@ -68,10 +70,42 @@ def solve(
     size = _block_size(keep, 1 if appraisal is None else appraisal.size)
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
+    if not target.one_sided and x.shape[1] <= MOMENT_FEATURES:
+        return _by_moments(x, target, weight, bias, keep, blocks * turns, free_bias, appraisal)
     for turn in range(turns):
         for block in blocks:
             weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, appraisal if turn == turns - 1 else None)
     return weight, bias
+
+
+def _by_moments(
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: list[slice], free_bias: bool,
+    appraisal: Appraisal | None,
+) -> tuple[Doubles, Doubles]:  # fmt: skip
+    """All blocks in turn from X'X and X't alone, where the target does not move with the outputs: rows are met once."""
+    mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
+    own = x - mean.astype(np.float32)
+    goal = target.of(np.zeros_like(target.wanted))
+    offset = goal.mean(0, dtype=np.float64) if free_bias else bias
+    moments = (own.T @ own).astype(np.float64)
+    wanted = ((goal - offset.astype(np.float32)).T @ own).astype(np.float64)
+    weight = weight.copy()
+    for block in blocks:
+        inner = moments[block, block]
+        ridge = RIDGE * float(np.trace(inner)) / len(inner) + 1e-12
+        for columns, inverses in _inverses(inner, ridge, keep[:, block], np.float64 if appraisal is None else np.float32):
+            # What the present weights explain is taken off: the equations are for the change.
+            pull = wanted[columns, block] - weight[columns] @ moments[:, block]
+            change = np.zeros_like(pull)
+            for row, (places, inverse) in enumerate(inverses):
+                change[row, places] = inverse @ pull[row, places]
+            weight[columns, block] += change
+            if appraisal is not None:  # of a block that comes twice the last time counts
+                pull -= change @ inner
+                for row, (places, inverse) in enumerate(inverses):
+                    unit = columns.start + row
+                    appraisal.judge(unit, block.start, inner, ridge, places, inverse, weight[unit, block], pull[row])
+    return weight, offset - weight @ mean
 
 
 def _turn(
@@ -124,7 +158,9 @@ def _block_size(keep: Flags, multiple: int) -> int:
     return max(int(size) // multiple, 1) * multiple
 
 
-def _inverses(moments: Doubles, ridge: float, keep: Flags) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], Doubles]]]]:
+def _inverses(
+    moments: Doubles, ridge: float, keep: Flags, dtype: type = np.float64
+) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], Doubles]]]]:
     """Runs of units with the kept features and the inverse of each, as many at a time as memory allows."""
     pending: list[tuple[NDArray[np.intp], Doubles]] = []
     known: dict[bytes, tuple[NDArray[np.intp], Doubles]] = {}
@@ -135,7 +171,7 @@ def _inverses(moments: Doubles, ridge: float, keep: Flags) -> Iterator[tuple[sli
             places = np.flatnonzero(row)
             system = moments[np.ix_(places, places)]
             system[np.diag_indices(len(places))] += ridge
-            inverse: Doubles = np.asarray(np.linalg.inv(system) if len(places) else system, np.float64)
+            inverse: Doubles = np.asarray(np.linalg.inv(system.astype(dtype)) if len(places) else system, np.float64)
             if held + inverse.nbytes > INVERSE_BYTES and pending:
                 yield slice(first, unit), pending
                 pending, known, first, held = [], {}, unit, 0
