@@ -78,7 +78,8 @@ class Samples:
         for piece in self._dataset.pieces(READ_ROWS):
             held += sum(value.nbytes for value in piece.feed.values())
             total += self._rows(piece)
-            if held > limit:
+            expected = held if self._dataset.samples is None else held / total * self._dataset.samples
+            if max(held, expected) > limit:
                 pieces = None
                 self._row_bytes = held / total
                 if self._dataset.samples is not None:
