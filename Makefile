@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-zoo bench-flow bench-flow-channels bench-oneshot study-flow peers clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench-latency: $(VENV)/.dev  ## Measure how much faster pruned channels make a m
 
 bench-interpreter: $(VENV)/.dev  ## Measure a training step through the interpreter beside a plain nn.Module; prints the ratios.
 	$(BIN)/python -m benchmarks.interpreter $(INTERPRETER_OPTIONS)
+
+bench-paper: $(VENV)/.samples  ## Prune and retrain LeNets on MNIST as in the paper, the schedule shortened; hours; prints a table.
+	$(BIN)/python -m benchmarks.paper $(PAPER_OPTIONS)
 
 bench-zoo: $(VENV)/.dev  ## Prune and check all real models of ../shared/models; prints a table.
 	$(BIN)/python -m benchmarks.zoo $(ZOO_OPTIONS)

@@ -5,77 +5,15 @@ Nothing but click is imported at start-up.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from . import training
+from .shared import DATA, FILE, IMAGES, JSON, RUN, bundle, edge, given, image_options, writable, write_json
+
 __all__ = ["main"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-FILE = click.Path(path_type=Path)
-
-
-def _edge(command: Command) -> Command:
-    """Turn a ReliefError into its sentence on standard error and its exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        from relief_onnx.errors import NothingPrunedError, ReliefError
-
-        try:
-            return command(*args, **kwargs)
-        except ReliefError as error:
-            click.echo(f"Error: {_sentence(str(error))}", err=True)
-            if isinstance(error, NothingPrunedError):
-                for weight, reason in error.reasons:
-                    click.echo(f"  {weight}: {reason}", err=True)
-            sys.exit(error.exit_code)
-
-    return run  # type: ignore[return-value]
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?")) else f"{text}."
-
-
-def _bundle(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a number or a list such as 0.485,0.456,0.406") from error
-
-
-_DATA = _bundle(
-    click.option("--data", type=FILE, required=True, help="Folder or file of samples: .npy, .npz, images, .csv, ONNX test data."),
-)
-_IMAGES = _bundle(
-    click.option("--mean", callback=_numbers, help="Per channel, subtracted after scaling: 0.485,0.456,0.406."),
-    click.option("--std", callback=_numbers, help="Per channel, divided by: 0.229,0.224,0.225."),
-    click.option("--scale", type=float, help="Pixel values are multiplied by it (default 1/255 for float inputs)."),
-    click.option("--layout", type=click.Choice(["auto", "nchw", "nhwc"]), default="auto", help="Axis order of image inputs."),
-    click.option("--color", type=click.Choice(["auto", "rgb", "bgr", "gray"]), default="auto", help="Channel order of image inputs."),
-)
-_RUN = _bundle(
-    click.option("--samples", type=int, help="Use only that many samples, drawn with --seed."),
-    click.option("--seed", type=int, help="Seed of every random choice (default 0)."),
-    click.option("--threads", type=int, help="Threads for onnxruntime and scoring (default: one per core)."),
-    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
-)
 
 
 class _Granularity(click.ParamType):  # type: ignore[type-arg]
@@ -109,42 +47,6 @@ _CRITERION = click.option(
 _OUTPUT_WEIGHT = click.option(
     "--output-weight", multiple=True, metavar="NAME=W", help="Weight of an output for flow (default 1 each); may be given several times."
 )
-_JSON = _bundle(click.option("--json", "json_file", type=FILE, help="Write the result as JSON; - for standard output."))
-
-
-def _images(values: dict[str, Any]) -> Any:
-    from relief_onnx.data import ImageOptions
-
-    return ImageOptions(**{key: values.pop(key) for key in ("mean", "std", "scale", "layout", "color")})
-
-
-def _write_json(target: Path | None, document: Any) -> None:
-    if target is None:
-        return
-    from relief_onnx.model import write_atomically
-    from relief_onnx.report import to_json
-
-    if str(target) == "-":
-        click.echo(to_json(document), nl=False)
-    else:
-        write_atomically(target, to_json(document))
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Options as the library takes them: one that may be repeated and was not given is not there."""
-    return {key: value for key, value in values.items() if value != ()}
-
-
-def _writable(target: Path | None, *taken: Path | None) -> None:
-    """Find out before the work that a result has nowhere to go, or would replace one of the other files of this command."""
-    from relief_onnx.errors import OutputError
-    from relief_onnx.model import check_target
-
-    if target is None or str(target) == "-":
-        return
-    if any(other is not None and target.resolve() == other.resolve() for other in taken):
-        raise OutputError(f"{target} is given for two things at once; choose another name for one of them")
-    check_target(target, force=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -160,7 +62,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", type=FILE)
-@_bundle(_DATA)
+@bundle(DATA)
 @click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .pruned.onnx.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option(
@@ -189,9 +91,12 @@ def main() -> None:
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option(
     "--repair",
-    type=click.Choice(["none", "least-squares"]),
-    help="What happens to the weights that are left; least-squares solves for them again.",
+    type=click.Choice(["none", "least-squares", "distill", "labels"]),
+    help="What happens to the weights that are left: least-squares solves for them again; distill trains them on the original's outputs, "
+    "labels on the labels of the data (both need torch).",
 )
+@training.ROUNDS
+@training.TRAINING
 @click.option(
     "--mean-shift",
     type=click.Choice(["auto", "on", "off"]),
@@ -212,8 +117,8 @@ def main() -> None:
 @click.option("--scores", type=FILE, help="Scores from `relief-onnx score`, instead of measuring.")
 @click.option("--recipe", type=FILE, help="Options from a TOML file; options given here win.")
 @click.option("--work-dir", type=FILE, help="Keep probe, scores, masked and pruned model there; a stopped run goes on from its scores.")
-@_bundle(_IMAGES, _RUN, _JSON)
-@_edge
+@bundle(IMAGES, RUN, JSON)
+@edge
 def prune(
     model: Path, data: Path, output: Path | None, force: bool, quiet: bool, json_file: Path | None, recipe: Path | None, **values: Any
 ) -> None:
@@ -229,34 +134,39 @@ def prune(
     """
     from relief_onnx import pipeline
     from relief_onnx.options import read_recipe
+    from relief_onnx.ranks import is_first
 
     from . import render
 
     target = output or model.with_suffix(".pruned.onnx")
     masks = values["save_masks"]
-    _writable(json_file, model, target, masks)
-    _writable(masks, model, target)
+    quiet = quiet or not is_first()
+    writable(json_file, model, target, masks)
+    writable(masks, model, target)
     with render.progress(quiet) as progress:
         result = pipeline.prune(
             model,
             data,
             output=target,
             force=force,
-            images=_images(values),
+            images=image_options(values),
             recipe=read_recipe(recipe) if recipe is not None else None,
             save_report=None if str(json_file) == "-" else json_file,
             progress=progress,
-            **_given(values),
+            **given(values),
         )
-    if str(json_file) == "-":
-        _write_json(json_file, result.report)
+    if str(json_file) == "-" and is_first():
+        write_json(json_file, result.report)
     elif not quiet:
         render.prune_report(result.report)
 
 
+main.add_command(training.retrain)
+
+
 @main.command()
 @click.argument("model", type=FILE)
-@_bundle(_DATA)
+@bundle(DATA)
 @click.option("-o", "--output", type=FILE, help="Where the result goes; default MODEL with .int8.onnx.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option(
@@ -276,8 +186,8 @@ def prune(
 @click.option("--only", help="Quantise only the nodes or weights whose name matches this regular expression.")
 @click.option("--storage", type=click.Choice(["auto", "dense"]), help="auto packs sparse weights, dense stores zeros (default auto).")
 @click.option("--original", type=FILE, help="The model before pruning: agreement is then with it.")
-@_bundle(_IMAGES, _RUN, _JSON)
-@_edge
+@bundle(IMAGES, RUN, JSON)
+@edge
 def quantize(model: Path, data: Path, output: Path | None, quiet: bool, json_file: Path | None, **values: Any) -> None:
     """Store the weights of MODEL, pruned or not, as int8, and compute with 8 bits where onnxruntime can; calibrated on --data.
 
@@ -293,33 +203,33 @@ def quantize(model: Path, data: Path, output: Path | None, quiet: bool, json_fil
     from . import render
 
     target = output or model.with_suffix(".int8.onnx")
-    _writable(json_file, model, target, values["original"])
+    writable(json_file, model, target, values["original"])
     with render.progress(quiet) as progress:
         result = run(
             model,
             data,
             output=target,
-            images=_images(values),
+            images=image_options(values),
             save_report=None if str(json_file) == "-" else json_file,
             progress=progress,
             **values,
         )
     if str(json_file) == "-":
-        _write_json(json_file, result.report)
+        write_json(json_file, result.report)
     elif not quiet:
         render.quantize_report(result.report)
 
 
 @main.command()
 @click.argument("model", type=FILE)
-@_bundle(_DATA)
+@bundle(DATA)
 @click.option("-o", "--output", type=FILE, required=True, help="The .npz to write.")
 @click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
 @_CRITERION
 @_OUTPUT_WEIGHT
 @_GRANULARITY
-@_bundle(_IMAGES, _RUN)
-@_edge
+@bundle(IMAGES, RUN)
+@edge
 def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **values: Any) -> None:
     """Measure once how much every connection of MODEL contributes, for `prune --scores`.
 
@@ -334,9 +244,9 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     from . import render
 
     check_target(output, force)
-    _writable(output, model)
+    writable(output, model)
     with render.progress(quiet) as progress:
-        found = pipeline.score(model, data, images=_images(values), progress=progress, **_given(values))
+        found = pipeline.score(model, data, images=image_options(values), progress=progress, **given(values))
     write_scores(found, output)
     if not quiet:
         # The scores hold for this granularity only, so the command that uses them has to name it.
@@ -349,8 +259,8 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
 
 @main.command()
 @click.argument("model", type=FILE)
-@_bundle(_JSON)
-@_edge
+@bundle(JSON)
+@edge
 def inspect(model: Path, json_file: Path | None) -> None:
     """Show what can be pruned in MODEL, what is coupled, what cannot be pruned and why. Needs no data.
 
@@ -362,9 +272,9 @@ def inspect(model: Path, json_file: Path | None) -> None:
 
     from . import render
 
-    _writable(json_file, model)
+    writable(json_file, model)
     document = overview(model)
-    _write_json(json_file, document)
+    write_json(json_file, document)
     if str(json_file) != "-":
         render.overview(document)
 
@@ -372,8 +282,8 @@ def inspect(model: Path, json_file: Path | None) -> None:
 @main.command()
 @click.argument("first", metavar="A", type=FILE)
 @click.argument("second", metavar="B", type=FILE)
-@_bundle(_DATA, _IMAGES, _RUN, _JSON)
-@_edge
+@bundle(DATA, IMAGES, RUN, JSON)
+@edge
 def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path | None, **values: Any) -> None:
     """Compare models A and B on the samples in --data: agreement, accuracy where labelled, size, MACs, latency.
 
@@ -385,10 +295,10 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
 
     from . import render
 
-    _writable(json_file, first, second)
+    writable(json_file, first, second)
     with render.progress(quiet) as progress:
-        document = comparison(first, second, data, images=_images(values), progress=progress, **values)
-    _write_json(json_file, document)
+        document = comparison(first, second, data, images=image_options(values), progress=progress, **values)
+    write_json(json_file, document)
     if not quiet and str(json_file) != "-":
         render.comparison(document)
 
@@ -396,8 +306,8 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
 @main.command("check-data")
 @click.argument("model", type=FILE)
 @click.argument("path", type=FILE)
-@_bundle(_IMAGES, _JSON)
-@_edge
+@bundle(IMAGES, JSON)
+@edge
 def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -> None:
     """Show what the data loader sees in PATH, and whether it fits MODEL.
 
@@ -409,9 +319,9 @@ def check_data(model: Path, path: Path, json_file: Path | None, **values: Any) -
 
     from . import render
 
-    _writable(json_file, model, path)
-    document = data_overview(model, path, _images(values))
-    _write_json(json_file, document)
+    writable(json_file, model, path)
+    document = data_overview(model, path, image_options(values))
+    write_json(json_file, document)
     if str(json_file) != "-":
         render.data(document)
 

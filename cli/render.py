@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["comparison", "data", "overview", "progress", "prune_report", "quantize_report"]
+__all__ = ["comparison", "data", "overview", "progress", "prune_report", "quantize_report", "retrain_report"]
 
 _STAGES = {
     "calibrate": "Calibrating and scoring",
     "choose": "Choosing again",
     "repair": "Repairing layers",
     "compare": "Comparing with the original",
+    "train": "Training",
+    "recalibrate": "Recalibrating",
 }
 
 
@@ -122,11 +124,38 @@ def prune_report(report: Mapping[str, Any]) -> None:
     console.print()
     console.print(sizes)
     console.print()
+    for line in _training_lines(report["retrain"]):
+        console.print(line, markup=False, highlight=False)
     for line in (*_agreement(report["quality"]), *_accuracy(report["quality"])):
         console.print(f"{line} (on the {report['quality']['samples']} samples given)", markup=False, highlight=False)
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
     console.print(_closing(report, totals, before, after), markup=False, highlight=False, soft_wrap=True)
+
+
+def _training_lines(document: Mapping[str, Any] | None) -> list[str]:
+    """What training did, a line for each round."""
+    if document is None or "iterations" not in document:
+        return []
+    losses = ", ".join(f"{item['output']}: {item['loss']}" for item in document["loss"])
+    lines = [f"trained ({document['method']}) on {document['samples']:,} samples; loss {losses}"]
+    for row in document["iterations"]:
+        judged = "" if row["quality"] is None else f", {document['measure']} {100 * row['quality']:.2f} % on samples set aside"
+        lines.append(f"iteration {row['iteration']}: {row['kept_percent']:.2f} % of the weights kept{judged}")
+    return lines + ([document["stopped"]] if document["stopped"] else [])
+
+
+def retrain_report(report: Mapping[str, Any]) -> None:
+    """The closing lines of `retrain`."""
+    console = _console()
+    for line in (*_training_lines(report["retrain"]), *_agreement(report["quality"]), *_accuracy(report["quality"])):
+        console.print(line, markup=False, highlight=False)
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    console.print(
+        f"Trained; {report['totals']['kept_percent']:.2f} % of the weights are not zero, as before. It is {report['output']['path']}.",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print_layers(console: Console, rows: Sequence[Mapping[str, Any]], unit: str) -> None:

@@ -4,7 +4,7 @@
     result = relief_onnx.prune("model.onnx", "calib/", alpha=0.95, output="model.pruned.onnx")
     print(result.report["totals"]["kept_percent"])
 
-Nothing heavy is imported until it is used; torch by relief_onnx.interpreter alone.
+Nothing heavy is imported until it is used; torch only by retraining.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from relief_onnx.options import Options
     from relief_onnx.pipeline import Result, prepare, prune, score
     from relief_onnx.quantization import Quantized, quantize
+    from relief_onnx.retraining import Retrained, retrain
 
 __version__ = "0.1.0"
 
@@ -44,12 +45,14 @@ _HOMES = {
     "ReliefError": "errors",
     "Quantized": "quantization",
     "Result": "pipeline",
+    "Retrained": "retraining",
     "VerificationError": "errors",
     "compare_models": "compare",
     "open_dataset": "data",
     "prepare": "pipeline",
     "prune": "pipeline",
     "quantize": "quantization",
+    "retrain": "retraining",
     "score": "pipeline",
 }
 
@@ -66,12 +69,14 @@ __all__ = [
     "RecipeError",
     "ReliefError",
     "Result",
+    "Retrained",
     "VerificationError",
     "compare_models",
     "open_dataset",
     "prepare",
     "prune",
     "quantize",
+    "retrain",
     "score",
 ]
 

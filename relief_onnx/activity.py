@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ class Activity:
     They are kept for each group of samples; what cannot be told apart by sample (an axis other than the first counts them) counts for
     every group alike.
     """
+
+    TOTALS: ClassVar[tuple[str, ...]] = ("_sums", "_counts")
 
     def __init__(self, axes: tuple[int, ...], moments: tuple[Moment, ...], grouping: Grouping | None = None) -> None:
         self._axes, self._moments, self._grouping = axes, moments, grouping

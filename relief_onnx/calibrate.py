@@ -18,7 +18,9 @@ from threadpoolctl import ThreadpoolController
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.grouping import FIT_SAMPLES, Grouping
 from relief_onnx.probes import Probe
+from relief_onnx.ranks import rank, world
 from relief_onnx.session import Session
+from relief_onnx.sharding import collect, restore, unite
 from relief_onnx.streaming import Statistic
 
 __all__ = ["Measurement", "Progress", "batch_size_for", "run", "sort_samples"]
@@ -84,17 +86,31 @@ def feed(
     progress: Progress = lambda stage, done, total: None,
     grouping: Grouping | None = None,
 ) -> int:
-    """The pass itself, in batches of `batch_size`; returns the number of samples."""
+    """The pass itself, in batches of `batch_size`; returns the number of samples, under torchrun those of this process."""
     seen = grouping.outputs if grouping is not None and grouping.groups > 1 else ()
     names = sorted({*(probe.taps[item.tensor] for item in measurements), *seen})
     samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
     with ThreadPoolExecutor(threads) as pool, _blas().limit(limits=1, user_api="blas"):
-        for batch in dataset.batches(batch_size, limit=limit, seed=seed):
+        for number, batch in enumerate(dataset.batches(batch_size, limit=limit, seed=seed)):
+            if number % world() != rank():
+                continue  # another process measures it
             _add(pool, measurements, probe, _values(session, names, batch), batch, grouping)
             samples += batch.size * batch.weight
             progress("calibrate", round(samples), total)
+    if world() > 1:
+        _together(measurements)
     return round(samples)
+
+
+def _together(measurements: Sequence[Measurement]) -> None:
+    """The statistics of all processes as one, in each of them."""
+    from relief_onnx.trainer.processes import gather
+
+    own = list({id(item.statistic): item.statistic for item in measurements}.values())
+    parts = gather([collect(statistic) for statistic in own])
+    for place, statistic in enumerate(own):
+        restore(statistic, unite([part[place] for part in parts], getattr(statistic, "UNITE", np.add)))
 
 
 def sort_samples(model: onnx.ModelProto, dataset: Dataset, bits: int, *, limit: int | None, seed: int, threads: int) -> Grouping:

@@ -118,11 +118,14 @@ class Dataset:
 
     def pieces(self, rows: int, limit: int | None = None, seed: int = 0) -> Iterator[Piece]:
         """The chosen samples, checked and cast, at most `rows` at a time and never across parts."""
-        step = rows if batch_axis(self.inputs).batchable else 1
         for part, chosen in self._chosen(limit, seed):
-            if part.labelled != self.labelled:
-                raise DataError(_half_labelled(part.source, part.labelled))
-            yield from self._read(part, chosen, step)
+            yield from self.rows_of(part, chosen, rows)
+
+    def rows_of(self, part: Part, rows: Array, step: int) -> Iterator[Piece]:
+        """Some rows of one of the parts, checked and cast, at most `step` at a time (1 for whole feeds)."""
+        if part.labelled != self.labelled:
+            raise DataError(_half_labelled(part.source, part.labelled))
+        yield from self._read(part, rows, step if batch_axis(self.inputs).batchable else 1)
 
     def _chosen(self, limit: int | None, seed: int) -> Iterator[tuple[Part, Array]]:
         """Each part with the numbers of the rows to use from it."""

@@ -19,6 +19,7 @@ __all__ = [
     "Masks",
     "applied",
     "as_stored",
+    "both",
     "initializer_masks",
     "insert",
     "keep_all",
@@ -101,6 +102,16 @@ def keep_all(plan: Plan, weights: frozenset[str]) -> Masks:
         {weight: np.ones(layer.view.shape[:2], bool) for weight, layer in layers.items()},
         {weight: np.ones(layer.out_channels, bool) for weight, layer in layers.items()},
     )
+
+
+def both(first: Masks, second: Masks) -> Masks:
+    """What stays by both masks."""
+    parts = []
+    for one, other in ((first.keep, second.keep), (first.bias_keep, second.bias_keep), (first.vectors, second.vectors)):
+        parts.append(
+            {name: one[name] & other[name] if name in one and name in other else {**one, **other}[name] for name in {**one, **other}}
+        )
+    return Masks(*parts)
 
 
 def as_stored(layer: Layer, values: NDArray[Any]) -> NDArray[Any]:

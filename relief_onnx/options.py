@@ -7,12 +7,13 @@ import numbers
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relief_onnx.errors import RecipeError
 from relief_onnx.patterns import parse_pattern
+from relief_onnx.training import TRAINING_FIELDS, Training, parse_training
 
 __all__ = ["CHOICES", "PRESETS", "Options", "granularity_of", "idle", "read_recipe", "resolve"]
 
@@ -46,6 +47,12 @@ class Options:
     mean_shift: str = "auto"
     output_weight: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
+    training: Training = field(default_factory=Training)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weights that are left are trained again."""
+        return self.repair in TRAINED
 
     @property
     def by_channel(self) -> bool:
@@ -97,7 +104,10 @@ class Options:
 # Criteria that measure R of every unit.
 BY_FLOW = ("flow", "flow-obs")
 
-_FIELDS = tuple(item.name for item in fields(Options))
+# Ways to repair that need gradients.
+TRAINED = ("distill", "labels")
+
+_FIELDS = (*(item.name for item in fields(Options) if item.name != "training"), *TRAINING_FIELDS)
 
 
 def _nearest(name: str, valid: tuple[str, ...]) -> str:
@@ -115,7 +125,7 @@ DEFAULT_CHANNEL_ALPHA = 0.9
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "criterion": ("flow", "flow-obs", "relief", "relief-fast", "magnitude", "wanda"),
     "granularity": ("connection", "weight", "channel", "channel+connection", "channel+weight"),
-    "repair": ("none", "least-squares"),
+    "repair": ("none", "least-squares", "distill", "labels"),
     "bias": ("keep", "prune"),
     "skip_rule": ("off", "branch", "both"),
     "silent": ("keep", "remove"),
@@ -128,6 +138,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "criterion": "relief", "alpha_conv": 0.9, "alpha_fc": 0.95, "bias": "prune", "skip_rule": "both", "silent": "remove",
         "mean_shift": "off",
+        # Where it is retrained: as the paper trains its LeNets.
+        "epochs": 60, "batch": 120, "learning_rate": 1e-3, "weight_decay": 5e-4, "schedule": "step", "milestones": (0.5,),
     },
 }  # fmt: skip
 
@@ -159,7 +171,8 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
         values.setdefault("criterion", "flow-obs")
     if values.get("criterion") == "flow-obs" and values.setdefault("repair", "least-squares") == "none":
         raise RecipeError("criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow")
-    options = replace(Options(), **values)
+    training = {key: values.pop(key) for key in TRAINING_FIELDS if key in values}
+    options = replace(Options(), **values, training=parse_training(training))
     for key in (*alphas, "alpha_channel"):
         _check_alpha(key, getattr(options, key))
     for _, alpha in options.layers:
@@ -190,6 +203,12 @@ def _check_together(options: Options) -> None:
         raise RecipeError("alpha and pattern both say how many weights stay; give one of them")
     if options.pattern is not None and options.keep is not None and not options.by_channel:
         raise RecipeError("keep and pattern both say how many weights stay; give one of them")
+    if options.training.iterations > 1 and not options.trains:
+        raise RecipeError("iterations train the model again each time; add --repair distill, or --repair labels where the data has labels")
+    if options.training.iterations > 1 and options.by_channel:
+        raise RecipeError(
+            "iterations work on connections and weights; to remove channels in several steps, prune the result of each run again"
+        )
 
 
 def _shown(key: str) -> str:
@@ -208,6 +227,9 @@ def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str
         found.append("bias prune does nothing by flow: a bias is constant, so no flow goes through it")
     if not options.by_flow and options.output_weight:
         found.append(f"output-weight does nothing by the criterion {options.criterion}; it needs flow")
+    unused = [_shown(key) for key in TRAINING_FIELDS if given.get(key) is not None and not options.trains and key != "recalibrate"]
+    if unused:
+        found.append(f"{', '.join(unused)}: nothing is trained without --repair distill or --repair labels")
     if scores is not None and options.output_weight:
         found.append(f"output-weight does nothing: {scores} holds what was measured; give it to relief-onnx score")
     if scores is not None and given.get("criterion") is not None:
@@ -311,6 +333,11 @@ def _pair(where: str, item: Any) -> tuple[str, float]:
 
 
 def _typed(where: str, name: str, value: Any) -> Any:
+    if name in TRAINING_FIELDS:
+        try:
+            return getattr(parse_training({name: value, **({"device": "cuda"} if name == "precision" else {})}), name)
+        except RecipeError as error:
+            raise RecipeError(f"{where}{error}") from error
     wanted, made, kind = _TYPES.get(name, (str, str, "string"))
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise RecipeError(f"{where}{_shown(name)} is {value!r}; it must be a {kind}")

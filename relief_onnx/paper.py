@@ -31,7 +31,7 @@ from relief_onnx.options import Options
 from relief_onnx.probes import instrument
 from relief_onnx.streaming import ChannelMaximum, MeanImage
 
-__all__ = ["Gate", "PaperRules"]
+__all__ = ["Gate", "PaperRules", "both_gates"]
 
 Flags = NDArray[np.bool_]
 
@@ -44,6 +44,15 @@ class Gate:
     tensor: str
     slot: int
     keep: Flags
+
+
+def both_gates(first: tuple[Gate, ...], second: tuple[Gate, ...]) -> tuple[Gate, ...]:
+    """The channels of shortcuts that stay by both."""
+    found = {(gate.node, gate.slot): gate for gate in first}
+    for gate in second:
+        earlier = found.get((gate.node, gate.slot))
+        found[gate.node, gate.slot] = gate if earlier is None else replace(gate, keep=gate.keep & earlier.keep)
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""The order of the steps, and nothing else: load, plan, calibrate, score, mask, repair, cut, pack, verify, report."""
+"""The order of the steps, and nothing else: load, plan, calibrate, score, mask, repair or train, cut, pack, verify, report."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,20 +19,24 @@ from relief_onnx.compensate import Shift, compensate
 from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
 from relief_onnx.decide import Chosen, decide, kept_portions, pools, silenced
-from relief_onnx.errors import DataError, ModelError, NothingPrunedError, OutputError, RecipeError
-from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, MeanMeasure, passed_evenly
+from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
+from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find, select
-from relief_onnx.masks import Masks, applied, initializer_masks, insert
+from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
+from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
-from relief_onnx.paper import PaperRules
+from relief_onnx.paper import Gate, PaperRules, both_gates
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.probes import instrument
+from relief_onnx.ranks import is_first
+from relief_onnx.recalibrate import normalisations, recalibrate
 from relief_onnx.repair import Repaired, repair
 from relief_onnx.report import Evidence, build_report, to_json
-from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_arrays, write_scores
+from relief_onnx.rounds import Rounds
+from relief_onnx.scoring import Scores, read_scores, write_arrays
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
 
@@ -53,6 +56,12 @@ class Prepared:
     path: Path | None
     sha256: str
     bytes: int
+    gated: Graph | None = None
+
+    @property
+    def running(self) -> Graph:
+        """What is run to measure: `graph`, or, in later rounds of retraining, the same with its gated shortcuts."""
+        return self.graph if self.gated is None else self.gated
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def score(
     _check_outputs(ready.graph, options)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
-        return _measure(ready, dataset, options, None, progress, None)
+        return measure_scores(ready, dataset, options, None, progress, None)
 
 
 def prune(
@@ -134,36 +143,27 @@ def prune(
         if not weights:
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
-        folder = _work_folder(work_dir)
-    rules = PaperRules(ready.graph, ready.plan, options)
-    with clock("calibrate"), _named(ready.path):
-        if scores is not None:
-            found: Scores = read_scores(Path(scores), ready.plan, options.scored)
-            rules.measure_alone(dataset, options, progress)
-            options = replace(options, criterion=_criterion_of(found, options))
-        else:
-            found = _measure(ready, dataset, options, rules, progress, folder)
+        folder = work_folder(work_dir)
+    job = _Job(ready, options, weights, dataset, folder, clock, progress)
+    if options.trains:
+        retrained: Mapping[str, Any] | None
+        repaired: tuple[Repaired, ...] = ()
+        cut, graph, retrained = _trained(job, scores)
+    else:
+        cut = _cut(job, ready, options, scores)
+        graph, repaired = _repaired(job, cut)
+        graph, retrained = _recalibrated(job, cut, graph)
+    options, masks, flags, gates = cut.options, cut.masks, cut.flags, cut.gates
     with clock("mask"):
-        chosen = decide(ready.graph, ready.plan, options, found, weights, dataset)
-        masks, gates = rules.apply(chosen.masks)
-        graph, shifts = _shifted(ready, options, found, chosen, masks, dataset, progress)
-    plan = ready.plan if graph is ready.graph else find(graph)
-    floors, exchanged = chosen.floors, tuple[int, ...]()
-    if options.criterion == "flow-obs" and options.fine is not None:
-        with clock("choose"), _named(ready.path):
-            masks, floors, exchanged = _improved(ready, graph, plan, options, found, chosen, masks, weights, dataset, progress)
-    flags = initializer_masks(plan, masks)
-    graph, repaired = _repaired(ready, graph, flags, options, chosen, masks, weights, dataset, clock, progress)
-    with clock("mask"):
-        masked = rules.insert_gates(insert(graph, flags), gates)
+        masked = cut.rules.insert_gates(insert(graph, flags), gates)
     with clock("surgery"):
-        operation = operate(rules.insert_gates(apply_weights(graph.model, applied(graph, flags)), gates))
+        operation = operate(cut.masked(graph))
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
         shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
     evidence = Evidence(
-        ready, options, masks, operation, packed, reasons, gates, chosen.choices, shipped, found, floors, shifts,
-        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, exchanged,
+        ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
+        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.exchanged, retrained,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
@@ -181,17 +181,17 @@ def prune(
         )
     report = build_report(evidence, verification, quality, clock.seconds, dataset, target, idle(options, given, scores))
     with clock("write"):
-        if folder is not None:
+        if folder is not None and is_first():
             files.save(masked, folder / "masked.onnx")
             files.save(operation.model, folder / "pruned.onnx")
-        if save_masks is not None:
+        if save_masks is not None and is_first():
             write_arrays(masks.arrays(), Path(save_masks))
-        if save_report is not None:
+        if save_report is not None and is_first():
             files.write_atomically(Path(save_report), to_json(report))
         # Last, so that no other failure leaves a file here.
-        if target is not None:
+        if target is not None and is_first():
             files.save(shipped, target)
-    return Result(shipped, masked, masks, found, report)
+    return Result(shipped, masked, masks, cut.found, report)
 
 
 def _check_outputs(graph: Graph, options: Options) -> None:
@@ -203,59 +203,179 @@ def _check_outputs(graph: Graph, options: Options) -> None:
         raise RecipeError("output-weight is 0 for every output, so nothing would matter; give one of them a weight")
 
 
-def _shifted(
-    ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks, dataset: Dataset, progress: calibrate.Progress
-) -> tuple[Graph, tuple[Shift, ...]]:
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one run share."""
+
+    ready: Prepared
+    options: Options
+    weights: frozenset[str]
+    dataset: Dataset
+    folder: Path | None
+    clock: _Clock
+    progress: calibrate.Progress
+
+    def draws(self) -> dict[str, Any]:
+        """How samples are drawn and run."""
+        options = self.options
+        return {"samples": options.samples, "seed": options.seed, "threads": options.threads, "progress": self.progress}
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What one round of scoring decided. `graph` has the means of what goes in its biases; its weights are whole still.
+
+    flags: by initializer, what stays.
+    """
+
+    ready: Prepared
+    options: Options
+    rules: PaperRules
+    found: Scores
+    chosen: Chosen
+    masks: Masks
+    gates: tuple[Gate, ...]
+    graph: Graph
+    plan: Plan
+    flags: Mapping[str, Any]
+    shifts: tuple[Shift, ...]
+    floors: tuple[Floor, ...]
+    exchanged: tuple[int, ...]
+
+    def masked(self, graph: Graph) -> onnx.ModelProto:
+        """`graph` with zeros where something goes, and the gates of its shortcuts."""
+        return self.rules.insert_gates(apply_weights(graph.model, applied(graph, self.flags)), self.gates)
+
+    @property
+    def removed(self) -> dict[str, Any]:
+        """By weight, flags [out] of the units that are silent from now on."""
+        gone = silenced(self.ready.plan, self.chosen, self.masks)
+        return {layer.weight: gone[layer.name] for layer in self.ready.plan.layers if layer.name in gone}
+
+
+def _cut(
+    job: _Job, ready: Prepared, options: Options, scores: str | os.PathLike[str] | None, before: _Cut | None = None,
+    folder: Path | None = None,
+) -> _Cut:  # fmt: skip
+    """Score and mask `ready`; what an earlier round (`before`) let go stays away. scores: a file, instead of measuring."""
+    rules = PaperRules(ready.graph, ready.plan, options)
+    with job.clock("calibrate"), _named(ready.path):
+        if scores is not None:
+            found: Scores = read_scores(Path(scores), ready.plan, options.scored)
+            rules.measure_alone(job.dataset, options, job.progress)
+            options = replace(options, criterion=_criterion_of(found, options))
+        else:
+            found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder)
+    with job.clock("mask"):
+        chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset)
+        masks, gates = rules.apply(chosen.masks)
+        if before is not None:
+            masks, gates = both(before.masks, masks), both_gates(before.gates, gates)
+        graph, shifts = _shifted(job, ready, options, found, chosen, masks)
+    plan = ready.plan if graph is ready.graph else find(graph)
+    floors, exchanged = chosen.floors, tuple[int, ...]()
+    if options.criterion == "flow-obs" and options.fine is not None:
+        with job.clock("choose"), _named(ready.path):
+            masks, floors, exchanged = _improved(job, ready, graph, plan, options, found, chosen, masks)
+            masks = masks if before is None else both(before.masks, masks)
+    flags = initializer_masks(plan, masks)
+    return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, exchanged)
+
+
+def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks) -> tuple[Graph, tuple[Shift, ...]]:
     """The graph with the mean of what goes in its biases, where that is wanted."""
-    if not options.shifts_means and (options.repair == "none" or options.mean_shift == "off"):
+    solves = options.repair == "least-squares" and options.mean_shift != "off"
+    if not options.shifts_means and not solves:
+        return ready.graph, ()
+    # Weights that start anew, or statistics that are measured anew, need no means from before.
+    again = options.training.rewind is not None or (_recalibrates(options) and normalisations(ready.graph))
+    if options.mean_shift == "auto" and options.trains and again:
         return ready.graph, ()
     means = {name: score.means for name, score in scores.items() if score.means is not None}
     if not means:
         measure = MeanMeasure(ready.plan)
-        probe = instrument(ready.graph, [item.tensor for item in measure.measurements])
+        probe = instrument(ready.running, [item.tensor for item in measure.measurements])
         calibrate.run(
-            probe, measure.measurements, dataset, limit=options.samples, seed=options.seed, threads=options.threads or os.cpu_count() or 1,
-            progress=progress,
+            probe, measure.measurements, job.dataset, limit=options.samples, seed=options.seed,
+            threads=options.threads or os.cpu_count() or 1, progress=job.progress,
         )  # fmt: skip
         means = measure.means()
     # Channels that go as a whole leave the others as they were, and repair makes sure that means hold.
-    portions = None if options.fine is None or options.repair != "none" else kept_portions(ready.graph, ready.plan, scores, masks)
+    portions = None if options.fine is None or options.repair == "least-squares" else kept_portions(ready.graph, ready.plan, scores, masks)
     model, shifts = compensate(ready.graph, ready.plan, masks, means, silenced(ready.plan, chosen, masks), portions)
     return (ready.graph if model is ready.graph.model else Graph(model)), shifts
 
 
 def _improved(
-    ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks, weights: frozenset[str],
-    dataset: Dataset, progress: calibrate.Progress,
-) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:  # fmt: skip
+    job: _Job, ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks
+) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:
     """The masks chosen again by what is lost after repair, the floors that acted, and how many weights were exchanged."""
     gone = silenced(ready.plan, chosen, masks)
     found = improve(
         ready.graph, graph, plan, masks, chosen.within(masks),
-        [pool.weights for pool in pools(ready.plan, options, weights, None if options.by_channel else options.keep)],
-        {score.weight: score.relevance for score in scores.values() if score.relevance is not None}, weights, dataset,
+        [pool.weights for pool in pools(ready.plan, options, job.weights, None if options.by_channel else options.keep)],
+        {score.weight: score.relevance for score in scores.values() if score.relevance is not None}, job.weights, job.dataset,
         pattern=None if options.pattern is None else parse_pattern(options.pattern),
-        removed={layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}, samples=options.samples,
-        seed=options.seed, threads=options.threads, progress=progress,
+        removed={layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}, **job.draws(),
     )  # fmt: skip
     return found.masks, found.floors, found.exchanged
 
 
-def _repaired(
-    ready: Prepared, graph: Graph, flags: Mapping[str, Any], options: Options, chosen: Chosen, masks: Masks, weights: frozenset[str],
-    dataset: Dataset, clock: _Clock, progress: calibrate.Progress,
-) -> tuple[Graph, tuple[Repaired, ...]]:  # fmt: skip
+def _repaired(job: _Job, cut: _Cut) -> tuple[Graph, tuple[Repaired, ...]]:
     """The graph with the weights that are left solved for again, where that is wanted."""
-    if options.repair == "none" or not flags:
-        return graph, ()
-    with clock("repair"), _named(ready.path):
-        gone = silenced(ready.plan, chosen, masks)
-        removed = {layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}
+    if job.options.repair == "none" or not cut.flags:
+        return cut.graph, ()
+    with job.clock("repair"), _named(job.ready.path):
+        masked = apply_weights(cut.graph.model, applied(cut.graph, cut.flags))
         model, rows = repair(
-            ready.graph, apply_weights(graph.model, applied(graph, flags)), flags, weights, dataset, removed=removed,
-            samples=options.samples, seed=options.seed, threads=options.threads, progress=progress,
+            cut.ready.graph, masked, cut.flags, job.weights, job.dataset, removed=cut.removed, **job.draws()
         )  # fmt: skip
     return Graph(model), rows
+
+
+def _recalibrates(options: Options) -> bool:
+    """Whether statistics of BatchNormalization are measured again."""
+    wanted = options.training.recalibrate
+    return wanted == "on" or (wanted == "auto" and options.trains and options.training.rewind is None)
+
+
+def _recalibrated(job: _Job, cut: _Cut, graph: Graph) -> tuple[Graph, dict[str, Any] | None]:
+    """The graph with statistics of BatchNormalization measured again where that is wanted, and what the report says about it."""
+    if not _recalibrates(job.options) or not cut.flags:
+        return graph, None
+    with job.clock("recalibrate"), _named(job.ready.path):
+        new = recalibrate(cut.masked(graph), job.dataset, **job.draws())
+        names = [graph.names[number] for number in normalisations(graph)]
+    return (Graph(apply_weights(graph.model, new)) if new else graph), {"recalibrated": names}
+
+
+def _trained(job: _Job, scores: str | os.PathLike[str] | None) -> tuple[_Cut, Graph, dict[str, Any]]:
+    """Rounds of score, mask and training; the last good one, its graph with new weights, and what the report says."""
+    rounds = Rounds(job.ready.original, job.dataset, job.options, job.folder, job.progress)
+    current, good, before = job.ready, None, None
+    for number in range(1, job.options.training.iterations + 1):
+        options = rounds.options(number)
+        cut = _cut(job, current, options, scores if number == 1 else None, before, rounds.folder(number))
+        graph = cut.graph
+        if options.criterion == "flow-obs" and options.training.rewind is None:
+            graph, _ = _repaired(job, cut)
+        graph = rounds.rewound(graph)
+        graph, again = _recalibrated(job, cut, graph)
+        with job.clock("train"):
+            arrays = rounds.train(number, cut.masked(graph), cut.flags, again)
+        graph = Graph(apply_weights(graph.model, {**applied(graph, cut.flags), **arrays}))
+        with job.clock("surgery"):
+            rounds.count(cut.plan, operate(cut.masked(graph)).surviving)
+        if rounds.lost_too_much():
+            break
+        good, before = (cut, graph), cut
+        current = replace(
+            job.ready, graph=graph, plan=cut.plan, sha256=files.sha256(files.serialize(graph.model)),
+            gated=Graph(cut.masked(graph)) if cut.gates else None,
+        )  # fmt: skip
+    if good is None:
+        raise NothingPrunedError(rounds.refusal())
+    return *good, rounds.document()
 
 
 def _criterion_of(scores: Scores, options: Options) -> str:
@@ -292,91 +412,6 @@ class _Clock:
 def _packable(model: onnx.ModelProto) -> list[str]:
     """Weights of layers; everything else is stored as it is."""
     return sorted({layer.weight for layer in find(Graph(model)).layers})
-
-
-def _measure(
-    ready: Prepared,
-    dataset: Dataset,
-    options: Options,
-    rules: PaperRules | None,
-    progress: calibrate.Progress,
-    folder: Path | None,
-) -> Scores:
-    """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs."""
-    key = _key(ready, dataset, options)
-    stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
-    needs_pass = rules is not None and rules.measurements
-    if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
-        try:
-            return read_scores(stored, ready.plan, options.scored)
-        except DataError as error:
-            raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
-    threads = options.threads or os.cpu_count() or 1
-    flow, grouping = None, None
-    if options.by_flow:
-        grouping = calibrate.sort_samples(
-            ready.graph.model, dataset, DEFAULT_RULE.bits, limit=options.samples, seed=options.seed, threads=threads
-        )
-        flow = FlowMeasure(ready.graph, ready.plan, options.scored, grouping=grouping)
-    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored) if flow is None else ([], {}, {})
-    wanted += flow.measurements if flow is not None else []
-    wanted += rules.measurements if rules is not None else []
-    probe = instrument(ready.graph, [item.tensor for item in wanted], inside)
-    if folder is not None:
-        files.save(probe.model, folder / "probe.onnx")
-    if wanted:
-        calibrate.run(
-            probe,
-            wanted,
-            dataset,
-            limit=options.samples,
-            seed=options.seed,
-            threads=threads,
-            progress=progress,
-            grouping=grouping,
-        )
-    scores = (
-        flow.scores(dict(options.output_weight))
-        if flow is not None
-        else {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
-    )
-    if stored is not None:
-        note = stored.with_suffix(".json")
-        note.unlink(missing_ok=True)  # no moment in which an old note stands beside new scores
-        write_scores(scores, stored)
-        files.write_atomically(note, json.dumps({"key": key}).encode())
-    return scores
-
-
-def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
-    parts = (
-        ready.sha256, dataset.fingerprint, options.scored, "flow" if options.by_flow else options.criterion, options.samples, options.seed,
-        options.output_weight,
-    )  # fmt: skip
-    return files.sha256(repr(parts).encode())
-
-
-def _key_of(stored: Path) -> str | None:
-    note = stored.with_suffix(".json")
-    if not note.exists():
-        return None
-    try:
-        return str(json.loads(note.read_text())["key"])
-    except (ValueError, KeyError):
-        return None  # a note that cannot be read means: measure again
-
-
-def _work_folder(work_dir: str | os.PathLike[str] | None) -> Path | None:
-    if work_dir is None:
-        return None
-    folder = Path(work_dir)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file, not a folder; choose another --work-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made ({error.strerror}); choose another --work-dir") from error
-    return folder
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:

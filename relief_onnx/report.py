@@ -64,6 +64,7 @@ class Evidence:
     evenly: tuple[Even, ...] = ()
     repaired: tuple[Repaired, ...] = ()
     exchanged: tuple[int, ...] = ()
+    retrained: Mapping[str, Any] | None = None
 
     @property
     def pruned(self) -> bool:
@@ -254,6 +255,7 @@ def build_report(
                 for row in evidence.repaired
             ],
         },
+        "retrain": evidence.retrained,
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,
         "health": health.document(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,8 @@ ROWS = 256
 class Statistic(Protocol):
     """Anything that is fed with activations."""
 
+    TOTALS: ClassVar[tuple[str, ...]]  # see `sharding`
+
     def jobs(self, x: Floats, weight: float) -> Iterator[Job]:
         """The work that adding the batch `x` takes."""
         ...
@@ -87,6 +89,8 @@ def as_read(layer: Layer, values: Doubles) -> Doubles:
 class _Positions:
     """mean over samples of sqrt(H_out W_out): what a bias of 1 contributes to a convolution."""
 
+    TOTALS: ClassVar[tuple[str, ...]] = ("_sum", "_count")
+
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._sum = 0.0
@@ -107,6 +111,8 @@ class _Positions:
 
 class ImageNorm:
     """mean_n ||x_ni||_F per channel, over the pixels that a kernel of one weight sees: the score of a 1x1 convolution."""
+
+    TOTALS: ClassVar[tuple[str, ...]] = ("_positions", "_sum")
 
     def __init__(self, geometry: Geometry) -> None:
         self._positions = _Positions(geometry)
@@ -129,6 +135,8 @@ class ImageNorm:
 
 class KernelNorm:
     """mean_n || |K_ij| * |x_ni| ||_F for every kernel of one layer: the paper's convolution score, in closed form."""
+
+    TOTALS: ClassVar[tuple[str, ...]] = ("_positions", "_sum")
 
     def __init__(self, layer: Layer, weight: NDArray[Any]) -> None:
         assert layer.geometry is not None
@@ -172,6 +180,8 @@ class KernelNorm:
 class ResponseNorm:
     """The same as `KernelNorm` from squared norms that the probe computes in the graph; for small convolutions the faster way."""
 
+    TOTALS: ClassVar[tuple[str, ...]] = ("_sum", "_count")
+
     def __init__(self, layer: Layer, positions: int) -> None:
         self._bias_factor = float(np.sqrt(positions))
         self._sum = np.zeros(layer.out_channels * layer.in_per_group)
@@ -195,6 +205,8 @@ class InputMeans:
     Of a convolution the mean image is kept, images of several sizes apart, so that layers of any geometry may share one statistic. Of
     a dense layer the mean per channel along `axis`, over every other axis; `axis` given for a convolution does the same.
     """
+
+    TOTALS: ClassVar[tuple[str, ...]] = ("_sums", "_counts")
 
     def __init__(self, axis: int | None, *, power: int = 1, per_weight: bool = False, signed: bool = False, squares: bool = False) -> None:
         """`axis` None keeps images. `power` 1 or 2: contributions come from |x| or from x^2 (its root); `per_weight`: of single weights.
@@ -331,6 +343,9 @@ class OffsetMean(InputMeans):
 
 class ChannelMaximum:
     """max |y_j| per unit over all samples and positions: 0 means that the unit was silent."""
+
+    TOTALS: ClassVar[tuple[str, ...]] = ("maximum",)
+    UNITE = np.maximum
 
     def __init__(self, axis: int) -> None:
         self._axis = axis

@@ -27,8 +27,8 @@ import relief_onnx
 from relief_onnx import calibrate
 
 FEW = ("--data", CALIB, "--samples", 32)
-COMMANDS = ("check-data", "compare", "inspect", "prune", "quantize", "score")
-NOT_BUILT = ("--target", "--report", "--iterations", "--epochs", "--rewind", "--provider")
+COMMANDS = ("check-data", "compare", "inspect", "prune", "quantize", "retrain", "score")
+NOT_BUILT = ("--target", "--report", "--provider")
 
 
 def outputs(path: Path) -> Any:
@@ -370,7 +370,7 @@ def test_an_option_that_is_not_built_does_not_exist(option: str, tmp_path: Path)
     [
         ("prune", LENET), ("prune",), ("compare", LENET), ("score", LENET, *FEW), ("nothing",), ("check-data", LENET),
         ("prune", LENET, *FEW, "--criterion", "taylor"), ("prune", LENET, *FEW, "--granularity", "layer"),
-        ("prune", LENET, *FEW, "--repair", "distill"), ("prune", LENET, *FEW, "--alpha", "much"),
+        ("prune", LENET, *FEW, "--repair", "distil"), ("prune", LENET, *FEW, "--alpha", "much"),
         ("prune", LENET, *FEW, "--mean", "a,b"),
     ],
 )  # fmt: skip

@@ -26,7 +26,8 @@ ROUND_TO = 4
 FEW = ("--data", CALIB, "--samples", "32", "--alpha", "0.85", "--round-to", str(ROUND_TO))
 
 TOP = {
-    "schema", "input", "output", "options", "data", "layers", "groups", "flow", "mean_shift", "repair", "totals", "units_removed", "health",
+    "schema", "input", "output", "options", "data", "layers", "groups", "flow", "mean_shift", "repair", "retrain", "totals",
+    "units_removed", "health",
     "verification", "quality", "timing", "warnings",
 }  # fmt: skip
 FILE = {"path", "sha256", "bytes", "params", "nonzero_params", "macs"}

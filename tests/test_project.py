@@ -52,7 +52,7 @@ def imports(source: str) -> set[str]:
 
 
 # The only places that may import torch: the interpreter, and the training that is built on it.
-WITH_TORCH = {name for name in LIBRARY if name.startswith(("relief_onnx/interpreter/", "relief_onnx/retrain/"))}
+WITH_TORCH = {name for name in LIBRARY if name.startswith(("relief_onnx/interpreter/", "relief_onnx/trainer/"))}
 
 
 def importers(module: str) -> set[str]:
@@ -71,7 +71,7 @@ def importers(module: str) -> set[str]:
         ("rich", set()),
         ("relief_onnx_cli", set()),
         ("cli", set()),
-        ("relief_onnx.pipeline", {"relief_onnx/overview.py"}),
+        ("relief_onnx.pipeline", {"relief_onnx/overview.py", "relief_onnx/retraining.py"}),
         ("onnx_graphsurgeon", set()),
         ("pickle", set()),
     ],
