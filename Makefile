@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-retrain bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench-interpreter: $(VENV)/.dev  ## Measure a training step through the interpre
 
 bench-paper: $(VENV)/.samples  ## Prune and retrain LeNets on MNIST as in the paper, the schedule shortened; hours; prints a table.
 	$(BIN)/python -m benchmarks.paper $(PAPER_OPTIONS)
+
+bench-retrain: $(VENV)/.dev  ## Retrain a pruned ResNet-20 for a few epochs on CIFAR-10; prints accuracy by share kept.
+	$(BIN)/python -m benchmarks.retrain_resnet $(RETRAIN_OPTIONS)
 
 bench-zoo: $(VENV)/.dev  ## Prune and check all real models of ../shared/models; prints a table.
 	$(BIN)/python -m benchmarks.zoo $(ZOO_OPTIONS)
