@@ -3,7 +3,7 @@
     python -m benchmarks.retrain_resnet [--shares 25,10,5] [--ways distill,labels] [--epochs 3] [--images 10000]
 
 For each share of the weights one cut (`flow-obs`), repaired without training (`none`) or trained after that for a few epochs on some of the
-training images: distilled from the original without labels, or on labels. Accuracy is that of the last epoch on all 10,000 test images, which
+training images: distilled from the original without labels, or on labels. Accuracy is that of the last epoch on all test images, which
 decide nothing. What is done already is read from build/retrain, so a stopped benchmark goes on. Writes benchmarks/results/retrain.json.
 """
 
