@@ -37,6 +37,7 @@ AIMS: Mapping[str, tuple[float, float]] = {"lenet300": (1.5, 2.0), "lenet5": (0.
 WAYS: Mapping[str, tuple[str, str]] = {
     "paper": ("paper", "labels"),
     "flow": ("flow", "distill"),
+    "flow-obs": ("flow-obs", "distill"),
     "relief": ("relief", "distill"),
     "magnitude": ("magnitude", "distill"),
     "flow-labels": ("flow", "labels"),

@@ -42,7 +42,7 @@ _CRITERION = click.option(
     "--criterion",
     type=click.Choice(["flow", "flow-obs", "relief", "relief-fast", "magnitude", "wanda"]),
     help="What ranks connections: flow, the share of the network's output that passes through (the default); flow-obs, which chooses again "
-    "by what is lost after repair (the default with --repair least-squares); or a score within the neuron.",
+    "by what is lost after repair (the default with --repair); or a score within the neuron.",
 )
 _OUTPUT_WEIGHT = click.option(
     "--output-weight", multiple=True, metavar="NAME=W", help="Weight of an output for flow (default 1 each); may be given several times."

@@ -167,7 +167,7 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
     values = {key: _parsed("", key, value) for key, value in values.items()}
     if "granularity" in values:
         values["granularity"] = granularity_of(values["granularity"])
-    if values.get("repair") == "least-squares":
+    if values.get("repair", "none") != "none" and values.get("rewind") is None:  # weights that start anew need no solve
         values.setdefault("criterion", "flow-obs")
     if values.get("criterion") == "flow-obs" and values.setdefault("repair", "least-squares") == "none":
         raise RecipeError("criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow")

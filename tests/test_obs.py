@@ -220,6 +220,8 @@ def test_weights_that_repair_leaves_keep_flows_mask() -> None:
 def test_which_criterion_is_the_default() -> None:
     assert resolve(None, {}, {}).criterion == "flow"
     assert resolve(None, {}, {"repair": "least-squares"}).criterion == "flow-obs"
+    assert resolve(None, {}, {"repair": "distill"}).criterion == "flow-obs"
+    assert resolve(None, {}, {"repair": "labels", "rewind": "init.onnx"}).criterion == "flow"
     assert resolve(None, {}, {"criterion": "flow-obs"}).repair == "least-squares"
     assert resolve("paper", {}, {"repair": "least-squares"}).criterion == "relief"
     with pytest.raises(RecipeError, match="criterion flow-obs chooses by what is left after repair; add --repair least-squares"):
