@@ -27,13 +27,15 @@ from relief_onnx.patterns import keep_pattern
 from relief_onnx.repair import refusal, samples_of, sweep
 from relief_onnx.surgery import apply_weights, operate
 
-__all__ = ["EXCHANGED", "Improved", "Pool", "improve"]
+__all__ = ["EXCHANGED", "FLOOR_OF_BUDGET", "Improved", "Pool", "improve"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 # Samples that the choice looks at; what about each step leaves; rounds of exchange, and the part of the weights that each may exchange.
 SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 0.5, 3, 0.05
+# The least share of a layer that stays: FLOOR, or that part of the share of the whole where it is less.
+FLOOR_OF_BUDGET = 0.25
 # As in flow's own ranking.
 EXPONENT = 0.75
 
@@ -60,11 +62,12 @@ class Pool:
         self._cost = np.repeat(costs, sizes).astype(np.int64)
         self._place = np.repeat(np.arange(len(layers)), sizes)
         self._allowed = np.concatenate([np.zeros(0, bool), *(_allowed(layer, masks, allowed, removed).reshape(-1) for layer in layers)])
-        self._least = np.ceil(FLOOR * np.bincount(self._place, self._allowed, len(layers))).astype(np.int64)
         self.keep = self._allowed.copy()
         self.worth = np.zeros(len(self.keep))
         self.budget = sum(int(masks.keep[layer.weight].sum()) * cost for layer, cost in zip(layers, costs, strict=True))
         self._total = int(self._cost[self._allowed].sum())
+        share = min(FLOOR, FLOOR_OF_BUDGET * self.budget / max(self._total, 1))
+        self._least = np.ceil(share * np.bincount(self._place, self._allowed, len(layers))).astype(np.int64)
         self._costs = costs
 
     @property
