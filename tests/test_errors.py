@@ -252,6 +252,9 @@ OPTIONS: dict[str, str] = {
     "--skip (": "skip '(' is not a regular expression (...); escape special characters with a backslash.",
     "--only [a": "only '[a' is not a regular expression (...); escape special characters with a backslash.",
     "--samples 0": "samples is 0; give 1 or more.",
+    "--criterion flow-obs --repair none": (
+        "criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow."
+    ),
     "--threads -1": "threads is -1; give 0 or more.",
     "--seed -1": "seed is -1; give 0 or more.",
     "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
@@ -264,6 +267,9 @@ IDLE: dict[str, str] = {
     "--round-to 4": "round-to does nothing at granularity connection; it needs channel, channel+connection or channel+weight",
     "--granularity weight --alpha-channel 0.9": (
         "alpha-channel does nothing at granularity weight; it needs channel, channel+connection or channel+weight"
+    ),
+    "--granularity channel --alpha-channel 0.5 --round-to 1 --criterion flow-obs": (
+        "criterion flow-obs is flow at granularity channel: units are chosen by flow, and there is nothing else to choose"
     ),
     "--scores s.npz --criterion wanda": "criterion does nothing: s.npz holds what was measured; leave out --scores to measure again",
 }
