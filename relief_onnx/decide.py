@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,15 @@ from relief_onnx.ops import row_of
 from relief_onnx.options import Options
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.scoring import Scores
-from relief_onnx.unit_budget import choose_units
+from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left
 from relief_onnx.walk import trace
 
-__all__ = ["Chosen", "decide", "kept_portions", "pools", "shrinks", "silenced"]
+__all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "pools", "shrinks", "silenced"]
+
+# (importance of units, exponent of their MACs, share of the MACs that stays) -> what goes
+Choose = Callable[[Mapping[int, float], float, float], tuple[Choice, ...]]
+# (what is coupled, flow's choice, how to choose, the share of the MACs) -> a better choice
+Search = Callable[[Coupling, Sequence[Choice], Choose, float], tuple[Choice, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,31 @@ class Chosen:
         return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
 
 
-def decide(graph: Graph, plan: Plan, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset) -> Chosen:
-    """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay."""
+def decide(
+    graph: Graph, plan: Plan, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset, search: Search | None = None,
+) -> Chosen:  # fmt: skip
+    """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay.
+
+    search: finds a better choice of units, given flow's.
+    """
     if not options.by_channel:
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
         return Chosen(masks, keep_all(plan, weights), floors=floors)
     coupling = trace(graph, plan)
     sample = next(iter(dataset.batches(1, limit=1)))
-    choices = tuple(choose_units(
-        plan, coupling, scores, alpha=_unit_alpha(options), keep=options.keep, macs=macs_of_layers(graph, plan, sample),
-        allowed=weights, round_to=options.round_to,
-    ))  # fmt: skip
+    macs = macs_of_layers(graph, plan, sample)
+
+    def choose(keep: float | None, importance: Mapping[int, float] | None = None, exponent: float = COST_EXPONENT) -> tuple[Choice, ...]:
+        return tuple(choose_units(
+            plan, coupling, scores, alpha=_unit_alpha(options), keep=keep, macs=macs, allowed=weights, round_to=options.round_to,
+            importance=importance, exponent=exponent,
+        ))  # fmt: skip
+
+    choices = choose(options.keep)
+    if search is not None and any(choice.removed for choice in choices):
+        gone = frozenset(unit for choice in choices for unit in choice.removed)
+        share = options.keep or macs_left(plan, coupling, gone, macs) / sum(macs.values())
+        choices = search(coupling, choices, lambda importance, exponent, share: choose(share, importance, exponent), share)
     removed = frozenset(unit for choice in choices for unit in choice.removed)
     inside, floors = _fine_masks(plan, options, without_units(plan, coupling, scores, removed), weights, None)
     units = unit_masks(graph, plan, coupling, removed, keep_all(plan, weights))

@@ -223,8 +223,6 @@ def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str
         for key in ("alpha_channel", "round_to")
         if given.get(key) is not None and not options.by_channel
     ]
-    if given.get("criterion") == "flow-obs" and options.fine is None:
-        found.append("criterion flow-obs is flow at granularity channel: units are chosen by flow, and there is nothing else to choose")
     if options.by_flow and given.get("bias") == "prune":
         found.append("bias prune does nothing by flow: a bias is constant, so no flow goes through it")
     if not options.by_flow and options.output_weight:

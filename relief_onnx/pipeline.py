@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.channels import Choice, relevance
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
+from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.decide import Chosen, decide, kept_portions, pools, silenced
+from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, pools, silenced
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
@@ -26,6 +28,7 @@ from relief_onnx.layers import Plan, find, select
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
+from relief_onnx.obs_units import improve_units
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.paper import Gate, PaperRules, both_gates
@@ -267,7 +270,8 @@ def _cut(
         else:
             found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder)
     with job.clock("mask"):
-        chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset)
+        search = _search(job, ready, found) if options.criterion == "flow-obs" else None
+        chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset, search)
         masks, gates = rules.apply(chosen.masks)
         if before is not None:
             masks, gates = both(before.masks, masks), both_gates(before.gates, gates)
@@ -280,6 +284,20 @@ def _cut(
             masks = masks if before is None else both(before.masks, masks)
     flags = initializer_masks(plan, masks)
     return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, exchanged)
+
+
+def _search(job: _Job, ready: Prepared, scores: Scores) -> Search:
+    """A better choice of whole units than flow's."""
+
+    def search(coupling: Coupling, first: Sequence[Choice], choose: Choose, share: float) -> tuple[Choice, ...]:
+        value = {name: score.relevance for name, score in scores.items() if score.relevance is not None}
+        with job.clock("choose"), _named(ready.path):
+            return improve_units(
+                ready.graph, ready.plan, coupling, relevance(ready.plan, coupling, scores), value, tuple(first), choose, share, job.weights,
+                job.dataset, **job.draws(),
+            )  # fmt: skip
+
+    return search
 
 
 def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks) -> tuple[Graph, tuple[Shift, ...]]:
@@ -404,9 +422,10 @@ class _Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        inside = sum(self.seconds.values()) - before  # of other stages
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
 
 def _packable(model: onnx.ModelProto) -> list[str]:

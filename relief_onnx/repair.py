@@ -24,7 +24,7 @@ from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["Repaired", "refusal", "repair", "samples_of", "sweep"]
+__all__ = ["Repaired", "Visit", "refusal", "repair", "samples_of", "sweep"]
 
 Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]

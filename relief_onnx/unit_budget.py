@@ -22,17 +22,17 @@ STEPS = 1 << 14
 
 def choose_units(
     plan: Plan, coupling: Coupling, scores: Scores, *, alpha: Callable[[Layer], float], keep: float | None, macs: Mapping[str, float],
-    allowed: frozenset[str], round_to: int,
+    allowed: frozenset[str], round_to: int, importance: Mapping[int, float] | None = None, exponent: float = COST_EXPONENT,
 ) -> list[Choice]:  # fmt: skip
     """The units that go. Scores of flow are ranked over the whole network, others within each group.
 
     alpha: share of the importance that stays, in (0, 1]. keep: instead of it, the share of MACs that stays at most. macs: of every layer by
-    name, in any unit.
+    name, in any unit. importance: of units, instead of that by flow; they are ranked by importance / MACs^exponent.
     """
     by_flow = all(score.relevance is not None for score in scores.values())
     grouped = groups(plan, coupling)
-    values = (relevance if by_flow else consumer_shares)(plan, coupling, scores)
-    worth = _worths(plan, coupling, values, macs) if by_flow else values
+    values = importance or (relevance if by_flow else consumer_shares)(plan, coupling, scores)
+    worth = _worths(plan, coupling, values, macs, exponent) if by_flow else values
 
     def chosen(rule: Keep) -> list[Choice]:
         return choose(grouped, coupling, worth, rule, allowed=allowed, round_to=round_to)
@@ -92,9 +92,9 @@ def _costs(plan: Plan, coupling: Coupling, macs: Mapping[str, float]) -> dict[in
     return found
 
 
-def _worths(plan: Plan, coupling: Coupling, values: Mapping[int, float], macs: Mapping[str, float]) -> dict[int, float]:
+def _worths(plan: Plan, coupling: Coupling, values: Mapping[int, float], macs: Mapping[str, float], exponent: float) -> dict[int, float]:
     costs = _costs(plan, coupling, macs)
-    return {unit: value / max(costs.get(unit, 0.0), 1.0) ** COST_EXPONENT for unit, value in values.items()}
+    return {unit: value / max(costs.get(unit, 0.0), 1.0) ** exponent for unit, value in values.items()}
 
 
 def _above(level: Callable[[Group], float], worth: Mapping[int, float]) -> Keep:

@@ -268,9 +268,6 @@ IDLE: dict[str, str] = {
     "--granularity weight --alpha-channel 0.9": (
         "alpha-channel does nothing at granularity weight; it needs channel, channel+connection or channel+weight"
     ),
-    "--granularity channel --alpha-channel 0.5 --round-to 1 --criterion flow-obs": (
-        "criterion flow-obs is flow at granularity channel: units are chosen by flow, and there is nothing else to choose"
-    ),
     "--scores s.npz --criterion wanda": "criterion does nothing: s.npz holds what was measured; leave out --scores to measure again",
 }
 
