@@ -280,8 +280,8 @@ def _cut(
     floors, exchanged = chosen.floors, tuple[int, ...]()
     if options.criterion == "flow-obs" and options.fine is not None:
         with job.clock("choose"), _named(ready.path):
-            masks, floors, exchanged = _improved(job, ready, graph, plan, options, found, chosen, masks)
-            masks = masks if before is None else both(before.masks, masks)
+            allowed = chosen.within(masks) if before is None else both(before.masks, chosen.within(masks))
+            masks, floors, exchanged = _improved(job, ready, graph, plan, options, found, chosen, masks, allowed)
     flags = initializer_masks(plan, masks)
     return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, exchanged)
 
@@ -325,12 +325,13 @@ def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chose
 
 
 def _improved(
-    job: _Job, ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks
-) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:
+    job: _Job, ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks,
+    allowed: Masks,
+) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:  # fmt: skip
     """The masks chosen again by what is lost after repair, the floors that acted, and how many weights were exchanged."""
     gone = silenced(ready.plan, chosen, masks)
     found = improve(
-        ready.graph, graph, plan, masks, chosen.within(masks),
+        ready.graph, graph, plan, masks, allowed,
         [pool.weights for pool in pools(ready.plan, options, job.weights, None if options.by_channel else options.keep)],
         {score.weight: score.relevance for score in scores.values() if score.relevance is not None}, job.weights, job.dataset,
         pattern=None if options.pattern is None else parse_pattern(options.pattern),

@@ -269,3 +269,16 @@ def test_the_same_from_stored_scores(tmp_path: Any) -> None:
     options: dict[str, Any] = {"granularity": "weight", "keep": "20%", "repair": "least-squares", "threads": 1}
     straight, again = relief_onnx.prune(model, [feed], **options), relief_onnx.prune(model, [feed], scores=stored, **options)
     assert straight.model.SerializeToString() == again.model.SerializeToString()
+
+
+def test_a_later_round_meets_its_budget_with_what_the_one_before_left() -> None:
+    """What went stays away, and the number is filled from the rest."""
+    model = onnx.load(str(LENET))
+    feed = {model.graph.input[0].name: digits(128)}
+    result = relief_onnx.prune(
+        model, [feed], granularity="weight", keep="5%", repair="distill", iterations=3, epochs=1, storage="dense", threads=1
+    )
+    kept = sum(int(keep.sum()) for keep in result.masks.keep.values())
+    total = sum(keep.size for keep in result.masks.keep.values())
+    assert result.report["options"]["criterion"] == "flow-obs"
+    assert kept == pytest.approx(0.05 * total, rel=0.005)
