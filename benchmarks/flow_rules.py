@@ -20,7 +20,7 @@ import relief_onnx
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.masks import Masks, applied, initializer_masks, make_masks
-from relief_onnx.pipeline import prepare
+from relief_onnx.prepared import prepare
 from relief_onnx.scoring import Scores
 from relief_onnx.surgery import apply_weights
 

@@ -31,7 +31,7 @@ from relief_onnx.flow import DEFAULT_RULE, FlowMeasure, FlowRule
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks, applied, initializer_masks
-from relief_onnx.pipeline import Prepared, prepare
+from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.probes import instrument
 from relief_onnx.scoring import Scores
 from relief_onnx.surgery import apply_weights

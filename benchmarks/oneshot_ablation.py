@@ -31,7 +31,7 @@ from relief_onnx.data import ImageOptions, open_dataset
 from relief_onnx.graph import Graph
 from relief_onnx.masks import Masks, applied, initializer_masks
 from relief_onnx.options import CHOICES
-from relief_onnx.pipeline import Prepared, prepare
+from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 

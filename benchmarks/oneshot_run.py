@@ -24,7 +24,7 @@ import relief_onnx
 from benchmarks.score import peak_kb
 from benchmarks.zoo_models import ROOT
 from relief_onnx.masks import initializer_masks
-from relief_onnx.pipeline import prepare
+from relief_onnx.prepared import prepare
 
 Row = dict[str, Any]
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from relief_onnx.options import Options
-    from relief_onnx.pipeline import Result, prepare, prune, score
+    from relief_onnx.pipeline import Result, prune, score
+    from relief_onnx.prepared import prepare
     from relief_onnx.quantization import Quantized, quantize
     from relief_onnx.retraining import Retrained, retrain
 
@@ -49,7 +50,7 @@ _HOMES = {
     "VerificationError": "errors",
     "compare_models": "compare",
     "open_dataset": "data",
-    "prepare": "pipeline",
+    "prepare": "prepared",
     "prune": "pipeline",
     "quantize": "quantization",
     "retrain": "retraining",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["InputSpec"]
+__all__ = ["InputSpec", "Kept"]
+
+# By weight: which of its rows and columns [out, in per group] are left.
+Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from relief_onnx.ranks import is_first
 from relief_onnx.scoring import Scores, measurements, normalise, read_scores, write_scores
 
 if TYPE_CHECKING:
-    from relief_onnx.pipeline import Prepared
+    from relief_onnx.prepared import Prepared
 
 __all__ = ["measure_scores", "work_folder"]
 

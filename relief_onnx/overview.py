@@ -19,7 +19,7 @@ from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dat
 from relief_onnx.layers import Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
-from relief_onnx.pipeline import Prepared, prepare
+from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.report import quality_report
 from relief_onnx.walk import trace
 
@@ -51,7 +51,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
 
 
 def _file(ready: Prepared, sample: Batch | None = None) -> dict[str, Any]:
-    size = measure(files.hoist(ready.original), sample)
+    size = measure(ready.counted, sample)
     return {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(size)}
 
 
@@ -79,7 +79,7 @@ def _group_row(group: Group) -> dict[str, Any]:
 
 def _coupled_params(ready: Prepared, coupling: Coupling) -> int:
     """Numbers of the file's float initializers that go if some unit that can go does."""
-    graph, known = ready.graph, {item.name for item in files.hoist(ready.original).graph.initializer}
+    graph, known = ready.graph, {item.name for item in ready.counted.graph.initializer}
     reached: dict[str, Any] = {}
     pinned = np.array(sorted(coupling.pinned), np.int64)
     for tie in coupling.ties:

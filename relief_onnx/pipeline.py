@@ -30,9 +30,10 @@ from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
 from relief_onnx.obs_units import improve_units
 from relief_onnx.options import Options, idle, resolve
-from relief_onnx.pack import pack, unpack
+from relief_onnx.pack import pack
 from relief_onnx.paper import Gate, PaperRules, both_gates
 from relief_onnx.patterns import parse_pattern
+from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.probes import instrument
 from relief_onnx.ranks import is_first
 from relief_onnx.recalibrate import normalisations, recalibrate
@@ -43,28 +44,10 @@ from relief_onnx.scoring import Scores, read_scores, write_arrays
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.verify import verify
 
-__all__ = ["Data", "Prepared", "Result", "prepare", "prune", "score"]
+__all__ = ["Data", "Result", "prune", "score"]
 
 Data = str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader
 _SILENT: calibrate.Progress = lambda *_: None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan."""
-
-    original: onnx.ModelProto
-    graph: Graph
-    plan: Plan
-    path: Path | None
-    sha256: str
-    bytes: int
-    gated: Graph | None = None
-
-    @property
-    def running(self) -> Graph:
-        """What is run to measure: `graph`, or, in later rounds of retraining, the same with its gated shortcuts."""
-        return self.graph if self.gated is None else self.gated
 
 
 @dataclass(frozen=True)
@@ -76,16 +59,6 @@ class Result:
     masks: Masks
     scores: Scores
     report: Mapping[str, Any]
-
-
-def prepare(source: files.ModelSource) -> Prepared:
-    """Load a model and find its layers. Raises ModelError."""
-    loaded = files.load(source)
-    path = None if isinstance(source, onnx.ModelProto) else Path(source)
-    content = files.serialize(loaded) if path is None else path.read_bytes()
-    original = unpack(loaded)
-    graph = Graph(files.prepare(original))
-    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content))
 
 
 def score(
@@ -158,12 +131,13 @@ def prune(
         graph, retrained = _recalibrated(job, cut, graph)
     options, masks, flags, gates = cut.options, cut.masks, cut.flags, cut.gates
     with clock("mask"):
-        masked = cut.rules.insert_gates(insert(graph, flags), gates)
+        masked = ready.restored(cut.rules.insert_gates(insert(graph, flags), gates))
     with clock("surgery"):
         operation = operate(cut.masked(graph))
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
+        final = ready.restored(operation.model, operation.kept)
     with clock("pack"):
-        shipped, packed = pack(operation.model, _packable(operation.model)) if options.storage == "auto" else (operation.model, ())
+        shipped, packed = pack(final, _packable(final)) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.exchanged, retrained,
@@ -186,7 +160,7 @@ def prune(
     with clock("write"):
         if folder is not None and is_first():
             files.save(masked, folder / "masked.onnx")
-            files.save(operation.model, folder / "pruned.onnx")
+            files.save(final, folder / "pruned.onnx")
         if save_masks is not None and is_first():
             write_arrays(masks.arrays(), Path(save_masks))
         if save_report is not None and is_first():

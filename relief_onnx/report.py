@@ -33,7 +33,7 @@ from relief_onnx.surgery import Operation
 from relief_onnx.verify import Verification
 
 if TYPE_CHECKING:
-    from relief_onnx.pipeline import Prepared
+    from relief_onnx.prepared import Prepared
 
 __all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "to_json"]
 
@@ -225,7 +225,7 @@ def build_report(
     ready, rows = evidence.ready, evidence.rows()
     sample = next(iter(dataset.batches(1, limit=1)))
     content = files.serialize(evidence.shipped)
-    before = measure(files.hoist(ready.original), sample)
+    before = measure(ready.counted, sample)
     after = measure(evidence.operation.model, sample)
     health = check_health(ready.graph.model, evidence.operation.model, evidence.operation.dead_branches)
     weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)

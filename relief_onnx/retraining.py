@@ -22,7 +22,8 @@ from relief_onnx.measure import measure
 from relief_onnx.measuring import work_folder
 from relief_onnx.options import resolve
 from relief_onnx.pack import pack, unpack
-from relief_onnx.pipeline import Data, Prepared, prepare
+from relief_onnx.pipeline import Data
+from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.ranks import is_first
 from relief_onnx.recalibrate import normalisations, recalibrate
 from relief_onnx.report import quality_report, to_json
@@ -89,7 +90,7 @@ def retrain(
     seconds = {"load": trained - start, "train": time.perf_counter() - trained}
     kept = {weight: ready.graph.array(weight) != 0 for weight in ready.plan.by_weight()}
     rounds.count(ready.plan, kept)
-    dense = files.share_again(apply_weights(first, arrays), ready.original)
+    dense = files.share_again(ready.restored(apply_weights(first, arrays)), ready.original)
     shipped, _ = pack(dense, sorted(kept)) if options.storage == "auto" else (dense, ())
     checked = verify(ready.original, dense, shipped, dataset, seed=options.seed, threads=options.threads)
     quality = compare_models(
@@ -102,7 +103,7 @@ def retrain(
         "schema": SCHEMA,
         "input": {
             "path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes,
-            **asdict(measure(files.hoist(ready.original), sample)),
+            **asdict(measure(ready.counted, sample)),
         },
         "output": {
             "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content),

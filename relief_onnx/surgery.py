@@ -7,7 +7,7 @@ computes does not change. Running it twice is the same as running it once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from relief_onnx.branches import DeadBranch, drop_dead_branches
 from relief_onnx.coupling import Coupling
+from relief_onnx.datatypes import Kept
 from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, unused
 from relief_onnx.graph import Graph, attributes, subgraphs
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
@@ -40,6 +41,7 @@ class Operation:
     dead_branches: tuple[DeadBranch, ...] = ()
     dead_inputs: bool = False
     silenced: bool = False
+    kept: Kept = field(default_factory=dict)
 
 
 def operate(model: onnx.ModelProto) -> Operation:
@@ -47,7 +49,8 @@ def operate(model: onnx.ModelProto) -> Operation:
 
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to flags in the canonical
     layout [out, in per group, *kernel] of the input model: which single weights are left and not zero (of a shared weight, as its
-    first reader sees it); `folded` names layers whose bias took over a constant; `dead_branches` are gone with all their nodes.
+    first reader sees it), and `kept` which of its rows and columns; `folded` names layers whose bias took over a constant;
+    `dead_branches` are gone with all their nodes.
     """
     operation, kept = _operate_once(model)
     found = operation
@@ -55,7 +58,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     while True:
         lighter, dead = drop_dead_branches(found.model) if found.dead_inputs else (found.model, ())
         if not (found.units_removed or dead or found.silenced):
-            return replace(operation, channels={names[output]: counts for output, counts in operation.channels.items()})
+            return replace(operation, kept=kept, channels={names[output]: counts for output, counts in operation.channels.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
         # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
         found, now = _operate_once(lighter)
@@ -66,9 +69,6 @@ def _names(model: onnx.ModelProto) -> dict[str, str]:
     """Node names by output: those without a name of their own have their number in it, which changes with a cut."""
     graph = Graph(model)
     return {node.output[0]: name for node, name in zip(graph.nodes, graph.names, strict=True) if node.output}
-
-
-Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]  # by weight: the rows and columns of it that are left
 
 
 def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:

@@ -1,0 +1,59 @@
+"""A model ready for work: loaded, unpacked, its weights laid open, its layers found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from relief_onnx import model as files
+from relief_onnx.datatypes import Kept
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Plan, find
+from relief_onnx.lowering import Lowered, lower
+from relief_onnx.pack import unpack
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan.
+
+    lowered: what was rewritten in `graph`, and the way back.
+    """
+
+    original: onnx.ModelProto
+    graph: Graph
+    plan: Plan
+    path: Path | None
+    sha256: str
+    bytes: int
+    gated: Graph | None = None
+    lowered: Lowered | None = None
+
+    @property
+    def running(self) -> Graph:
+        """What is run to measure: `graph`, or, in later rounds of retraining, the same with its gated shortcuts."""
+        return self.graph if self.gated is None else self.gated
+
+    @property
+    def counted(self) -> onnx.ModelProto:
+        """What sizes are measured on: the file's model, or its rewritten form, in which every weight is a number of its own."""
+        return self.graph.model if self.lowered is not None and self.lowered.restores else files.hoist(self.original)
+
+    def restored(self, model: onnx.ModelProto, kept: Kept | None = None) -> onnx.ModelProto:
+        """An edited `graph` in the form of the file. kept: what surgery left."""
+        return model if self.lowered is None else self.lowered.restored(model, kept)
+
+
+def prepare(source: files.ModelSource) -> Prepared:
+    """Load a model and find its layers. Raises ModelError."""
+    loaded = files.load(source)
+    path = None if isinstance(source, onnx.ModelProto) else Path(source)
+    content = files.serialize(loaded) if path is None else path.read_bytes()
+    original = unpack(loaded)
+    lowered = lower(files.prepare(original))
+    graph = Graph(lowered.model)
+    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content), lowered=lowered)
