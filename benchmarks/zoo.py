@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from benchmarks.zoo_half import half, show_half
 from benchmarks.zoo_models import RESULTS, ROOT, ZOO, feed, float_params, gather, rows
 
 LOCAL = ["--criterion", "relief"]
@@ -115,7 +116,8 @@ def measure(row: dict[str, Any], path: Path, peers: dict[str, Any], limit: int) 
     result: dict[str, Any] = {"model": row["id"], "what": row["what"], "params": params, "share": share, "why": why}
     result["cnn_or_transformer"] = is_cnn_or_transformer(row)
     result["peers"] = {name: {key: peers.get(name, {}).get(key) for key in ("share", "reason")} for name in PEERS}
-    return result | {name: prune(row, path, options, limit) for name, options in RUNS.items()}
+    result |= {name: prune(row, path, options, limit) for name, options in RUNS.items()}
+    return result | {"half": half(row, path, program(), THREADS, limit)}
 
 
 def percent(share: float | None) -> str:
@@ -232,6 +234,7 @@ def main() -> int:
     print(f"on {FRESH} fresh inputs, relative to the largest output.\n")
     show([cells(row) for row in measured])
     print("\n".join(notes(measured)) + "\n")
+    print(show_half(measured) + "\n")
     found = summary(measured)
     print(f"Medians over {found['medians']['models']} float CNNs and transformers: {json.dumps(found['medians'])}")
     for name, item in found["against"].items():

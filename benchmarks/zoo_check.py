@@ -75,6 +75,26 @@ def session(path: Path, optimise: bool = True) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def agreement(original: Path, result: Path, feeds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Per float output: the cosine between what the two files answer, over all samples as one vector."""
+    pair = session(original), session(result)
+    names = [item.name for item in pair[0].get_outputs()]
+    sums: dict[str, Any] = {}
+    for feed in feeds:
+        for name, expected, value in zip(names, *(item.run(names, feed) for item in pair), strict=True):
+            if isinstance(expected, np.ndarray) and expected.dtype.kind == "f":
+                a, b = expected.astype(np.float64).ravel(), value.astype(np.float64).ravel()
+                sums[name] = sums.get(name, 0.0) + np.array([a @ b, a @ a, b @ b])
+    return {name: _cosine(*values) for name, values in sums.items()}
+
+
+def _cosine(product: float, one: float, other: float) -> float:
+    size = float(np.sqrt(one * other))
+    if size == 0:
+        return 1.0 if one == other else 0.0
+    return float(product) / size
+
+
 def check(original: Path, result: Path, masked: Path, feeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`problems`, empty where all is well, the `worst` difference from the masked model, and outputs too near 0 to say more."""
     problems = []

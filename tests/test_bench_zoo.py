@@ -11,7 +11,8 @@ from helpers import lenet
 from onnx import numpy_helper
 
 from benchmarks.zoo import summary, verdict
-from benchmarks.zoo_check import check, difference, is_rounding, signature
+from benchmarks.zoo_check import agreement, check, difference, is_rounding, signature
+from benchmarks.zoo_half import scored
 
 ONES = np.ones((2, 3), np.float32)
 
@@ -98,3 +99,31 @@ def test_a_smaller_share_is_named() -> None:
     assert found["against"]["torch-pruning"] == {"handled": 2, "ours_behind": ["b"], "ours_unknown": []}
     assert verdict("torch-pruning", found["against"]["torch-pruning"]).endswith("smaller on b")
     assert "no results" in verdict("onnxsim", found["against"]["onnxsim"])
+
+
+def test_agreement_is_one_for_the_same_file_and_less_for_another(tmp_path: Path) -> None:
+    original, result = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(lenet(), original)
+    changed = lenet()
+    for item in changed.graph.initializer:
+        value = numpy_helper.to_array(item)
+        item.CopyFrom(numpy_helper.from_array(value * (np.arange(value.size).reshape(value.shape) % 2 == 0).astype(value.dtype), item.name))
+    onnx.save(changed, result)
+    name = lenet().graph.input[0].name
+    feeds = [{name: np.random.default_rng(seed).random((1, 1, 28, 28), np.float32)} for seed in range(3)]
+    (same,) = agreement(original, original, feeds).values()
+    (other,) = agreement(original, result, feeds).values()
+    assert same == pytest.approx(1.0)
+    assert other < 0.999
+
+
+def test_the_share_scored_counts_weights_and_tells_reasons() -> None:
+    rows = [
+        {"weight": "a", "op": "Conv", "weights": 75, "reason": "", "connections_kept_by_rule": 3},
+        {"weight": "b", "op": "If", "weights": 20, "reason": "it lives inside a body"},
+        {"weight": "c", "op": "Mul", "weights": 5, "reason": ""},
+    ]
+    found = scored({"layers": rows})
+    assert found["share"] == 0.75
+    assert found["unexplained"] == ["c"]
+    assert list(found["left"]) == ["b", "c"]
