@@ -193,12 +193,17 @@ def rounds_of(name: str, way: str, seed: int, plan: Plan) -> dict[str, Any]:
 
 
 def _show(found: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each network: a row for each way, share kept and test error after each round, the mean over seeds."""
+    """A table for each network and schedule: a row for each way, share kept and test error after each round, the mean over seeds."""
     lines = []
-    for name in dict.fromkeys(run["network"] for run in found):
-        own = [run for run in found if run["network"] == name]
+    kinds = {(run["network"], json.dumps(run["plan"])): (run["network"], run["plan"]) for run in found}
+    for name, plan in kinds.values():
+        own = [run for run in found if (run["network"], run["plan"]) == (name, plan)]
         aim = AIMS[name]
-        lines += [f"\n{name}: dense test error {np.mean([run['dense_error'] for run in own]):.2f} %; aim {aim[0]} % kept at {aim[1]} %"]
+        schedule = f"{plan['iterations']} rounds of {plan['epochs']} epochs, {plan['images']:,} images"
+        lines += [
+            f"\n{name}, {schedule}: dense test error {np.mean([run['dense_error'] for run in own]):.2f} %; "
+            f"aim {aim[0]} % kept at {aim[1]} %"
+        ]
         for way in dict.fromkeys(run["way"] for run in own):
             runs = [run["rounds"] for run in own if run["way"] == way]
             cells = [
@@ -207,6 +212,17 @@ def _show(found: Sequence[Mapping[str, Any]]) -> str:
             ]
             lines.append(f"  {way:17} ({len(runs)} seeds)  " + "  ".join(cells))
     return "\n".join(lines)
+
+
+def _with_earlier(found: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """These runs, and those in the file of other networks, ways, seeds or schedules: networks need schedules of their own."""
+
+    def place(run: Mapping[str, Any]) -> str:
+        return json.dumps([run["network"], run["way"], run["seed"], run["plan"]])
+
+    earlier = json.loads(path.read_text())["runs"] if path.exists() else []
+    new = {place(run) for run in found}
+    return sorted([*(run for run in earlier if place(run) not in new), *found], key=place)
 
 
 def main() -> None:
@@ -243,9 +259,10 @@ def main() -> None:
                     f"{name} {way} seed {seed}: {last['kept_percent']} % kept, test error {last['test_error']} %, {run['seconds']} s",
                     flush=True,
                 )
-    print(_show(found))
+    everything = _with_earlier(found, given.output)
+    print(_show(everything))
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(given.output, (json.dumps({"aims": AIMS, "runs": found}, indent=1) + "\n").encode())
+    files.write_atomically(given.output, (json.dumps({"aims": AIMS, "runs": everything}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
