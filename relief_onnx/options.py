@@ -205,10 +205,6 @@ def _check_together(options: Options) -> None:
         raise RecipeError("keep and pattern both say how many weights stay; give one of them")
     if options.training.iterations > 1 and not options.trains:
         raise RecipeError("iterations train the model again each time; add --repair distill, or --repair labels where the data has labels")
-    if options.training.iterations > 1 and options.by_channel:
-        raise RecipeError(
-            "iterations work on connections and weights; to remove channels in several steps, prune the result of each run again"
-        )
 
 
 def _shown(key: str) -> str:

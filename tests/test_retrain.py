@@ -165,6 +165,23 @@ def test_rounds_only_take_away(options: dict[str, Any], tmp_path: Path) -> None:
     assert found.report["totals"]["weights_kept"] == rows[-1]["weights_kept"]
 
 
+@pytest.mark.parametrize("granularity", ["channel", "channel+weight"])
+def test_rounds_take_away_whole_units_too(granularity: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"granularity": granularity, "round_to": 1, "epochs": 1, "samples": 64}
+    found = prune(RESNET, keep="40%", iterations=3, work_dir=tmp_path, **options)
+    rows = found.report["retrain"]["iterations"]
+    assert rows[0]["weights_kept"] > rows[1]["weights_kept"] > rows[2]["weights_kept"]
+    rounds = [weights_of(tmp_path / f"iteration-{number}" / "trained.onnx") for number in (1, 2, 3)]
+    for earlier, later in itertools.pairwise(rounds):
+        for layer in find(Graph(files.load(RESNET))).layers:
+            assert (later[layer.weight][earlier[layer.weight] == 0] == 0).all()
+    once = prune(RESNET, keep="40%", iterations=1, **options)
+    macs = [report["output"]["macs"] / report["input"]["macs"] for report in (found.report, once.report)]
+    assert macs[0] <= 0.42
+    assert macs[0] == pytest.approx(macs[1], abs=0.05)
+    assert found.report["verification"]["masked_vs_output_max_rel"] < 1e-4
+
+
 def test_rewind_starts_from_the_given_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     model = files.load(LENET)
@@ -464,7 +481,6 @@ def test_retrain_on_labels_and_refusals(tmp_path: Path) -> None:
         ({"max_drop": "much"}, "max-drop is 'much'; give the points that may be lost"),
         ({"precision": "mixed"}, "precision mixed works on a GPU only"),
         ({"iterations": 2, "repair": "none"}, "iterations train the model again each time; add --repair distill"),
-        ({"iterations": 2, "granularity": "channel"}, "iterations work on connections and weights"),
         ({"validation": 0, "patience": 2}, "patience and max-drop need samples that are set aside"),
         ({"learning_rate": 1e30, "optimizer": "sgd"}, "lower --learning-rate"),
     ],
