@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -70,10 +71,13 @@ class Equations:
             weight[units], bias[units] = found
         return self._stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
 
-    def appraised(self, size: int, additions: bool) -> tuple[dict[str, NDArray[Any]], Appraisal]:
-        """New initializers and what each run of `size` features is worth after the solve; the Relu behind the layer plays no part."""
+    def appraised(self, size: int, additions: bool, flops: float = math.inf) -> tuple[dict[str, NDArray[Any]], Appraisal]:
+        """New initializers and what each run of `size` features is worth after the solve; the Relu behind the layer plays no part.
+
+        flops: about what that may take.
+        """
         weight, bias = self._weight.copy(), self._bias.copy()
-        appraisal = Appraisal.empty(self._keep.shape, size, additions)
+        appraisal = Appraisal.empty(self._keep.shape, size, additions, flops)
         for x, units, target in self._groups():
             part = appraisal.part(len(units))
             linear = replace(target, one_sided=False)

@@ -4,49 +4,83 @@ Flow says how many weights stay and what each unit means to the outputs (R). Fro
 between two steps every layer is solved for again (as in `repair`), and each weight is worth what its neuron's squared error would grow by
 without it once the others make up for it (see `worth`), as a part of the neuron's variance, times R^EXPONENT: one ranking over the network.
 When the number is reached, the least of what stays is exchanged for the best of what went, as long as that is worth more.
+Where there are enough samples flow's own mask and this one are both repaired, and the better one on samples set aside is taken (`contest`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.contest import Contest, best, draw
 from relief_onnx.cut import FLOOR, Floor
 from relief_onnx.dataset import Dataset
+from relief_onnx.effort import Effort, plan_effort
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, applied, initializer_masks
 from relief_onnx.patterns import keep_pattern
-from relief_onnx.repair import refusal, samples_of, sweep
+from relief_onnx.repair import Visit, refusal, sweep
 from relief_onnx.surgery import apply_weights, operate
 
 __all__ = ["EXCHANGED", "FLOOR_OF_BUDGET", "Improved", "Pool", "improve"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Feed = Mapping[str, NDArray[Any]]
 
 # Samples that the choice looks at; what about each step leaves; rounds of exchange, and the part of the weights that each may exchange.
 SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 0.5, 3, 0.05
-# The least share of a layer that stays: FLOOR, or that part of the share of the whole where it is less.
-FLOOR_OF_BUDGET = 0.25
+# The least share of a layer that stays: FLOOR, or that part of the share of the whole where it is less; and this part of what flow leaves.
+FLOOR_OF_BUDGET, FLOOR_OF_FLOW = 0.25, 0.5
+# What one weight is worth holds while the others are there: in one step no layer falls further than to this part of what all fall to.
+TRUST = 0.6
+# Samples that there are for choosing and judging together.
+DRAWN = 768
 # As in flow's own ranking.
 EXPONENT = 0.75
 
 
 @dataclass(frozen=True)
 class Improved:
-    """Masks of the same number of weights, the floors that acted, and how many weights were exchanged in each round."""
+    """Masks of the same number of weights, the floors that acted, and how many weights were exchanged in each round.
+
+    contest: between flow's masks and those chosen again; None where there were too few samples. effort: what it took.
+    """
 
     masks: Masks
     floors: tuple[Floor, ...]
     exchanged: tuple[int, ...]
+    contest: Contest | None
+    effort: Effort
+
+    @property
+    def taken(self) -> str:
+        """Whose masks these are."""
+        return "flow-obs" if self.contest is None else self.contest.winner
+
+    def document(self) -> dict[str, Any]:
+        """What the report says of the choice."""
+        contest, effort = self.contest, self.effort
+        errors = {} if contest is None else {name: error if math.isfinite(error) else None for name, error in contest.errors.items()}
+        return {
+            "taken": self.taken,
+            "errors": errors,
+            "samples": 0 if contest is None else contest.samples,
+            "operations": effort.flops,
+            "operations_unbounded": effort.wanted,
+            "rounds": effort.rounds,
+            "left": list(effort.left),
+        }
 
 
 class Pool:
@@ -67,7 +101,9 @@ class Pool:
         self.budget = sum(int(masks.keep[layer.weight].sum()) * cost for layer, cost in zip(layers, costs, strict=True))
         self._total = int(self._cost[self._allowed].sum())
         share = min(FLOOR, FLOOR_OF_BUDGET * self.budget / max(self._total, 1))
-        self._least = np.ceil(share * np.bincount(self._place, self._allowed, len(layers))).astype(np.int64)
+        present = np.bincount(self._place, self._allowed, len(layers))
+        of_flow = np.array([int(masks.keep[layer.weight].sum()) for layer in layers], np.float64)
+        self._least = np.minimum(np.ceil(np.maximum(share * present, FLOOR_OF_FLOW * of_flow)), present).astype(np.int64)
         self._costs = costs
 
     @property
@@ -91,13 +127,22 @@ class Pool:
         """Down to the budget, or `part` of the way there in the logarithm."""
         left = self.budget if part >= 1 else round(self._total * (self.budget / self._total) ** part)
         order = self._ranking(self.keep, -self.worth)
+        least = self._floors(left)
         ranked = np.bincount(self._place[order[np.cumsum(self._cost[order]) <= left]], minlength=len(self.layers))
-        saved = _rank_within(self._place[order]) < self._least[self._place[order]]  # the floors, first of all
+        saved = _rank_within(self._place[order]) < least[self._place[order]]  # the floors, first of all
         rest = np.cumsum(np.where(saved, 0, self._cost[order])) <= left - int(self._cost[order][saved].sum())
         self.keep = np.zeros_like(self.keep)
         self.keep[order[saved | rest]] = True
         short = np.flatnonzero(ranked < self._least)
         return [Floor(self.layers[place].weight, int(ranked[place]), int(self._least[place])) for place in short]
+
+    def _floors(self, left: int) -> NDArray[np.int64]:
+        """Of each layer how many entries stay in a step that leaves `left` weights."""
+        present = np.bincount(self._place[self.keep], minlength=len(self.layers))
+        costs = np.array(self._costs)
+        least = np.maximum(self._least, np.ceil(TRUST * left / max(int((costs * present).sum()), 1) * present).astype(np.int64))
+        chosen: NDArray[np.int64] = least if int((costs * least).sum()) <= left else self._least
+        return chosen
 
     def cut_pattern(self, n: int, m: int, part: float) -> None:
         """At most n of every m consecutive inputs, or as many as `part` of the way there in the logarithm."""
@@ -176,30 +221,52 @@ def improve(
     """
     gone = removed or {}
     free = {layer.weight: layer for layer in plan.layers if layer.weight in masks.keep and not refusal(plan, layer, weights)}
-    pools = [Pool([free[weight] for weight in group if weight in free], masks, allowed, gone) for group in grouped]
+
+    def pooled(left: Collection[str]) -> list[Pool]:
+        return [
+            Pool([free[weight] for weight in group if weight in free and weight not in left], masks, allowed, gone) for group in grouped
+        ]
+
+    pools = pooled(())
+    effort = _effort(pools, pattern)
+    if effort.left:
+        pools = pooled(effort.left)
+    rounds = effort.rounds
     placed = {layer.weight: (pool, place) for pool in pools for place, layer in enumerate(pool.layers)}
     value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
-    feeds = samples_of(dataset, SAMPLES if samples is None else min(samples, SAMPLES), seed)
+    drawn = draw(dataset, DRAWN if samples is None else min(samples, DRAWN), seed)
+    feeds = drawn.chosen(SAMPLES)
     steps = max((pool.steps for pool in pools), default=0)
-    rounds = ROUNDS if steps and pattern is None else 0
 
     def current() -> Masks:
         return replace(masks, keep={**masks.keep, **{weight: pool.mask(place) for weight, (pool, place) in placed.items()}})
 
+    def swept(
+        start: Graph, flags: Mapping[str, Flags], chosen: Sequence[Feed], only: Collection[str], visit: Visit
+    ) -> dict[str, NDArray[Any]]:
+        layers = [layer for layer in plan.layers if layer.weight in only]
+        return sweep(original, start, plan, layers, chosen, flags, gone, visit, seed=seed, threads=threads)
+
     def appraise(done: int, additions: bool) -> None:
         def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
             pool, place = placed[layer.weight]
+            progress("choose", done, total)
             if done == 0:
                 variance = equations.variance()
                 value[layer.weight] = np.where(variance > 0, value[layer.weight] / np.where(variance > 0, variance, 1.0), 0.0)
-            found, appraisal = equations.appraised(pool.cost(place), additions)
+            found, appraisal = equations.appraised(pool.cost(place), additions, effort.layer_flops)
             pool.learn(place, appraisal.worth * value[layer.weight][:, None])
             return found
 
-        progress("choose", done, steps + rounds)
-        layers = [layer for layer in plan.layers if layer.weight in placed]
-        sweep(original, graph, plan, layers, feeds, initializer_masks(plan, current()), gone, visit, seed=seed, threads=threads)
+        swept(graph, initializer_masks(plan, current()), feeds, placed, visit)
 
+    def repaired(candidate: Masks) -> onnx.ModelProto:
+        flags = initializer_masks(plan, candidate)
+        masked = apply_weights(graph.model, applied(graph, flags)) if flags else graph.model
+        new = swept(Graph(masked), flags, drawn.fit, free, lambda _, equations: equations.solved()[0])
+        return apply_weights(masked, new) if new else masked
+
+    total = steps + rounds + 1
     floors: list[Floor] = []
     for step in range(1, steps + 1):
         appraise(step - 1, additions=False)
@@ -210,10 +277,25 @@ def improve(
             elif pool.steps:
                 floors += pool.cut(step / steps)
     exchanged = []
-    for number in range(rounds):
+    for number in range(rounds if steps else 0):
         surviving = _surviving(graph, initializer_masks(plan, current()))
         for pool in pools:
             pool.bury(surviving)
         appraise(steps + number, additions=True)
         exchanged.append(sum(pool.exchange() for pool in pools))
-    return Improved(current(), tuple(floors), tuple(exchanged))
+    found = Improved(current(), tuple(floors), tuple(exchanged), None, effort)
+    if not steps or not drawn.unseen:
+        return found
+    progress("choose", total - 1, total)
+    candidates = {"flow-obs": found.masks, "flow": masks}
+    contest = best(original.model, {name: partial(repaired, own) for name, own in candidates.items()}, drawn, threads)
+    return replace(found, masks=candidates[contest.winner], contest=contest)
+
+
+def _effort(pools: Sequence[Pool], pattern: tuple[int, int] | None) -> Effort:
+    """What the sweeps take, with all layers at the density of the whole."""
+    steps = max((pool.steps for pool in pools), default=0)
+    layers = [layer for pool in pools for layer in pool.layers]
+    share = sum(pool.budget for pool in pools) / max(sum(int(np.prod(layer.view.shape)) for layer in layers), 1)
+    densities = [share ** (step / steps) for step in range(steps)]
+    return plan_effort(layers, densities, ROUNDS if steps and pattern is None else 0, share)

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.channels import Choice, unit_masks
+from relief_onnx.contest import distance, emitted
 from relief_onnx.coupling import Coupling
 from relief_onnx.dataset import Dataset
 from relief_onnx.decide import Choose
@@ -25,7 +26,6 @@ from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import applied, initializer_masks, keep_all
 from relief_onnx.obs import EXPONENT, SAMPLES
 from relief_onnx.repair import Visit, refusal, samples_of, sweep
-from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights
 
 __all__ = ["improve_units"]
@@ -87,7 +87,7 @@ class _Search:
         self._layers = [layer for layer in plan.layers if not refusal(plan, layer, weights)]
         self._feeds, self._unseen, self._seed, self._threads = feeds, unseen, seed, threads
         self._variances: dict[str, Doubles] = {}
-        self._wanted = self._outputs(graph.model)
+        self._wanted = emitted(graph.model, unseen, threads)
 
     def losses(self, choices: Sequence[Choice]) -> dict[int, float]:
         """What each unit that layers read is worth while others are gone; 0 for those that are gone."""
@@ -113,10 +113,7 @@ class _Search:
     def error(self, choices: Sequence[Choice]) -> float:
         """Of the outputs of the repaired model, as a part of their variance, the mean over outputs."""
         model = self._sweep(choices, lambda layer, equations: equations.solved()[0])
-        errors = []
-        for wanted, found in zip(self._wanted, self._outputs(model), strict=True):
-            errors.append(float(np.square(found - wanted).sum() / max(np.square(wanted - wanted.mean(0)).sum(), 1e-300)))
-        return float(np.mean(errors))
+        return distance(self._wanted, emitted(model, self._unseen, self._threads))
 
     def _sweep(self, choices: Sequence[Choice], visit: Visit) -> onnx.ModelProto:
         """Solve every layer for without the units that go; the model with the new weights."""
@@ -129,11 +126,3 @@ class _Search:
             self._graph, Graph(masked), self._plan, self._layers, self._feeds, flags, gone, visit, seed=self._seed, threads=self._threads
         )
         return apply_weights(masked, new) if new else masked
-
-    def _outputs(self, model: onnx.ModelProto) -> list[Doubles]:
-        """Outputs of floating type over all samples, each sample flat."""
-        session = Session(model, self._threads)
-        runs = [session.run(feed, None, "the calibration data") for feed in self._unseen]
-        floats = [index for index, value in enumerate(runs[0]) if isinstance(value, np.ndarray) and value.dtype.kind == "f"]
-        # Sizes may differ from batch to batch: what is compared are the numbers.
-        return [np.concatenate([np.asarray(run[index], np.float64).reshape(-1) for run in runs]) for index in floats]

@@ -27,7 +27,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find, select
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
-from relief_onnx.obs import improve
+from relief_onnx.obs import Improved, improve
 from relief_onnx.obs_units import improve_units
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.pack import pack
@@ -140,7 +140,7 @@ def prune(
         shipped, packed = pack(final, _packable(final)) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
-        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.exchanged, retrained,
+        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
@@ -217,7 +217,7 @@ class _Cut:
     flags: Mapping[str, Any]
     shifts: tuple[Shift, ...]
     floors: tuple[Floor, ...]
-    exchanged: tuple[int, ...]
+    improved: Improved | None
 
     def masked(self, graph: Graph) -> onnx.ModelProto:
         """`graph` with zeros where something goes, and the gates of its shortcuts."""
@@ -251,13 +251,14 @@ def _cut(
             masks, gates = both(before.masks, masks), both_gates(before.gates, gates)
         graph, shifts = _shifted(job, ready, options, found, chosen, masks)
     plan = ready.plan if graph is ready.graph else find(graph)
-    floors, exchanged = chosen.floors, tuple[int, ...]()
+    floors, improved = chosen.floors, None
     if options.criterion == "flow-obs" and options.fine is not None:
         with job.clock("choose"), _named(ready.path):
             allowed = chosen.within(masks) if before is None else both(before.masks, chosen.within(masks))
-            masks, floors, exchanged = _improved(job, ready, graph, plan, options, found, chosen, masks, allowed)
+            improved = _improved(job, ready, graph, plan, options, found, chosen, masks, allowed)
+        masks, floors = improved.masks, floors if improved.taken == "flow" else improved.floors
     flags = initializer_masks(plan, masks)
-    return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, exchanged)
+    return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, improved)
 
 
 def _search(job: _Job, ready: Prepared, scores: Scores) -> Search:
@@ -301,17 +302,16 @@ def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chose
 def _improved(
     job: _Job, ready: Prepared, graph: Graph, plan: Plan, options: Options, scores: Scores, chosen: Chosen, masks: Masks,
     allowed: Masks,
-) -> tuple[Masks, tuple[Floor, ...], tuple[int, ...]]:  # fmt: skip
-    """The masks chosen again by what is lost after repair, the floors that acted, and how many weights were exchanged."""
+) -> Improved:  # fmt: skip
+    """The masks chosen again by what is lost after repair."""
     gone = silenced(ready.plan, chosen, masks)
-    found = improve(
+    return improve(
         ready.graph, graph, plan, masks, allowed,
         [pool.weights for pool in pools(ready.plan, options, job.weights, None if options.by_channel else options.keep)],
         {score.weight: score.relevance for score in scores.values() if score.relevance is not None}, job.weights, job.dataset,
         pattern=None if options.pattern is None else parse_pattern(options.pattern),
         removed={layer.weight: gone[layer.name] for layer in ready.plan.layers if layer.name in gone}, **job.draws(),
     )  # fmt: skip
-    return found.masks, found.floors, found.exchanged
 
 
 def _repaired(job: _Job, cut: _Cut) -> tuple[Graph, tuple[Repaired, ...]]:

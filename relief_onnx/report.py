@@ -23,6 +23,7 @@ from relief_onnx.health import Health, check_health
 from relief_onnx.layers import Layer, Skipped
 from relief_onnx.masks import Masks
 from relief_onnx.measure import measure
+from relief_onnx.obs import Improved
 from relief_onnx.options import Options
 from relief_onnx.pack import PackedTensor
 from relief_onnx.paper import Gate
@@ -63,7 +64,7 @@ class Evidence:
     shifts: tuple[Shift, ...] = ()
     evenly: tuple[Even, ...] = ()
     repaired: tuple[Repaired, ...] = ()
-    exchanged: tuple[int, ...] = ()
+    improved: Improved | None = None
     retrained: Mapping[str, Any] | None = None
 
     @property
@@ -186,7 +187,8 @@ class Evidence:
         return {
             "evenly": [{"node": item.node, "op": item.op, "reason": item.reason} for item in self.evenly],
             "floors": [{"weight": item.weight, "ranked": item.ranked, "kept": item.kept} for item in self.floors],
-            "exchanged": list(self.exchanged),
+            "exchanged": [] if self.improved is None else list(self.improved.exchanged),
+            "choice": None if self.improved is None else self.improved.document(),
         }
 
     def _flow_of(self, layer: Layer) -> dict[str, float]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.worth import Appraisal
+from relief_onnx.inverse import inverse_root
+from relief_onnx.worth import LEAST_TRIED, TRIED, Appraisal
 
-__all__ = ["Target", "solve"]
+__all__ = ["Target", "operations", "solve"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -28,7 +30,7 @@ RIDGE, FEW_ROWS = 0.01, 0.3
 BLOCK, TURNS = 1024, 2
 # Inputs of which X'X is held as a whole.
 MOMENT_FEATURES = 6144
-# Floating point operations for the inverses of a layer; beyond it blocks get smaller, down to LEAST_BLOCK.
+# Floating point operations for the inverses of a layer and the worths of its weights; beyond it blocks get smaller, to LEAST_BLOCK.
 SOLVE_FLOPS, LEAST_BLOCK = 1e11, 128
 # Inverses that are held at a time.
 INVERSE_BYTES = 256 << 20
@@ -73,7 +75,7 @@ def solve(
     ridge = max(RIDGE, FEW_ROWS * inputs / max(len(x), 1))
     if target.one_sided and len(x) < ROUNDS_ROWS * inputs:
         target = replace(target, one_sided=False)
-    size = _block_size(keep, 1 if appraisal is None else appraisal.size)
+    size = _block_size(keep, appraisal)
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
     if not target.one_sided and x.shape[1] <= MOMENT_FEATURES:
@@ -99,18 +101,20 @@ def _by_moments(
     for block in blocks:
         inner = moments[block, block]
         ridge = part * float(np.trace(inner)) / len(inner) + 1e-12
-        for columns, inverses in _inverses(inner, ridge, keep[:, block], np.float64 if appraisal is None else np.float32):
+        dtype: type = np.float64 if appraisal is None else np.float32
+        seen: NDArray[np.floating[Any]] = inner.astype(dtype)
+        for columns, roots in _roots(inner, ridge, keep[:, block], dtype):
             # What the present weights explain is taken off: the equations are for the change.
             pull = wanted[columns, block] - weight[columns] @ moments[:, block]
             change = np.zeros_like(pull)
-            for row, (places, inverse) in enumerate(inverses):
-                change[row, places] = inverse @ pull[row, places]
+            for row, (places, root) in enumerate(roots):
+                change[row, places] = root.T @ (root @ pull[row, places].astype(dtype))
             weight[columns, block] += change
             if appraisal is not None:  # of a block that comes twice the last time counts
                 pull -= change @ inner
-                for row, (places, inverse) in enumerate(inverses):
+                for row, (places, root) in enumerate(roots):
                     unit = columns.start + row
-                    appraisal.judge(unit, block.start, inner, ridge, places, inverse, weight[unit, block], pull[row])
+                    appraisal.judge(unit, block.start, seen, ridge, places, root, weight[unit, block], pull[row])
     return weight, offset - weight @ mean
 
 
@@ -124,7 +128,7 @@ def _turn(
     moments = (own.T @ own).astype(np.float64)
     ridge = part * float(np.trace(moments)) / len(moments) + 1e-12
     weight, bias = weight.copy(), bias.copy()
-    for columns, inverses in _inverses(moments, ridge, keep[:, block]):
+    for columns, roots in _roots(moments, ridge, keep[:, block]):
         own_target = target.units(columns)
         y = x @ weight[columns].T.astype(np.float32) + bias[columns].astype(np.float32)
         start = weight[columns, block].copy()
@@ -135,8 +139,8 @@ def _turn(
             pull = (own.T @ left).T.astype(np.float64)
             # What the present weights explain is in y: the equations are for the change.
             change = np.zeros_like(now)
-            for row, (places, inverse) in enumerate(inverses):
-                change[row, places] = step * (inverse @ (pull[row, places] + ridge * (start[row, places] - now[row, places])))
+            for row, (places, root) in enumerate(roots):
+                change[row, places] = step * (root.T @ (root @ (pull[row, places] + ridge * (start[row, places] - now[row, places]))))
             now += change
             y += own @ change.T.astype(np.float32)
             if free_bias:
@@ -145,31 +149,40 @@ def _turn(
                 y += offset.astype(np.float32)
         if appraisal is not None:
             pull = (own.T @ (own_target.of(y) - y)).T.astype(np.float64) if appraisal.additions else np.zeros_like(now)
-            for row, (places, inverse) in enumerate(inverses):
-                appraisal.judge(columns.start + row, block.start, moments, ridge, places, inverse, now[row], pull[row])
+            for row, (places, root) in enumerate(roots):
+                appraisal.judge(columns.start + row, block.start, moments, ridge, places, root, now[row], pull[row])
         weight[columns, block] = now
         if free_bias:
             bias[columns] -= (now - start) @ mean
     return weight, bias
 
 
-def _block_size(keep: Flags, multiple: int) -> int:
-    """Features to solve for at a time, a multiple of `multiple`: BLOCK, or less where all inverses would take more than SOLVE_FLOPS."""
-    features = keep.shape[1]
+def operations(distinct: int, units: int, features: int, density: float, size: int, additions: bool) -> float:
+    """About how many floating point operations one layer takes in blocks of `size` features: inverses of `distinct` units, and gains."""
+    blocks, kept = -(-features // size), density * size
+    tried = min(size - kept, max(LEAST_TRIED, TRIED * kept)) if additions else 0.0
+    return 2 * blocks * kept**2 * (distinct * kept + units * tried)
+
+
+def _block_size(keep: Flags, appraisal: Appraisal | None) -> int:
+    """Features to solve for at a time, of whole runs: BLOCK, or less where all inverses would take too much."""
+    units, features = keep.shape
     distinct = len(np.unique(np.packbits(keep, axis=1), axis=0))
     density = float(keep.mean()) if keep.size else 0.0
+    limit = SOLVE_FLOPS if appraisal is None else min(SOLVE_FLOPS, appraisal.flops)
+    additions, multiple = (False, 1) if appraisal is None else (appraisal.additions, appraisal.size)
     size: int = min(BLOCK, features)
-    while size > LEAST_BLOCK and 2 * distinct * -(-features // size) * (density * size) ** 3 > SOLVE_FLOPS:
+    while size > LEAST_BLOCK and operations(distinct, units, features, density, size, additions) > limit:
         size //= 2
     return max(int(size) // multiple, 1) * multiple
 
 
-def _inverses(
+def _roots(
     moments: Doubles, ridge: float, keep: Flags, dtype: type = np.float64
-) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], Doubles]]]]:
-    """Runs of units with the kept features and the inverse of each, as many at a time as memory allows."""
-    pending: list[tuple[NDArray[np.intp], Doubles]] = []
-    known: dict[bytes, tuple[NDArray[np.intp], Doubles]] = {}
+) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], NDArray[Any]]]]]:
+    """Runs of units with the kept features and the inverse root of each, as many at a time as memory allows."""
+    pending: list[tuple[NDArray[np.intp], NDArray[Any]]] = []
+    known: dict[bytes, tuple[NDArray[np.intp], NDArray[Any]]] = {}
     first, held = 0, 0
     for unit, row in enumerate(keep):
         key = np.packbits(row).tobytes()
@@ -177,12 +190,15 @@ def _inverses(
             places = np.flatnonzero(row)
             system = moments[np.ix_(places, places)]
             system[np.diag_indices(len(places))] += ridge
-            inverse: Doubles = np.asarray(np.linalg.inv(system.astype(dtype)) if len(places) else system, np.float64)
-            if held + inverse.nbytes > INVERSE_BYTES and pending:
+            try:
+                root = inverse_root(system.astype(dtype))
+            except np.linalg.LinAlgError:  # inputs that are not finite: no finite solution, which the caller tells
+                root = np.full(system.shape, np.nan, dtype)
+            if held + root.nbytes > INVERSE_BYTES and pending:
                 yield slice(first, unit), pending
                 pending, known, first, held = [], {}, unit, 0
-            known[key] = places, inverse
-            held += inverse.nbytes
+            known[key] = places, root
+            held += root.nbytes
         pending.append(known[key])
     if pending:
         yield slice(first, len(keep)), pending
