@@ -22,6 +22,8 @@ Feed = Mapping[str, NDArray[Any]]
 
 # Samples below which there is no contest: too few to tell candidates apart. One batch in HELD is set aside for the judge.
 LEAST_SAMPLES, HELD = 96, 3
+# How much less than the first candidate's the error of another has to be: samples that judge are few.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Contest:
 
     @property
     def winner(self) -> str:
-        """The name with the least error, the first of several."""
-        return min(self.errors, key=lambda name: self.errors[name])
+        """The first name, or, where its error is clearly less, the one with the least."""
+        first, least = next(iter(self.errors)), min(self.errors, key=lambda name: self.errors[name])
+        return least if self.errors[least] < (1 - MARGIN) * self.errors[first] else first
 
 
 def draw(dataset: Dataset, limit: int, seed: int) -> Draw:

@@ -28,12 +28,13 @@ class Effort:
     left: tuple[str, ...]
 
 
-def plan_effort(layers: Sequence[Layer], densities: Sequence[float], rounds: int, share: float, limit: float = WORK) -> Effort:
-    """The least that has to be left out.
+def plan_effort(layers: Sequence[Layer], densities: Sequence[float], rounds: int, share: float, limit: float | None = None) -> Effort:
+    """What has to be left out so that all of it takes `limit` (WORK).
 
     densities: part of the weights that is there in each sweep before the number is reached; share: in each of the `rounds` after it.
     First the blocks of features that are solved for together get smaller, then there are fewer rounds, then the largest layers are left.
     """
+    limit = WORK if limit is None else limit
     kept, flops, count = list(layers), SOLVE_FLOPS, rounds
     wanted = estimate = _estimate(kept, densities, count, share, flops)
     while estimate > limit:

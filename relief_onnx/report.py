@@ -300,6 +300,9 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
             f"{100 * macs[1] / macs[0]:.3g} % of the MACs are left, more than the {100 * keep:g} % of keep: "
             "groups says which channels cannot go"
         )
+    if evidence.improved is not None and evidence.improved.effort.left:
+        count = len(evidence.improved.effort.left)
+        found.append(f"{count} of the weights keep flow's mask: choosing them again would take too long (flow.choice.left in the report)")
     found += health.warnings()
     advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
