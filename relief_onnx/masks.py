@@ -166,6 +166,9 @@ def _thin(keep: Flags, rank: int) -> Flags:
 def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
     """For each initializer that loses entries: a mask that broadcasts against it."""
     found: dict[str, Flags] = dict(masks.vectors)
+    for weight, layers in plan.by_table().items():
+        if weight in masks.keep and not masks.keep[weight].all():
+            found[weight] = found.get(weight, np.True_) & as_stored(layers[0], masks.keep[weight])
     for weight, layers in plan.by_weight().items():
         layer = layers[0]
         if weight in masks.keep and not masks.keep[weight].all():

@@ -391,6 +391,8 @@ def propagate(
             layer = layers[index]
             own = _line(values[0], layer.output_axis, layer.out_channels)
             outputs[layer.name] = own
+            if layer.is_table:
+                continue  # row numbers carry no activity
             grouped = own.reshape(layer.groups, -1)
             back = np.einsum("gji,gj->gi", shares[layer.name].reshape(layer.groups, -1, layer.in_per_group), grouped)
             rank = len(graph.shape(layer.input) or ())
