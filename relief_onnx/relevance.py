@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
-from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.ops import OperatorRow, passing_row_of
 from relief_onnx.recurrent import initial_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
 
@@ -333,7 +333,7 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
     own = {layer.node for layer in plan.layers} | set(_bias_adds(plan))
     found: dict[Ask, None] = {}
     for index, node in enumerate(graph.nodes):
-        row = row_of(node)
+        row = passing_row_of(node)
         if index in own or row is None:
             continue
         try:
@@ -349,7 +349,7 @@ def _fed(graph: Graph, plan: Plan) -> set[str]:
     layers = {layer.node for layer in plan.layers}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
-        row = row_of(node)
+        row = passing_row_of(node)
         if row is not None and row.flow == "none":
             continue
         if index in layers or any(name in found for name in graph.read_by(index)):
@@ -422,7 +422,7 @@ def _line(values: Doubles | None, axis: int, size: int) -> Doubles:
 def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Mapping[int, Layer]) -> Passed:
     """What a node that is no layer gives to its inputs."""
     at, graph = _Node(walk.graph, walk.tracks, index), walk.graph
-    row = row_of(at.node)
+    row = passing_row_of(at.node)
     if index in adds and values[0] is not None:
         inner = graph.nodes[adds[index].node].output[0]
         return [(inner, values[0])]

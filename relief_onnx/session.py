@@ -68,7 +68,7 @@ def _advice(error: str) -> str:
     unknown = unknown or re.search(r"Error No Op registered for ()(\w+) with", error)
     domain = re.search(r"No opset import for domain '([^']+)'", error)
     if domain:
-        return f"add an opset import of domain {domain[1]}, and export it again with standard ONNX operators only where that is not onnxruntime's own"
+        return f"add an opset import of domain {domain[1]}, or export it again with standard ONNX operators only"
     if unknown and unknown[1]:
         return (
             f"operator {unknown[2]} of domain {unknown[1]} is none of onnxruntime's: export the model again with standard ONNX operators "

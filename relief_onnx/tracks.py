@@ -17,7 +17,7 @@ from relief_onnx.contractions import LABELS
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.moves import Barrier, Together, reduced_axes
-from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.ops import OperatorRow, passing_row_of
 
 __all__ = ["Moved", "Track", "Tracks", "follow", "labels_of", "moved"]
 
@@ -90,7 +90,7 @@ def follow(graph: Graph, plan: Plan) -> Tracks:
     for index, node in enumerate(graph.nodes):
         for name in node.output:
             found.of[name] = _untracked(graph, name)
-        row = row_of(node)
+        row = passing_row_of(node)
         if index in layers:
             name, layer = node.output[0], layers[index]
             rank = len(found.of[name])
