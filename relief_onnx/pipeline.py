@@ -25,6 +25,7 @@ from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.leftovers import training_notes
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
@@ -160,7 +161,8 @@ def prune(
             threads=options.threads,
             progress=progress,
         )
-    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, idle(options, given, scores))
+    notes = [*idle(options, given, scores), *training_notes(Graph(ready.original))]
+    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
     with clock("write"):
         if folder is not None and is_first():
             files.save(masked, folder / "masked.onnx")
