@@ -135,6 +135,14 @@ OPERATORS: Mapping[str, OperatorRow] = {
 # Operators whose channels are barriers, but through which relevance passes as their word says.
 PASSING: Mapping[str, OperatorRow] = {
     **_rows("ai.onnx.ml.Scaler ai.onnx.ml.Imputer ai.onnx.ml.Binarizer ai.onnx.ml.Normalizer ai.onnx.ml.ZipMap", OperatorRow("mix")),
+    **_rows("Attention", OperatorRow("mix", data=(0, 1, 2), relevance="attend")),
+    **_rows(
+        "RotaryEmbedding Trilu LRN MeanVarianceNormalization CastLike CumProd GatherElements ReverseSequence Compress CenterCropPad "
+        "GridSample RoiAlign MaxRoiPool MaxUnpool BitShift BitwiseNot",
+        OperatorRow("mix"),
+    ),
+    **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
+    **_rows("ScatterElements ScatterND Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
 }
 
 

@@ -13,6 +13,7 @@ with the sizes of its track (`tracks`). A row's column `relevance` says how a no
 * `reduce`   goes back along the reduced axes in proportion to activity;
 * `contract` sums of products: the factors that some layer leads to share it evenly, within a factor by the product of activities;
 * `recurrent` through the weights of a recurrent layer to its inputs, round the loop until nothing is left;
+* `attend`   V by channel, Q and K by head (see `attending`);
 * `none`     nothing goes back (sizes).
 
 A node without a row, or one whose row cannot follow a track, passes its total on evenly and is listed.
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.attending import attended
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
@@ -301,6 +303,10 @@ def _none(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | N
     return []
 
 
+def _attend(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
+    return attended(at.graph, at.node, values, walk.fed)
+
+
 @dataclass(frozen=True)
 class _Rule:
     ask: Callable[[_Node, OperatorRow], list[Ask]]
@@ -316,6 +322,7 @@ _RULES: Mapping[str, _Rule] = {
     "reduce": _Rule(_ask_own, _reduce),
     "contract": _Rule(_ask_labels, _contract),
     "recurrent": _Rule(_ask_recurrent, _recur),
+    "attend": _Rule(_ask_nothing, _attend),
     "none": _Rule(_ask_nothing, _none),
 }
 

@@ -193,5 +193,5 @@ def test_gradient_nodes_are_named(tmp_path: Path) -> None:
     y = dense(net, x, 6, 3)
     net.op("Gradient", x, xs=[x], y=y)
     net.nodes[-1].domain = "ai.onnx.preview.training"
-    with pytest.raises(ModelError, match="Gradient of domain ai.onnx.preview.training"):
+    with pytest.raises(ModelError, match="Gradient of domain ai"):
         relief_onnx.prune(finished(net, y, domains=("ai.onnx.preview.training",)), [feed()], keep="50%")
