@@ -104,12 +104,14 @@ def test_relevance_passes_whole(name: str) -> None:
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
 def test_pruned_or_a_reason(name: str, granularity: str) -> None:
     model, feed = made(name)
+    reasons: tuple[tuple[str, str], ...] = ()
     try:
         result = relief_onnx.prune(model, batches(feed), keep="60%", granularity=granularity, round_to=1)
     except NothingPrunedError as error:
+        reasons = error.reasons
+    if reasons:
         assert granularity == "channel"
-        operator = name.split()[0]
-        assert any(operator in reason for _, reason in error.reasons)
+        assert any(name.split()[0] in reason for _, reason in reasons)
         return
     assert result.report["totals"]["kept_percent"] < 99.9
 
