@@ -261,9 +261,9 @@ def overview(document: Mapping[str, Any]) -> None:
     console = _console()
     if document["layers"]:
         console.print(_layers(document["layers"], _narrow(console)))
-    if document["skipped"]:
+    if document["skipped"] or document["tables"]:
         table = _table("node", "operator", "weight", ">shape", "reason", title="Left alone")
-        for row in document["skipped"]:
+        for row in (*document["tables"], *document["skipped"]):
             table.add_row(escape(row["node"]), row["op"], escape(row["weight"]), "x".join(map(str, row["shape"])), escape(row["reason"]))
         console.print()
         console.print(table)
@@ -272,7 +272,7 @@ def overview(document: Mapping[str, Any]) -> None:
         console.print(_groups(document["groups"]))
     totals = document["totals"]
     console.print(
-        f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['skipped_weights']:,} are left alone; "
+        f"\n{totals['prunable_weights']:,} weights can be pruned, {totals['table_weights'] + totals['skipped_weights']:,} are left alone; "
         f"{totals['coupled_params']:,} of {document['input']['params']:,} parameters belong to channels that can go. {_next(document)}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from relief_onnx.session import Session
 __all__ = ["Comparison", "OutputAgreement", "compare_models"]
 
 _LOGIT_MAKERS = frozenset({"Gemm", "MatMul", "Add", "Softmax", "LogSoftmax"})
+_MAP_MAKERS = frozenset({"ZipMap"})
 
 
 @dataclass
@@ -36,6 +37,8 @@ class _Tally:
     rows: float = 0.0
 
     def add(self, a: NDArray[Any], b: NDArray[Any], weight: float, classes: bool) -> None:
+        if a.dtype.kind in "OUS":  # strings agree or not: as numbers 1 is what they are, and 1 or 0 what they should be
+            a, b = np.ones(a.size), (a == b).reshape(-1).astype(np.float64)
         x, y = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
         # NaN and infinity on the same places on both sides agree; anywhere else they are an infinite error.
         same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -107,6 +110,9 @@ def class_outputs(model: onnx.ModelProto) -> frozenset[str]:
     found = set()
     for name in graph.outputs:
         shape, node = graph.shape(name), graph.nodes[graph.producer[name]] if name in graph.producer else None
+        if node is not None and node.op_type in _MAP_MAKERS:
+            found.add(name)
+            continue
         if node is None or shape is None or len(shape) != 2 or shape[1] == 1 or node.op_type not in _LOGIT_MAKERS:
             continue
         if graph.is_float(name) and attributes(node).get("axis", -1) in (1, -1):
@@ -140,12 +146,13 @@ def compare_models(
     scored = _scored_output(a, dataset, names)
     for batch in dataset.batches(batch_size, limit=limit, seed=seed):
         results = _timed(sessions, names, batch, seconds)
-        for name, x, y in zip(names, *results, strict=True):
-            if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-                _check_shapes(name, x, y)
-                tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
-        if scored is not None and batch.labels is not None and _fits(results[0][names.index(scored)], batch.labels):
-            accuracy.add(batch.labels, [result[names.index(scored)] for result in results], batch.weight)
+        for name, *pair in zip(names, *results, strict=True):
+            x, y = (_as_array(name, value) for value in pair)
+            _check_shapes(name, x, y)
+            tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
+        found = [_as_array(scored, result[names.index(scored)]) for result in results] if scored is not None else []
+        if found and batch.labels is not None and _fits(found[0], batch.labels):
+            accuracy.add(batch.labels, found, batch.weight)
         samples += batch.size * batch.weight
         progress("compare", round(samples), dataset.samples if limit is None else limit)
     rates = (accuracy.right[0] / accuracy.total, accuracy.right[1] / accuracy.total) if accuracy.total else None
@@ -166,6 +173,22 @@ def _timed(sessions: tuple[Session, Session], names: Sequence[str], batch: Batch
         results.append(session.run(batch.feed, names, batch.source))
         seconds[side] += time.perf_counter() - start
     return results
+
+
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    """An output as one array: maps (of a ZipMap) as rows of their values in the order of the keys, tensors of a sequence end to end.
+
+    Raises DataError where it has no numbers or strings in it.
+    """
+    if isinstance(value, Mapping):
+        return np.asarray([value[key] for key in sorted(value)])
+    if isinstance(value, list):
+        parts = [_as_array(name, item) for item in value]
+        rows = len({part.shape for part in parts}) == 1 and isinstance(value[0], Mapping)
+        return np.stack(parts) if rows else np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0)
+    if value is None or isinstance(value, np.ndarray | np.generic | float | int | str):
+        return np.zeros(0) if value is None else np.asarray(value)
+    raise DataError(f"output {name} is a {type(value).__name__}, which cannot be compared; make a tensor the model's output")
 
 
 def _check_shapes(name: str, x: NDArray[Any], y: NDArray[Any]) -> None:

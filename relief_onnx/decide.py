@@ -23,7 +23,7 @@ from relief_onnx.scoring import Scores
 from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left
 from relief_onnx.walk import trace
 
-__all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "pools", "shrinks", "silenced"]
+__all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "local_alpha", "pools", "shrinks", "silenced"]
 
 # (importance of units, exponent of their MACs, share of the MACs that stays) -> what goes
 Choose = Callable[[Mapping[int, float], float, float], tuple[Choice, ...]]
@@ -102,7 +102,7 @@ def _fine_masks(
         return pattern_masks(plan, scores, weights, *parse_pattern(options.pattern)), ()
     if options.by_flow or keep is not None:
         return cut(plan, scores, pools(plan, options, weights, keep), keep)
-    return make_masks(plan, scores, weights, _alpha(options), options.bias == "prune"), ()
+    return make_masks(plan, scores, weights, local_alpha(options), options.bias == "prune"), ()
 
 
 def pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | None) -> list[Pool]:
@@ -113,7 +113,7 @@ def pools(plan: Plan, options: Options, weights: frozenset[str], keep: float | N
             continue
         names = (layers[0].name, weight)
         named = options.layer_alpha(names)
-        alpha = named[1] if named is not None else None if keep is not None else _alpha(options)(layers[0])
+        alpha = named[1] if named is not None else None if keep is not None else local_alpha(options)(layers[0])
         found.setdefault(("" if named is None else named[0], alpha), []).append(weight)
     return [Pool(tuple(own), alpha) for (_, alpha), own in found.items()]
 
@@ -165,7 +165,9 @@ def silenced(plan: Plan, chosen: Chosen, masks: Masks) -> dict[str, Any]:
     return found
 
 
-def _alpha(options: Options) -> Callable[[Layer], float]:
+def local_alpha(options: Options) -> Callable[[Layer], float]:
+    """Alpha of a layer's connections or weights."""
+
     def alpha(layer: Layer) -> float:
         return options.alpha_for((layer.name, layer.weight), layer.is_convolution)
 

@@ -8,7 +8,7 @@ One calibration pass, no labels, no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from relief_onnx.activity import Activity
 from relief_onnx.calibrate import Measurement
+from relief_onnx.embeddings import TableMeasure
 from relief_onnx.graph import Graph
 from relief_onnx.grouping import Grouping
 from relief_onnx.layers import Layer, Plan
-from relief_onnx.relevance import Ask, Even, Relevance, asks, propagate
+from relief_onnx.relevance import Ask, Even, asks, propagate
 from relief_onnx.scoring import LayerScore, magnitudes
 from relief_onnx.streaming import InputMeans, Moment, as_read
 from relief_onnx.tracks import follow
@@ -65,13 +66,25 @@ DEFAULT_RULE = FlowRule()
 class FlowMeasure:
     """What the criterion listens to in the calibration pass, and the scores that follow."""
 
-    def __init__(self, graph: Graph, plan: Plan, granularity: str, rule: FlowRule = DEFAULT_RULE, grouping: Grouping | None = None) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, granularity: str, rule: FlowRule = DEFAULT_RULE, grouping: Grouping | None = None,
+        tables: Sequence[Layer] = (),
+    ) -> None:  # fmt: skip
+        """`tables`: readers of embedding tables that are to have R too; R of the layers does not depend on them."""
         self._graph, self._plan, self._granularity, self._rule = graph, plan, granularity, rule
         self._grouping = None if rule.absolute else grouping
-        self._tracks = follow(graph, plan)
-        self._asked = {ask: Activity(ask[1], rule.moments, self._grouping) for ask in asks(graph, plan, self._tracks)}
+        self._tables = TableMeasure.of(graph, tables)
+        # R of tables comes from a walk of its own, in which they count as layers.
+        self._walks = [(plan, follow(graph, plan))]
+        if tables:
+            full = Plan((*plan.layers, *tables), ())
+            self._walks.append((full, follow(graph, full)))
+            self._plan = plan = Plan(tuple(layer for layer in full.layers if not layer.is_table), ())
+        wanted = dict.fromkeys(ask for own, tracks in self._walks for ask in asks(graph, own, tracks))
+        self._asked = {ask: Activity(ask[1], rule.moments, self._grouping) for ask in wanted}
         power = 1 if rule.absolute else 2
         self._inputs, self.measurements = _inputs(plan, lambda axis: InputMeans(axis, power=power, signed=True))
+        self.measurements += self._tables.measurements
         self._channels: dict[str, Activity] = {}
         shared: dict[tuple[str, int], Activity] = {}
         for layer in plan.layers if self._groups > 1 else ():
@@ -110,12 +123,17 @@ class FlowMeasure:
         for group, weight in self._weights():
             shares = {layer.name: self._shares(layer, parts[layer.name], group)[0] for layer in self._plan.layers}
             found = self._propagated({name: _coarse(share) for name, share in shares.items()}, weights, group)
+            for layer in self._tables.lookups:
+                relevance[layer.name] = relevance.get(layer.name, 0.0) + weight * found[layer.name]
             for name, share in shares.items():
-                own = found.outputs[name]
+                own = found[name]
                 flow = (share if self._granularity == "weight" else _coarse(share)) * own.reshape(-1, *(1,) * (self._rank(share) - 1))
                 flows[name] = flows[name] + weight * flow if name in flows else weight * flow
                 relevance[name] = relevance[name] + weight * own if name in relevance else weight * own
-        return {layer.name: self._score(layer, parts[layer.name], flows[layer.name], relevance[layer.name]) for layer in self._plan.layers}
+        scores = {
+            layer.name: self._score(layer, parts[layer.name], flows[layer.name], relevance[layer.name]) for layer in self._plan.layers
+        }
+        return scores | self._tables.scores(relevance)
 
     def _rank(self, share: Doubles) -> int:
         return share.ndim if self._granularity == "weight" else 2
@@ -144,7 +162,9 @@ class FlowMeasure:
         found: Doubles = np.maximum(away, 0.0) + self._rule.constant * np.square(center)
         return found
 
-    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float], group: int | None) -> Relevance:
+    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float], group: int | None) -> dict[str, Doubles]:
+        """R of every layer's outputs [out] by name; that of tables from the walk in which they count."""
+
         def activity(ask: Ask) -> Doubles:
             return self._activity(self._asked[ask], group)
 
@@ -155,7 +175,11 @@ class FlowMeasure:
             found: Doubles = activity(ask) / np.where(squares > 0, squares, 1.0)
             return found
 
-        return propagate(self._graph, self._plan, self._tracks, activity, variation, shares, weights, not self._rule.absolute)
+        found: dict[str, Doubles] = {}
+        for plan, tracks in self._walks:
+            walked = propagate(self._graph, plan, tracks, activity, variation, shares, weights, not self._rule.absolute)
+            found = {**walked.outputs, **found}
+        return found
 
     def _parts(self, layer: Layer) -> Doubles:
         """What each weight brings in, over all samples [out, in per group, *kernel]."""

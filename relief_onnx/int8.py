@@ -47,7 +47,7 @@ def kept_axes(graph: Graph, plan: Plan, per_channel: bool) -> tuple[dict[str, tu
         # A neuron's weights share a scale; where a layout mixes neurons there is one for all.
         axis = layers[0].view.source_axis(0)
         axes[weight] = () if axis is None else (axis,)
-    for row in plan.skipped:
+    for row in plan.unranked:
         if row.weight not in graph.initializers:
             reasons[row.weight] = row.reason
         elif row.op not in _READERS:

@@ -1,20 +1,22 @@
 """Which weights can be pruned: a table of layer operators, and the search that fills it in for a graph.
 
 `find` walks the main graph once. Every float initializer that some tool could prune becomes either one `Layer` per node that
-reads it or a `Skipped` row with the reason: nothing is left out in silence.
+reads it or a `Skipped` row with the reason: nothing is left out in silence. Embedding tables are layers too, but apart from the others
+(see `embeddings`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.reasons import TABLE_REASON, why_no_layer
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
 
@@ -26,7 +28,6 @@ __all__ = [
     "Plan",
     "Skipped",
     "find",
-    "select",
 ]
 
 
@@ -84,6 +85,11 @@ class Layer:
         return self.geometry is not None
 
     @property
+    def is_table(self) -> bool:
+        """Whether the weight is an embedding table: a dense layer whose input is one-hot, given as the number of a row."""
+        return self.op == "Gather"
+
+    @property
     def is_grouped_transposed(self) -> bool:
         """Whether the weight is stored as a transposed convolution with groups has it: [in, out per group, *kernel]."""
         transposed = self.geometry is not None and self.geometry.transposed
@@ -113,17 +119,38 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be pruned in a model, and what cannot and why."""
+    """What can be pruned in a model, and what cannot and why.
+
+    `tables` are the readers of embedding tables; where a dense layer shares the table (a tied head), that layer is among them.
+    """
 
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
+    tables: tuple[Layer, ...] = ()
 
     def by_weight(self) -> dict[str, tuple[Layer, ...]]:
         """The layers that read each weight; more than one where it is shared."""
-        found: dict[str, tuple[Layer, ...]] = {}
-        for layer in self.layers:
-            found[layer.weight] = (*found.get(layer.weight, ()), layer)
-        return found
+        return _by_weight(self.layers)
+
+    def by_table(self) -> dict[str, tuple[Layer, ...]]:
+        """The readers of each embedding table."""
+        return _by_weight(self.tables)
+
+    @property
+    def unranked(self) -> tuple[Skipped, ...]:
+        """`skipped`, and the tables, which are only ranked where the user names them."""
+        rows = []
+        for weight, users in self.by_table().items():
+            first = next(layer for layer in users if layer.is_table)
+            rows.append(Skipped(first.name, first.op, weight, first.view.source, TABLE_REASON))
+        return (*self.skipped, *rows)
+
+
+def _by_weight(layers: tuple[Layer, ...]) -> dict[str, tuple[Layer, ...]]:
+    found: dict[str, tuple[Layer, ...]] = {}
+    for layer in layers:
+        found[layer.weight] = (*found.get(layer.weight, ()), layer)
+    return found
 
 
 Describe = Callable[[Graph, int, int, View], Layer | Refusal]
@@ -210,6 +237,27 @@ def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
     )  # fmt: skip
 
 
+# Row numbers are measured as float32, which counts up to here.
+_MOST_ROWS = 1 << 24
+
+
+def _table(graph: Graph, index: int, view: View) -> Layer | Refusal:
+    """A table [rows, dims] whose rows are picked by numbers that are computed at run time, or [dims, rows] along axis 1."""
+    node = graph.nodes[index]
+    axis = attributes(node).get("axis", 0)
+    if graph.constant(node.input[1]) is not None:
+        return Refusal(f"Gather node {graph.names[index]} picks fixed entries of it")
+    if len(view.shape) != 2:
+        return Refusal(f"Gather node {graph.names[index]} picks from a table of {len(view.shape)} axes; an embedding table has 2")
+    if view.shape[axis % 2] > _MOST_ROWS:
+        return Refusal(f"its table has more than {_MOST_ROWS:,} rows")
+    first = axis % 2 == 0
+    return _layer(
+        graph, index, view.transpose(1, 0) if first else view, groups=1, input=node.input[1], input_axis=0,
+        output_axis=-1 if first else 0,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none).
@@ -281,8 +329,11 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if use.slot < 0:
         return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if row is None and _looks_up(node, use.slot):
+        table = _table(graph, use.node, source.view)
+        return table if isinstance(table, Refusal) else replace(table, weight=source.name)
     if row is None or use.slot not in row.slots:
-        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned")
+        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)))
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):
         return found
@@ -295,6 +346,10 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
         return Refusal(f"its input has {len(shape)} axes, too few for the operator")
     layer = replace(found, weight=source.name)
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
+
+
+def _looks_up(node: onnx.NodeProto, slot: int) -> bool:
+    return node.op_type == "Gather" and node.domain in ("", "ai.onnx") and slot == 0
 
 
 # Element types of weights; eight bit integers are those of quantised models.
@@ -310,8 +365,9 @@ def find(graph: Graph) -> Plan:
     """All prunable layers in graph order, and a row with a reason for every other weight."""
     layers: list[Layer] = []
     skipped: list[Skipped] = []
+    tables: list[Layer] = []
     for name in graph.initializers:
-        found_readers = readers(graph, name)
+        found_readers = _real(graph, readers(graph, name))
         rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
         if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
@@ -325,15 +381,25 @@ def find(graph: Graph) -> Plan:
             shape = tuple(graph.initializers[name].dims)
             skipped.append(Skipped(graph.names[use.node], graph.nodes[use.node].op_type, name, shape, refusal.reason))
         else:
-            layers += [item for item in found if isinstance(item, Layer)]
+            made = [item for item in found if isinstance(item, Layer)]
+            (tables if any(item.is_table for item in made) else layers).extend(made)
     skipped += _without_initializer(graph) + _inner(graph)
-    return Plan(tuple(sorted(layers, key=lambda layer: layer.node)), tuple(skipped))
+    in_order = [tuple(sorted(part, key=lambda layer: layer.node)) for part in (layers, tables)]
+    return Plan(in_order[0], tuple(skipped), in_order[1])
+
+
+def _real(graph: Graph, found: list[tuple[Use, str]]) -> list[tuple[Use, str]]:
+    """Readers, without those that only look at the size where others look at the values."""
+    return [item for item in found if graph.nodes[item[0].node].op_type not in ("Shape", "Size")] or found
 
 
 def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
     source = trace_constant(graph, tensor)
     if isinstance(source, Source):
         return _describe(graph, use, source)
+    node = graph.nodes[use.node]
+    if use.slot >= 0 and node.op_type not in LAYER_OPERATORS and not _looks_up(node, use.slot):
+        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(tensor)))
     return source or Refusal("its value is computed at run time")
 
 
@@ -374,18 +440,3 @@ def _inner(graph: Graph) -> list[Skipped]:
             found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
             pending += [inner for child in body.node for inner in subgraphs(child)]
     return found
-
-
-def select(plan: Plan, only: str | None, skip: str | None) -> tuple[frozenset[str], dict[str, str]]:
-    """Which weights --only and --skip let through (regular expressions over node and weight names), and why the others not."""
-    allowed: set[str] = set()
-    reasons: dict[str, str] = {}
-    for weight, layers in plan.by_weight().items():
-        names = [weight, *(layer.name for layer in layers)]
-        if skip and any(re.search(skip, name) for name in names):
-            reasons[weight] = f"--skip {skip} names it"
-        elif only and not any(re.search(only, name) for name in names):
-            reasons[weight] = f"--only {only} does not name it"
-        else:
-            allowed.add(weight)
-    return frozenset(allowed), reasons

@@ -166,6 +166,9 @@ def _thin(keep: Flags, rank: int) -> Flags:
 def initializer_masks(plan: Plan, masks: Masks) -> dict[str, Flags]:
     """For each initializer that loses entries: a mask that broadcasts against it."""
     found: dict[str, Flags] = dict(masks.vectors)
+    for weight, layers in plan.by_table().items():
+        if weight in masks.keep and not masks.keep[weight].all():
+            found[weight] = found.get(weight, np.True_) & as_stored(layers[0], masks.keep[weight])
     for weight, layers in plan.by_weight().items():
         layer = layers[0]
         if weight in masks.keep and not masks.keep[weight].all():
@@ -184,12 +187,19 @@ def insert(graph: Graph, flags: Mapping[str, Flags]) -> onnx.ModelProto:
     nodes = []
     for name, keep in flags.items():
         dtype = graph.array(name).dtype
+        wide = graph.initializers[name].data_type == onnx.TensorProto.BFLOAT16  # onnxruntime has no Mul of these
+        dtype = np.dtype(np.float32) if wide else dtype
         mask = numpy_helper.from_array(np.ascontiguousarray(keep.astype(dtype)), f"{name}/mask")
         model.graph.initializer.append(mask)
         if model.ir_version < 4:
             model.graph.input.append(helper.make_tensor_value_info(mask.name, mask.data_type, mask.dims))
         renamed[name] = f"{name}/masked"
-        nodes.append(helper.make_node("Mul", [name, mask.name], [renamed[name]], name=f"{name}/masked"))
+        source, target = (f"{name}/wide", f"{name}/masked/wide") if wide else (name, renamed[name])
+        if wide:
+            nodes.append(helper.make_node("Cast", [name], [source], name=source, to=onnx.TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [source, mask.name], [target], name=f"{name}/masked"))
+        if wide:
+            nodes.append(helper.make_node("Cast", [target], [renamed[name]], name=target, to=onnx.TensorProto.BFLOAT16))
     for node in model.graph.node:
         for slot, name in enumerate(node.input):
             if name in renamed:

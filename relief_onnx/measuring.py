@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.dataset import Dataset
+from relief_onnx.embeddings import TableMeasure
 from relief_onnx.errors import DataError, OutputError
 from relief_onnx.flow import DEFAULT_RULE, FlowMeasure
+from relief_onnx.layers import Layer, Plan
 from relief_onnx.options import Options
 from relief_onnx.paper import PaperRules
 from relief_onnx.probes import instrument
@@ -31,14 +34,18 @@ def measure_scores(
     rules: PaperRules | None,
     progress: calibrate.Progress,
     folder: Path | None,
+    tables: Sequence[Layer] = (),
 ) -> Scores:
-    """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs."""
-    key = _key(ready, dataset, options)
+    """Scores of every layer from one calibration pass; with a work folder, those of an earlier run with the same inputs.
+
+    tables: readers of embedding tables that are scored too.
+    """
+    key = _key(ready, dataset, options, tables)
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
         try:
-            return read_scores(stored, ready.plan, options.scored)
+            return read_scores(stored, ready.plan, options.scored, tables)
         except DataError as error:
             raise DataError(f"{stored} is damaged; delete it, or choose another --work-dir, and run again") from error
     threads = options.threads or os.cpu_count() or 1
@@ -47,9 +54,11 @@ def measure_scores(
         grouping = calibrate.sort_samples(
             ready.running.model, dataset, DEFAULT_RULE.bits, limit=options.samples, seed=options.seed, threads=threads
         )
-        flow = FlowMeasure(ready.graph, ready.plan, options.scored, grouping=grouping)
-    wanted, statistics, inside = measurements(ready.graph, ready.plan, options.criterion, options.scored) if flow is None else ([], {}, {})
-    wanted += flow.measurements if flow is not None else []
+        flow = FlowMeasure(ready.graph, ready.plan, options.scored, grouping=grouping, tables=tables)
+    lookups = TableMeasure.of(ready.graph, tables)
+    every = Plan((*ready.plan.layers, *(layer for layer in tables if not layer.is_table)), ())
+    wanted, statistics, inside = measurements(ready.graph, every, options.criterion, options.scored) if flow is None else ([], {}, {})
+    wanted += flow.measurements if flow is not None else lookups.measurements
     wanted += rules.measurements if rules is not None else []
     probe = instrument(ready.running, [item.tensor for item in wanted], inside)
     if folder is not None and is_first():
@@ -68,7 +77,8 @@ def measure_scores(
     scores = (
         flow.scores(dict(options.output_weight))
         if flow is not None
-        else {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in ready.plan.layers}
+        else {layer.name: normalise(ready.graph, layer, statistics.get(layer.name), options.scored) for layer in every.layers}
+        | lookups.scores({})
     )
     if stored is not None and is_first():
         note = stored.with_suffix(".json")
@@ -78,10 +88,10 @@ def measure_scores(
     return scores
 
 
-def _key(ready: Prepared, dataset: Dataset, options: Options) -> str:
+def _key(ready: Prepared, dataset: Dataset, options: Options, tables: Sequence[Layer]) -> str:
     parts = (
         ready.sha256, dataset.fingerprint, options.scored, "flow" if options.by_flow else options.criterion, options.samples, options.seed,
-        options.output_weight,
+        options.output_weight, *(layer.name for layer in tables),
     )  # fmt: skip
     return files.sha256(repr(parts).encode())
 

@@ -32,7 +32,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.moves import Carry
 from relief_onnx.reshapes import reshape
 
-__all__ = ["OPERATORS", "OperatorRow", "row_of"]
+__all__ = ["OPERATORS", "PASSING", "OperatorRow", "passing_row_of", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,25 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape, relevance="none")),
 }
+
+
+# Operators whose channels are barriers, but through which relevance passes as their word says.
+PASSING: Mapping[str, OperatorRow] = {
+    **_rows("ai.onnx.ml.Scaler ai.onnx.ml.Imputer ai.onnx.ml.Binarizer ai.onnx.ml.Normalizer ai.onnx.ml.ZipMap", OperatorRow("mix")),
+    **_rows("Attention", OperatorRow("mix", data=(0, 1, 2), relevance="attend")),
+    **_rows(
+        "RotaryEmbedding Trilu LRN MeanVarianceNormalization CastLike CumProd GatherElements ReverseSequence Compress CenterCropPad "
+        "GridSample RoiAlign MaxRoiPool MaxUnpool BitShift BitwiseNot",
+        OperatorRow("mix"),
+    ),
+    **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
+    **_rows("ScatterElements ScatterND Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
+}
+
+
+def passing_row_of(node: onnx.NodeProto) -> OperatorRow | None:
+    """How relevance passes a node; None: on evenly."""
+    return row_of(node) or PASSING.get(node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}")
 
 
 def row_of(node: onnx.NodeProto) -> OperatorRow | None:

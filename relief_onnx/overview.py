@@ -20,6 +20,7 @@ from relief_onnx.layers import Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
 from relief_onnx.prepared import Prepared, prepare
+from relief_onnx.reasons import TABLE_REASON
 from relief_onnx.report import quality_report
 from relief_onnx.walk import trace
 
@@ -32,6 +33,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
     coupling = trace(ready.graph, ready.plan)
     shapes = {name: shape for name, (_, shape) in ready.graph.types.items()}
     layers = [_layer_row(layer, coupling, layer_macs(ready.graph, layer, shapes)) for layer in ready.plan.layers]
+    tables = [_table_row(readers) for readers in ready.plan.by_table().values()]
     skipped = [asdict(row) | {"shape": list(row.shape)} for row in ready.plan.skipped]
     return {
         "schema": "relief-onnx/inspect/1",
@@ -40,10 +42,12 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "inputs": [{"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)} for spec in files.input_specs(ready.original)],
         "outputs": list(ready.graph.outputs),
         "layers": layers,
+        "tables": tables,
         "skipped": skipped,
         "groups": [_group_row(group) for group in groups(ready.plan, coupling)],
         "totals": {
             "prunable_weights": sum(row["weights"] for row in layers),
+            "table_weights": sum(row["weights"] for row in tables),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
             "coupled_params": _coupled_params(ready, coupling),
         },
@@ -65,6 +69,16 @@ def _layer_row(layer: Layer, coupling: Coupling, macs: int | None) -> dict[str, 
         "bias": None if layer.bias is None else layer.bias.name, "macs": macs,
         "removable_channels": int(sum(unit not in coupling.pinned for unit in units.tolist())),
         "channel_reason": pins.most_common(1)[0][0] if pins else None,
+    }  # fmt: skip
+
+
+def _table_row(readers: tuple[Layer, ...]) -> dict[str, Any]:
+    """An embedding table; `readers` are the nodes that look rows up in it, and layers that share it."""
+    first = next(layer for layer in readers if layer.is_table)
+    return {
+        "node": first.name, "op": first.op, "weight": first.weight, "shape": list(first.view.source), "rows": first.in_per_group,
+        "dims": first.out_channels, "weights": int(np.prod(first.view.shape)), "readers": [layer.name for layer in readers],
+        "reason": TABLE_REASON,
     }  # fmt: skip
 
 

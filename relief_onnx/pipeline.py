@@ -24,7 +24,8 @@ from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, po
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
-from relief_onnx.layers import Plan, find, select
+from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.leftovers import training_notes
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import Improved, improve
@@ -41,7 +42,9 @@ from relief_onnx.repair import Repaired, repair
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.scoring import Scores, read_scores, write_arrays
+from relief_onnx.selection import select
 from relief_onnx.surgery import apply_weights, operate
+from relief_onnx.table_masks import table_masks, unranked
 from relief_onnx.verify import verify
 
 __all__ = ["Data", "Result", "prune", "score"]
@@ -71,12 +74,12 @@ def score(
 ) -> Scores:
     """Measure every layer once. Takes the same options as `prune`. Raises NothingPrunedError where there is no layer."""
     ready, options = prepare(source), resolve(None, {}, given)
-    if not ready.plan.layers:
+    if not (ready.plan.layers or ready.plan.tables):
         raise _nothing(ready.plan, {})
     _check_outputs(ready.graph, options)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
-        return measure_scores(ready, dataset, options, None, progress, None)
+        return measure_scores(ready, dataset, options, None, progress, None, ready.plan.tables)
 
 
 def prune(
@@ -116,6 +119,8 @@ def prune(
                 files.check_target(Path(path), force=True)
         _check_outputs(ready.graph, options)
         weights, reasons = select(ready.plan, options.only, options.skip)
+        reasons |= unranked(ready.plan, options, weights)
+        weights -= reasons.keys()
         if not weights:
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
@@ -137,7 +142,7 @@ def prune(
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
         final = ready.restored(operation.model, operation.kept)
     with clock("pack"):
-        shipped, packed = pack(final, _packable(final)) if options.storage == "auto" else (final, ())
+        shipped, packed = pack(final, _packable(final, masks)) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained,
@@ -156,7 +161,8 @@ def prune(
             threads=options.threads,
             progress=progress,
         )
-    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, idle(options, given, scores))
+    notes = [*idle(options, given, scores), *training_notes(Graph(ready.original))]
+    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
     with clock("write"):
         if folder is not None and is_first():
             files.save(masked, folder / "masked.onnx")
@@ -191,6 +197,10 @@ class _Job:
     folder: Path | None
     clock: _Clock
     progress: calibrate.Progress
+
+    def tables(self, plan: Plan) -> tuple[Layer, ...]:
+        """The readers of embedding tables that are to be pruned."""
+        return tuple(layer for layer in plan.tables if layer.weight in self.weights)
 
     def draws(self) -> dict[str, Any]:
         """How samples are drawn and run."""
@@ -238,14 +248,15 @@ def _cut(
     rules = PaperRules(ready.graph, ready.plan, options)
     with job.clock("calibrate"), _named(ready.path):
         if scores is not None:
-            found: Scores = read_scores(Path(scores), ready.plan, options.scored)
+            found: Scores = read_scores(Path(scores), ready.plan, options.scored, job.tables(ready.plan))
             rules.measure_alone(job.dataset, options, job.progress)
             options = replace(options, criterion=_criterion_of(found, options))
         else:
-            found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder)
+            found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder, job.tables(ready.plan))
     with job.clock("mask"):
         search = _search(job, ready, found) if options.criterion == "flow-obs" else None
         chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset, search)
+        chosen = table_masks(ready.graph, ready.plan, options, found, job.weights, chosen)
         masks, gates = rules.apply(chosen.masks)
         if before is not None:
             masks, gates = both(before.masks, masks), both_gates(before.gates, gates)
@@ -403,14 +414,15 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
 
-def _packable(model: onnx.ModelProto) -> list[str]:
-    """Weights of layers; everything else is stored as it is."""
-    return sorted({layer.weight for layer in find(Graph(model)).layers})
+def _packable(model: onnx.ModelProto, masks: Masks) -> list[str]:
+    """Weights of layers, and tables that were pruned; everything else is stored as it is."""
+    plan = find(Graph(model))
+    return sorted({layer.weight for layer in plan.layers} | {layer.weight for layer in plan.tables if layer.weight in masks.keep})
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
     # The reasons that another option would change come first.
-    rows = list(reasons.items()) + [(row.weight, row.reason) for row in plan.skipped]
+    rows = list(reasons.items()) + [(row.weight, row.reason) for row in plan.unranked]
     if not rows:
         return NothingPrunedError("nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight")
     return NothingPrunedError(

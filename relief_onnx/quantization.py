@@ -227,7 +227,7 @@ def _candidates(model: onnx.ModelProto, run: Options, per_channel: bool) -> _Can
     plan = find(graph)
     axes, reasons = kept_axes(graph, plan, per_channel)
     readers: dict[str, list[str]] = {}
-    for weight, reader in [(item.weight, item.name) for item in plan.layers] + [(item.weight, item.node) for item in plan.skipped]:
+    for weight, reader in [(item.weight, item.name) for item in plan.layers] + [(item.weight, item.node) for item in plan.unranked]:
         readers.setdefault(weight, [weight]).append(reader)
     for weight in list(axes):
         if run.skip and any(re.search(run.skip, item) for item in readers[weight]):

@@ -66,7 +66,7 @@ class Evidence:
         """One row for every weight that some tool could quantise."""
         packed = {item.name: item.storage for item in self.packed}
         named = [(layer.weight, layer.name, layer.op) for layer in self.plan.layers]
-        named += [(item.weight, item.node, item.op) for item in self.plan.skipped]
+        named += [(item.weight, item.node, item.op) for item in self.plan.unranked]
         first = {weight: (node, op) for weight, node, op in reversed(named)}
         return [self._row(weight, *first[weight], packed) for weight in dict.fromkeys(weight for weight, _, _ in named)]
 

@@ -13,6 +13,7 @@ with the sizes of its track (`tracks`). A row's column `relevance` says how a no
 * `reduce`   goes back along the reduced axes in proportion to activity;
 * `contract` sums of products: the factors that some layer leads to share it evenly, within a factor by the product of activities;
 * `recurrent` through the weights of a recurrent layer to its inputs, round the loop until nothing is left;
+* `attend`   V by channel, Q and K by head (see `attending`);
 * `none`     nothing goes back (sizes).
 
 A node without a row, or one whose row cannot follow a track, passes its total on evenly and is listed.
@@ -26,10 +27,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.attending import attended
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
-from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.ops import OperatorRow, passing_row_of
 from relief_onnx.recurrent import initial_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
 
@@ -301,6 +303,10 @@ def _none(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | N
     return []
 
 
+def _attend(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
+    return attended(at.graph, at.node, values, walk.fed)
+
+
 @dataclass(frozen=True)
 class _Rule:
     ask: Callable[[_Node, OperatorRow], list[Ask]]
@@ -316,6 +322,7 @@ _RULES: Mapping[str, _Rule] = {
     "reduce": _Rule(_ask_own, _reduce),
     "contract": _Rule(_ask_labels, _contract),
     "recurrent": _Rule(_ask_recurrent, _recur),
+    "attend": _Rule(_ask_nothing, _attend),
     "none": _Rule(_ask_nothing, _none),
 }
 
@@ -333,7 +340,7 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
     own = {layer.node for layer in plan.layers} | set(_bias_adds(plan))
     found: dict[Ask, None] = {}
     for index, node in enumerate(graph.nodes):
-        row = row_of(node)
+        row = passing_row_of(node)
         if index in own or row is None:
             continue
         try:
@@ -349,7 +356,7 @@ def _fed(graph: Graph, plan: Plan) -> set[str]:
     layers = {layer.node for layer in plan.layers}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
-        row = row_of(node)
+        row = passing_row_of(node)
         if row is not None and row.flow == "none":
             continue
         if index in layers or any(name in found for name in graph.read_by(index)):
@@ -391,6 +398,8 @@ def propagate(
             layer = layers[index]
             own = _line(values[0], layer.output_axis, layer.out_channels)
             outputs[layer.name] = own
+            if layer.is_table:
+                continue  # row numbers carry no activity
             grouped = own.reshape(layer.groups, -1)
             back = np.einsum("gji,gj->gi", shares[layer.name].reshape(layer.groups, -1, layer.in_per_group), grouped)
             rank = len(graph.shape(layer.input) or ())
@@ -420,7 +429,7 @@ def _line(values: Doubles | None, axis: int, size: int) -> Doubles:
 def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Mapping[int, Layer]) -> Passed:
     """What a node that is no layer gives to its inputs."""
     at, graph = _Node(walk.graph, walk.tracks, index), walk.graph
-    row = row_of(at.node)
+    row = passing_row_of(at.node)
     if index in adds and values[0] is not None:
         inner = graph.nodes[adds[index].node].output[0]
         return [(inner, values[0])]

@@ -69,7 +69,8 @@ def repair(
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
     new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads)
-    listed = tuple(rows[layer.name] for layer in plan.layers if layer.weight in weights)
+    rows |= {layer.name: Repaired(layer, reason="the rows of a table are looked up, not summed") for layer in plan.tables}
+    listed = tuple(rows[layer.name] for layer in (*plan.layers, *plan.tables) if layer.weight in weights)
     return (apply_weights(masked, new) if new else masked), listed
 
 

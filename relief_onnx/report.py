@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from relief_onnx import model as files
 from relief_onnx.channels import Choice
@@ -134,17 +135,34 @@ class Evidence:
         packed = {item.name: item for item in self.packed}
         rows = [self._row(layer, packed.get(layer.weight)) for layer in self._layers()]
         sizes = {item.name: int(np.prod(item.dims)) for item in self.operation.model.graph.initializer}
-        return rows + [self._skipped_row(row, sizes) for row in self.ready.plan.skipped]
+        named = {layer.weight for layer in self.ready.plan.tables if layer.weight in self.masks.keep}
+        rows += [self._table_row(layers, packed) for weight, layers in self.ready.plan.by_table().items() if weight in named]
+        return rows + [self._skipped_row(row, sizes) for row in self.ready.plan.unranked if row.weight not in named]
+
+    def _table_row(self, layers: tuple[Layer, ...], packed: Mapping[str, PackedTensor]) -> dict[str, Any]:
+        """An embedding table that the user named."""
+        layer, weight = layers[0], layers[0].weight
+        stored = {item.name: item for item in self.operation.model.graph.initializer}
+        before, rule = self.ready.graph.array(weight), self.masks.keep[weight]
+        left = int(np.count_nonzero(numpy_helper.to_array(stored[weight]))) if weight in stored else 0
+        lost, below = int(np.count_nonzero(before)) - left, int(rule.size - rule.sum())
+        reason = f"entries of rows with a score below the cut, by smoothed frequencies: {below}" if lost else "every entry is above the cut"
+        return {
+            "node": layer.name, "op": layer.op, "weight": weight, "status": "pruned" if lost else "kept", "reason": reason,
+            "connections": before.size, "connections_kept": left, "connections_kept_by_rule": int(rule.sum()),
+            "weights": before.size, "weights_kept": left, "alpha": self._alpha(layer),
+            "storage": packed[weight].storage if weight in packed else "dense", **self._flow_of(layer),
+        }  # fmt: skip
 
     def _skipped_row(self, row: Skipped, sizes: Mapping[str, int]) -> dict[str, Any]:
         """A weight that no rule ranks, such as an embedding; it can still be narrower, where channels of layers that it meets went."""
         before = int(np.prod(row.shape))
         left = min(sizes.get(row.weight, 0), before) if row.weight in self.ready.graph.initializers else before
-        reason = (
-            row.reason if left == before else f"it lost channels with the layers that it is coupled to; no others, because {row.reason}"
-        )
+        why = self.reasons.get(row.weight, row.reason)
+        reason = why if left == before else f"it lost channels with the layers that it is coupled to; no others, because {why}"
+        whole = "kept" if row.weight in self.ready.plan.by_table() and not why.startswith("--skip") else "skipped"
         return {
-            "node": row.node, "op": row.op, "weight": row.weight, "status": "skipped" if left == before else "pruned", "reason": reason,
+            "node": row.node, "op": row.op, "weight": row.weight, "status": whole if left == before else "pruned", "reason": reason,
             "connections": before, "connections_kept": left, "weights": before, "weights_kept": left, "alpha": None,
         }  # fmt: skip
 

@@ -89,9 +89,10 @@ def retrain(
     arrays = rounds.train(1, first, flags, {"recalibrated": names})
     seconds = {"load": trained - start, "train": time.perf_counter() - trained}
     kept = {weight: ready.graph.array(weight) != 0 for weight in ready.plan.by_weight()}
+    tables = [name for name in ready.plan.by_table() if name in flags]
     rounds.count(ready.plan, kept)
     dense = files.share_again(ready.restored(apply_weights(first, arrays)), ready.original)
-    shipped, _ = pack(dense, sorted(kept)) if options.storage == "auto" else (dense, ())
+    shipped, _ = pack(dense, sorted([*kept, *tables])) if options.storage == "auto" else (dense, ())
     checked = verify(ready.original, dense, shipped, dataset, seed=options.seed, threads=options.threads)
     quality = compare_models(
         original, shipped, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress
@@ -129,7 +130,7 @@ def retrain(
 
 def _zeros(ready: Prepared) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
     """By weight that can be pruned, what is not 0; only weights that have zeros."""
-    flags = {weight: ready.graph.array(weight) != 0 for weight in ready.plan.by_weight()}
+    flags = {weight: ready.graph.array(weight) != 0 for weight in (*ready.plan.by_weight(), *ready.plan.by_table())}
     return {weight: flag for weight, flag in flags.items() if not flag.all()}
 
 

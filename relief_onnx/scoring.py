@@ -43,6 +43,7 @@ class LayerScore:
 
     `score` is [out, in per group] at connection granularity, [out, in per group, *kernel] at weight granularity. Of the criterion flow
     `relevance` [out] is R of every unit, and `means` [in channels, *kernel] what each weight meets on average (see `compensate`).
+    Of an embedding table `counts` [rows] is how often the samples used each row.
     """
 
     weight: str
@@ -51,6 +52,7 @@ class LayerScore:
     bias_score: Doubles
     relevance: Doubles | None = None
     means: Doubles | None = None
+    counts: Doubles | None = None
 
     @property
     def flow(self) -> Doubles:
@@ -156,7 +158,8 @@ def normalise(graph: Graph, layer: Layer, statistic: Contribution | None, granul
 def write_scores(scores: Scores, path: Path) -> None:
     """scores.npz: `W/score`, `W/bias_score` per weight; a shared weight's further readers as `W@NODE/...`. Raises OutputError.
 
-    Of the criterion flow also `W/relevance` [out], `W/flow` (shaped as the score) and `W/input_mean` [in channels, *kernel].
+    Of the criterion flow also `W/relevance` [out], `W/flow` (shaped as the score) and `W/input_mean` [in channels, *kernel]; of an
+    embedding table `W/row_counts` [rows].
     """
     arrays: dict[str, NDArray[Any]] = {}
     for layer in scores.values():
@@ -166,6 +169,8 @@ def write_scores(scores: Scores, path: Path) -> None:
             arrays[f"{key}/relevance"], arrays[f"{key}/flow"] = layer.relevance, layer.flow
         if layer.means is not None:
             arrays[f"{key}/input_mean"] = layer.means
+        if layer.counts is not None:
+            arrays[f"{key}/row_counts"] = layer.counts
     write_arrays(arrays, path)
 
 
@@ -180,8 +185,11 @@ def write_arrays(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def read_scores(path: Path, plan: Plan, granularity: str) -> dict[str, LayerScore]:
-    """Scores from a file, checked against the model and the granularity. Raises DataError naming file and weight."""
+def read_scores(path: Path, plan: Plan, granularity: str, tables: Sequence[Layer] = ()) -> dict[str, LayerScore]:
+    """Scores from a file, checked against the model and the granularity; of embedding tables only those asked for (all their readers).
+
+    Raises DataError naming file and weight.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -190,7 +198,7 @@ def read_scores(path: Path, plan: Plan, granularity: str) -> dict[str, LayerScor
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path} is not a score file (.npz); measure it with relief-onnx score") from error
     found: dict[str, LayerScore] = {}
-    for weight, layers in plan.by_weight().items():
+    for weight, layers in {**plan.by_weight(), **Plan(tuple(tables), ()).by_weight()}.items():
         for i, layer in enumerate(layers):
             key = weight if i == 0 else f"{weight}@{layer.name}"
             found[layer.name] = _checked(path, key, layer, arrays, granularity)
@@ -202,9 +210,13 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
         (f"{key}/score", _score_shape(layer, granularity)),
         (f"{key}/bias_score", (layer.out_channels,)),
     )
-    if any(name.endswith("/relevance") for name in arrays):
-        means = (layer.groups * layer.in_per_group, *layer.view.shape[2:])
-        parts = (*parts, (f"{key}/relevance", (layer.out_channels,)), (f"{key}/input_mean", means))
+    by_flow = any(name.endswith("/relevance") for name in arrays)
+    if by_flow:
+        parts = (*parts, (f"{key}/relevance", (layer.out_channels,)))
+    if layer.is_table:
+        parts = (*parts, (f"{key}/row_counts", (layer.in_per_group,)))
+    elif by_flow:
+        parts = (*parts, (f"{key}/input_mean", (layer.groups * layer.in_per_group, *layer.view.shape[2:])))
     for name, shape in parts:
         if name not in arrays:
             raise DataError(f"{path} has no {name}; it was measured on another model, measure again with relief-onnx score")
@@ -217,4 +229,6 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
             )
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise DataError(f"{path}: {name} is {list(arrays[name].shape)}, the model needs {list(shape)} finite numbers; measure again")
-    return LayerScore(layer.weight, layer.name, *(arrays[name].astype(float) for name, _ in parts))
+    fields = {"bias_score": "bias_score", "row_counts": "counts", "input_mean": "means"}
+    values = {name.removeprefix(f"{key}/"): arrays[name].astype(float) for name, _ in parts}
+    return LayerScore(layer.weight, layer.name, **{fields.get(name, name): value for name, value in values.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
             raise ModelError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({first_line(error)}); "
-                "export it again with standard ONNX operators only, so that it loads there without relief-onnx too"
+                f"onnxruntime {onnxruntime.__version__} cannot load {what} ({first_line(error)}); {_advice(str(error))}"
             ) from error
         self.outputs = tuple(item.name for item in self._session.get_outputs())
 
@@ -60,6 +60,26 @@ class Session:
         """Name, type and shape of every input and output, as onnxruntime sees them."""
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+def _advice(error: str) -> str:
+    """What to do about a model that onnxruntime does not load."""
+    unknown = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", error)
+    unknown = unknown or re.search(r"Error No Op registered for ()(\w+) with", error)
+    domain = re.search(r"No opset import for domain '([^']+)'", error)
+    if domain:
+        return f"add an opset import of domain {domain[1]}, or export it again with standard ONNX operators only"
+    if unknown and unknown[1]:
+        return (
+            f"operator {unknown[2]} of domain {unknown[1]} is none of onnxruntime's: export the model again with standard ONNX operators "
+            f"only, or with {unknown[2]} as a local function in the file, so that it loads there without relief-onnx too"
+        )
+    if "Could not find an implementation" in error or "tensor(bfloat16)" in error:
+        return (
+            "it has no kernel on the CPU for the types at that node: convert the model to float32 or float16; weights may be stored as "
+            "bfloat16 with a Cast to float32 behind each"
+        )
+    return "export it again with standard ONNX operators only, so that it loads there without relief-onnx too"
 
 
 def first_line(error: BaseException) -> str:

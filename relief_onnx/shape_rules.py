@@ -354,6 +354,12 @@ def _nonzero(step: Step) -> Dims | None:
     return None if dims is None else (Dim.of(len(dims)), step.symbols.fresh())
 
 
+def _vectorized(step: Step) -> Dims | None:
+    """Rows of all inputs side by side."""
+    dims, widths = step.dims(), step.attributes.get("inputdimensions")
+    return None if dims is None or widths is None else (dims[0] if len(dims) > 1 else ONE, Dim.of(sum(widths)))
+
+
 SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf
 Exp Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu
 Log LogSoftmax LpNormalization MeanVarianceNormalization Mish Neg Not PRelu RMSNormalization Reciprocal Relu Round Scatter ScatterElements
@@ -373,5 +379,6 @@ SHAPE_RULES: dict[str, ShapeRule] = (
         "Unsqueeze": _unsqueeze, "Concat": _concat, "Split": _split, "Gather": _gather, "GatherElements": _second, "GatherND": _gather_nd,
         "Slice": _slice, "Tile": _tile, "Expand": _expand, "ConstantOfShape": _filled, "Range": _range, "Pad": _pad, "MatMul": _matmul,
         "Gemm": _gemm, "Einsum": _einsum, "ArgMax": _arg, "ArgMin": _arg, "TopK": _top, "NonZero": _nonzero,
+        "ai.onnx.ml.FeatureVectorizer": _vectorized,
     }
 )  # fmt: skip

@@ -78,6 +78,7 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
         "CastLike": _of_input(1),
         "Where": _of_input(1),
         "ai.onnx.ml.Scaler": lambda step: TensorProto.FLOAT,
+        "ai.onnx.ml.FeatureVectorizer": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.Normalizer": lambda step: TensorProto.FLOAT,
         "ConstantOfShape": lambda step: step.attributes["value"].data_type if "value" in step.attributes else TensorProto.FLOAT,
     }

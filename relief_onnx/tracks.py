@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.attending import attention_track
 from relief_onnx.contractions import LABELS
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.moves import Barrier, Together, reduced_axes
-from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.ops import OperatorRow, passing_row_of
 
 __all__ = ["Moved", "Track", "Tracks", "follow", "labels_of", "moved"]
 
@@ -90,7 +91,7 @@ def follow(graph: Graph, plan: Plan) -> Tracks:
     for index, node in enumerate(graph.nodes):
         for name in node.output:
             found.of[name] = _untracked(graph, name)
-        row = row_of(node)
+        row = passing_row_of(node)
         if index in layers:
             name, layer = node.output[0], layers[index]
             rank = len(found.of[name])
@@ -161,6 +162,12 @@ def _recurrent(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow,
             found.of[name] = tuple(size if isinstance(size, int) else 1 for size in sizes)
 
 
+def _attended(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, found: Tracks, widths: set[int]) -> None:
+    for name in node.output[:3]:
+        if name:
+            found.of[name] = attention_track(graph, node, name)
+
+
 def _nothing(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, found: Tracks, widths: set[int]) -> None:
     """Outputs are not tracked."""
 
@@ -168,5 +175,5 @@ def _nothing(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, f
 Follow = Callable[[Graph, int, onnx.NodeProto, OperatorRow, Tracks, set[int]], None]
 _FOLLOW: Mapping[str, Follow] = {
     "through": _same, "join": _same, "select": _same, "product": _same, "move": _moved, "reduce": _reduced, "contract": _contracted,
-    "recurrent": _recurrent, "even": _nothing, "none": _nothing,
+    "recurrent": _recurrent, "attend": _attended, "even": _nothing, "none": _nothing,
 }  # fmt: skip

@@ -129,7 +129,8 @@ MODELS: dict[str, tuple[Make, str]] = {
     "unknown operator": (
         _custom,
         "m.onnx: onnxruntime ... cannot load the model (...com.acme:Magic(-1) is not a registered function/op); "
-        "export it again with standard ONNX operators only, so that it loads there without relief-onnx too.",
+        "operator Magic of domain com.acme is none of onnxruntime's: export the model again with standard ONNX operators only, "
+        "or with Magic as a local function in the file, so that it loads there without relief-onnx too.",
     ),
     "not a tensor": (_sequence_input, "input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),
 }

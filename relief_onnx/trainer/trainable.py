@@ -28,7 +28,7 @@ _LEARNED: Mapping[str, tuple[int, ...]] = {
 def trainable(graph: Graph) -> list[str]:
     """Their names, in the order of the file."""
     plan = find(graph)
-    found = {layer.weight for layer in plan.layers} | {row.weight for row in plan.skipped}
+    found = {layer.weight for layer in plan.layers} | {row.weight for row in plan.unranked}
     found |= {layer.bias.name for layer in plan.layers if layer.bias is not None}
     for node in graph.nodes:
         slots = _LEARNED.get(node.op_type, ())

@@ -1,0 +1,197 @@
+"""Files that are not as exporters write them today: unknown domains, weights in several files, leftovers of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builders import Net
+from helpers import run
+from onnx import TensorProto, helper, numpy_helper
+
+import relief_onnx
+from relief_onnx.errors import ModelError, NothingPrunedError
+from relief_onnx.session import Session
+
+QONNX = "qonnx.custom_op.general"
+
+
+def finished(net: Net, *outputs: str, domains: tuple[str, ...] = (), functions: Any = (), opset: int = 17) -> onnx.ModelProto:
+    """Without ONNX's shape inference, which refuses what it does not know."""
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape, kind in net.inputs]
+    tensors = [numpy_helper.from_array(value, name) for name, value in net.initializers.items()]
+    graph = helper.make_graph(net.nodes, "odd", inputs, infos, tensors)
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+
+
+def dense(net: Net, x: str, inputs: int, out: int) -> str:
+    return str(net.op("Gemm", x, net.weight(inputs, out), net.bias(out)))
+
+
+def feed(count: int = 40, width: int = 6) -> dict[str, Any]:
+    return {"x1": np.random.default_rng(0).standard_normal((count, width)).astype(np.float32)}
+
+
+def custom(domain: str, operator: str, inputs: int = 1, functions: Any = ()) -> onnx.ModelProto:
+    """Dense, the operator on what it makes (with constants as further inputs), dense."""
+    net = Net()
+    h = dense(net, net.input("N", 6), 6, 8)
+    extra = [net.constant(np.float32(0.25)) for _ in range(inputs - 1)]
+    y = net.op(operator, h, *extra)
+    net.nodes[-1].domain = domain
+    return finished(net, dense(net, y, 8, 3), domains=(domain,), functions=functions)
+
+
+@pytest.mark.parametrize(
+    ("domain", "operator", "inputs"),
+    [("com.acme", "Magic", 1), (QONNX, "Quant", 4), (QONNX, "BipolarQuant", 2), (QONNX, "Trunc", 5), ("com.microsoft", "NoSuchThing", 1)],
+)
+@pytest.mark.parametrize("options", [(), ("--criterion", "magnitude"), ("--granularity", "channel")])
+def test_operators_that_onnxruntime_does_not_know(
+    domain: str, operator: str, inputs: int, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    onnx.save(custom(domain, operator, inputs), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", feed()["x1"])
+    result = run("prune", tmp_path / "m.onnx", "--data", tmp_path / "x.npy", *options, "--quiet")
+    assert result.exit_code == 1
+    assert f"operator {operator} of domain {domain}" in result.output.replace("\n", " ")
+    assert "local function" in result.output.replace("\n", " ")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "x.npy"]
+
+
+def test_the_same_operator_as_a_local_function_works() -> None:
+    """Quant(x, scale, zero point, bits) of QONNX, reduced to what it does with a scale."""
+    nodes = [
+        helper.make_node("Div", ["x", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "zero"], ["moved"]),
+        helper.make_node("Round", ["moved"], ["whole"]),
+        helper.make_node("Sub", ["whole", "zero"], ["back"]),
+        helper.make_node("Mul", ["back", "scale"], ["y"]),
+    ]
+    function = helper.make_function(QONNX, "Quant", ["x", "scale", "zero", "bits"], ["y"], nodes, [helper.make_opsetid("", 17)])
+    result = relief_onnx.prune(custom(QONNX, "Quant", 4, [function]), [feed()], keep="50%")
+    assert [row["status"] for row in result.report["layers"]] == ["pruned", "pruned"]
+
+
+def split(folder: Path, files: int = 3) -> Path:
+    """A model whose weights lie in several files, two in each."""
+    net = Net()
+    x = net.input("N", 6)
+    for width, out in ((6, 40), (40, 40), (40, 3)):
+        x = dense(net, x, width, out)
+    model, folder_of = finished(net, x), folder / "m.onnx"
+    for place, item in enumerate(model.graph.initializer):
+        name = f"part{place * files // len(model.graph.initializer)}.bin"
+        with (folder / name).open("ab") as stream:
+            start = stream.tell()
+            stream.write(item.raw_data)
+        onnx.external_data_helper.set_external_data(item, name, offset=start, length=len(item.raw_data))
+        item.ClearField("raw_data")
+        item.data_location = TensorProto.EXTERNAL
+    folder_of.write_bytes(model.SerializeToString())
+    return folder_of
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    path, out = split(tmp_path), tmp_path / "out" / "pruned.onnx"
+    out.parent.mkdir()
+    assert len(list(tmp_path.glob("part*.bin"))) == 3
+    result = relief_onnx.prune(path, [feed()], keep="50%", output=out)
+    assert result.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.5)
+    assert [item.name for item in out.parent.iterdir()] == ["pruned.onnx"]  # the weights are inside
+    assert Session(onnx.load(out), 1).run(feed(), None)[0].shape == (40, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"), [("missing", "part1.bin of initializer w6 is missing"), ("short", "part1.bin is too short for")]
+)
+def test_a_part_that_is_missing_or_short_is_named(damage: str, sentence: str, tmp_path: Path) -> None:
+    path = split(tmp_path)
+    part = tmp_path / "part1.bin"
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(ModelError, match=sentence):
+        relief_onnx.prune(path, [feed()], keep="50%", output=tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def leftovers() -> onnx.ModelProto:
+    """Identity chains, a weight that nobody reads, training_info with the gradients' nodes, Dropout that is switched off."""
+    net = Net()
+    x = net.input("N", 6)
+    for _ in range(3):
+        x = net.op("Identity", x)
+    weight = net.weight(6, 16)
+    for _ in range(2):
+        weight = net.op("Identity", weight)
+    x = net.op("Relu", net.op("Gemm", x, weight, net.bias(16)))
+    x = net.op("Dropout", x, net.constant(np.float32(0.5)), net.constant(np.array(False)))
+    x = net.op("Identity", dense(net, net.op("Identity", x), 16, 3))
+    net.constant(np.ones((30, 40), np.float32), "unused")
+    model = finished(net, x)
+    info = model.training_info.add()
+    info.algorithm.name = "steps"
+    info.algorithm.node.append(helper.make_node("Adam", ["R", "T", "X", "G", "V", "H"], ["A", "B", "C"], domain="ai.onnx.preview.training"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": "50%"}, {"granularity": "channel", "keep": "50%", "round_to": 1}, {"repair": "least-squares", "keep": "40%"}]
+)
+def test_leftovers_of_training(options: dict[str, Any]) -> None:
+    model = leftovers()
+    result = relief_onnx.prune(model, [feed()], **options)
+    rows = result.report["layers"]
+    assert [row["op"] for row in rows] == ["Gemm", "Gemm"]
+    assert all(row["status"] == "pruned" for row in rows)
+    assert any("training" in warning for warning in result.report["warnings"])
+    assert result.model.training_info == model.training_info
+
+
+def batch_norm(training: int, opset: int = 15) -> onnx.ModelProto:
+    net = Net(opset=opset)
+    x = net.op("Conv", net.input("N", 3, 6, 6), net.weight(8, 3, 3, 3), net.bias(8))
+    vectors = [net.constant(value.astype(np.float32)) for value in (np.ones(8), np.zeros(8), np.zeros(8), np.ones(8))]
+    outputs: Any = net.op("BatchNormalization", x, *vectors, outputs=3 if training else 1, training_mode=training)
+    y = outputs[0] if training else outputs
+    return finished(net, net.op("Conv", net.op("Relu", y), net.weight(4, 8, 1, 1)), opset=opset)
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": "50%"}, {"granularity": "channel", "keep": "50%", "round_to": 1}, {"repair": "least-squares", "keep": "50%"}]
+)
+def test_batch_normalization_in_training_mode(options: dict[str, Any]) -> None:
+    """It takes the statistics of the batch: it is pruned, or the reason is clear."""
+    data = {"x1": np.random.default_rng(0).standard_normal((32, 3, 6, 6)).astype(np.float32)}
+    if options.get("granularity") == "channel":
+        with pytest.raises(NothingPrunedError, match="in training mode, so it sees the whole batch"):
+            relief_onnx.prune(batch_norm(1), [data], **options)
+        return
+    result = relief_onnx.prune(batch_norm(1), [data], **options)
+    assert any("training mode" in warning for warning in result.report["warnings"])
+    assert not any("training mode" in warning for warning in relief_onnx.prune(batch_norm(0), [data], **options).report["warnings"])
+
+
+def test_dropout_in_training_mode_is_told() -> None:
+    """What comes out is random."""
+    net = Net()
+    x = net.op("Dropout", dense(net, net.input("N", 6), 6, 8), net.constant(np.float32(0.5)), net.constant(np.array(True)))
+    result = relief_onnx.prune(finished(net, dense(net, x, 8, 3)), [feed()], keep="50%")
+    assert any("random" in warning for warning in result.report["warnings"])
+
+
+def test_gradient_nodes_are_named(tmp_path: Path) -> None:
+    net = Net()
+    x = net.input("N", 6)
+    y = dense(net, x, 6, 3)
+    net.op("Gradient", x, xs=[x], y=y)
+    net.nodes[-1].domain = "ai.onnx.preview.training"
+    with pytest.raises(ModelError, match="Gradient of domain ai"):
+        relief_onnx.prune(finished(net, y, domains=("ai.onnx.preview.training",)), [feed()], keep="50%")
