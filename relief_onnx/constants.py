@@ -64,9 +64,9 @@ class Constants:
     def __init__(self, graph: Graph, plan: Plan, coupling: Coupling, routes: Routes) -> None:
         self.graph, self.coupling, self._routes = graph, coupling, routes
         self.layers = {layer.node: layer for layer in plan.layers}
-        self.weights = {layer.node: layer.view.apply(graph.array(layer.weight)) for layer in plan.layers}
+        self.weights = {layer.key: layer.view.apply(graph.array(layer.weight)) for layer in plan.layers}
         self.values: dict[str, Values] = {}
-        self._biases = {layer.node: self._own_bias(layer) for layer in plan.layers}
+        self._biases = {layer.key: self._own_bias(layer) for layer in plan.layers}
         self._counting = {reader.node for reader in coupling.zero_readers}
 
     def _unknown(self, name: str) -> Values:
@@ -102,8 +102,8 @@ class Constants:
 
     def _layer_constants(self, layer: Layer) -> None:
         name = self.graph.nodes[layer.node].output[0]
-        inputs, weight = self.of_inputs(layer), self.weights[layer.node]
-        bias = self._biases[layer.node]
+        inputs, weight = self.of_inputs(layer), self.weights[layer.key]
+        bias = self._biases[layer.key]
         picture = self.values[name]
         if picture.size != layer.out_channels or bias is None:
             return

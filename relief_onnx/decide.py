@@ -58,7 +58,7 @@ class Chosen:
         if self.coupling is None:
             return {}
         gone = np.array(sorted(unit for choice in self.choices for unit in choice.removed), np.int64)
-        return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
+        return {layer.name: np.isin(self.coupling.outputs[layer.key], gone) for layer in plan.layers}
 
 
 def decide(

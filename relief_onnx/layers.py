@@ -7,6 +7,7 @@ reads it or a `Skipped` row with the reason: nothing is left out in silence.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from onnx import TensorProto
 
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.recurrent_layers import Recurrent, describe, is_bias, is_recurrent, made, own_half
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
 
@@ -62,7 +64,10 @@ class Bias:
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with a prunable weight. Axes are those of the activation tensors."""
+    """One node with a prunable weight. Axes are those of the activation tensors.
+
+    A recurrent node is two layers, W and R (`recurrent`). What R reads is no tensor of the graph; `input` names it all the same.
+    """
 
     node: int
     name: str
@@ -77,6 +82,17 @@ class Layer:
     geometry: Geometry | None = None
     scale: float = 1.0
     bias: Bias | None = None
+    recurrent: Recurrent | None = None
+
+    @property
+    def key(self) -> int:
+        """A number of its own among all layers: the node's, of R of a recurrent node one below 0."""
+        return ~self.node if self.recurrent is not None and self.recurrent.part == "R" else self.node
+
+    @property
+    def reads(self) -> str:
+        """What statistics listen to: the input, of a recurrent node the steps that count (see `recurrent_reads`)."""
+        return self.input if self.recurrent is None else f"{self.output}/{self.recurrent.part}/reads"
 
     @property
     def is_convolution(self) -> bool:
@@ -117,6 +133,18 @@ class Plan:
 
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
+
+    def single(self) -> dict[int, Layer]:
+        """The layers that are all of their node, by its number."""
+        return {layer.node: layer for layer in self.layers if layer.recurrent is None}
+
+    def recurrent(self) -> dict[int, dict[str, Layer]]:
+        """Layers W and R of recurrent nodes, by its number; of some nodes one of them only."""
+        found: dict[int, dict[str, Layer]] = {}
+        for layer in self.layers:
+            if layer.recurrent is not None:
+                found.setdefault(layer.node, {})[layer.recurrent.part] = layer
+        return found
 
     def by_weight(self) -> dict[str, tuple[Layer, ...]]:
         """The layers that read each weight; more than one where it is shared."""
@@ -210,6 +238,19 @@ def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
     )  # fmt: skip
 
 
+def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """W [directions, gates * hidden, features] or R [directions, gates * hidden, hidden]."""
+    found = describe(graph, index, slot)
+    if isinstance(found, Refusal):
+        return found
+    part, view = found
+    node, name = graph.nodes[index], f"{graph.names[index]}/{found[0].part}"
+    source = node.input[0] if slot == 1 else f"{made(node)}/R/reads"
+    half = own_half(graph, index, part.part)
+    bias = None if half is None else Bias(half[0], View.of((part.directions, view.shape[0] // part.directions)).reshape(-1), 1.0, index, half[1])
+    return Layer(index, name, node.op_type, "", view, part.groups, source, -1, made(node), -1, bias=bias, recurrent=part)
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none).
@@ -228,6 +269,7 @@ LAYER_OPERATORS: Mapping[str, LayerRow] = {
     "ConvTranspose": LayerRow((1,), _transposed_convolution, 2, needs_weight=True),
     "Gemm": LayerRow((1, 0), _gemm, 2),
     "MatMul": LayerRow((1, 0), _matmul, None),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), LayerRow((1, 2), _recurrent, 3)),
 }
 
 
@@ -276,11 +318,17 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
     return layer if bias is None else replace(layer, bias=bias, output=node.output[0])
 
 
+# What else a recurrent node stores, by its slot: a number or three for each hidden unit, which go with it.
+_KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
+
+
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
         return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if use.slot in _KEPT and is_recurrent(node):
+        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned")
     found = row.describe(graph, use.node, use.slot, source.view)
@@ -294,6 +342,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if shape is not None and found.input_axis >= len(shape):
         return Refusal(f"its input has {len(shape)} axes, too few for the operator")
     layer = replace(found, weight=source.name)
+    if layer.recurrent is not None:
+        return layer
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
 
 
@@ -316,6 +366,8 @@ def find(graph: Graph) -> Plan:
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
         if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
             continue
+        if all(is_bias(graph, graph.nodes[use.node]) for use, _ in found_readers):
+            continue  # half of a bias (see `recurrent_layers`)
         found = [_from_reader(graph, use, tensor) for use, tensor in found_readers]
         refusals = [(use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)]
         if graph.is_output(name) or any(graph.is_output(tensor) for _, tensor in found_readers):
@@ -326,8 +378,22 @@ def find(graph: Graph) -> Plan:
             skipped.append(Skipped(graph.names[use.node], graph.nodes[use.node].op_type, name, shape, refusal.reason))
         else:
             layers += [item for item in found if isinstance(item, Layer)]
+    layers = _in_pairs(graph, layers, skipped)
     skipped += _without_initializer(graph) + _inner(graph)
-    return Plan(tuple(sorted(layers, key=lambda layer: layer.node)), tuple(skipped))
+    return Plan(tuple(sorted(layers, key=lambda layer: (layer.node, -layer.key))), tuple(skipped))
+
+
+def _in_pairs(graph: Graph, layers: list[Layer], skipped: list[Skipped]) -> list[Layer]:
+    """Without W or R of a recurrent node where the other is no layer: it gets a row in `skipped`, and so do all that share it."""
+    while True:
+        parts = Counter(layer.node for layer in layers if layer.recurrent is not None)
+        alone = next((layer for layer in layers if parts.get(layer.node) == 1), None)
+        if alone is None:
+            return layers
+        shape = tuple(graph.initializers[alone.weight].dims)
+        reason = f"the other weight of {alone.op} node {graph.names[alone.node]} cannot be pruned"
+        skipped.append(Skipped(graph.names[alone.node], alone.op, alone.weight, shape, reason))
+        layers = [layer for layer in layers if layer.weight != alone.weight]
 
 
 def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:

@@ -115,7 +115,7 @@ class _Liveness:
 
     def _channels_read(self, layer: Layer) -> Flags:
         """Which input channels [C] have a weight that a live unit applies."""
-        weight = self.constants.weights[layer.node]
+        weight = self.constants.weights[layer.key]
         reading = weight.reshape(*weight.shape[:2], -1).any(-1) & self._live(layer)[:, None]
         per_group: Flags = reading.reshape(layer.groups, -1, layer.in_per_group).any(1).reshape(-1)
         return per_group
@@ -174,14 +174,14 @@ class _Liveness:
         """Zero the weights of units that nobody reads and of channels that are always 0; returns how many weights remain."""
         remaining = 0
         for layer in self._free:
-            weight = self.constants.weights[layer.node]
+            weight = self.constants.weights[layer.key]
             zero = self.constants.of_inputs(layer) == 0
             dead_in = np.repeat(zero.reshape(layer.groups, -1), layer.out_channels // layer.groups, 0)
             dead = dead_in | ~self._live(layer)[:, None]
             if (weight.reshape(*weight.shape[:2], -1).any(-1) & dead).any():
                 weight = weight.copy()
                 weight[dead] = 0
-                self.constants.weights[layer.node] = weight
+                self.constants.weights[layer.key] = weight
             remaining += int(np.count_nonzero(weight))
         return remaining
 
@@ -191,7 +191,7 @@ class _Liveness:
             constants = self.constants.of_inputs(layer)
             foldable = ~np.isnan(constants) & _can_fold(self.graph, layer)
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
-            blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
+            blocked |= set(self.coupling.inputs[layer.key][needed].tolist())
         for reader in self.coupling.zero_readers:
             lines = [(self.coupling.line(name, axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
@@ -203,7 +203,7 @@ class _Liveness:
             # No tensor may become empty: neither a layer's output nor a part of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(min(own, key=lambda unit: (costs[unit], unit)))
-        silenced = {layer.node: ~self._live(layer) for layer in self._free}
+        silenced = {layer.key: ~self._live(layer) for layer in self._free}
         return Removal(
             units, self._folds(units), self.constants.weights, silenced, bool(dead_inputs(self.graph, self.coupling, self.constants))
         )
@@ -212,9 +212,9 @@ class _Liveness:
         folds = []
         for layer in self.plan.layers:
             constants = self.constants.of_inputs(layer)
-            gone = np.isin(self.coupling.inputs[layer.node], list(units)) & ~np.isnan(constants) & (constants != 0)
+            gone = np.isin(self.coupling.inputs[layer.key], list(units)) & ~np.isnan(constants) & (constants != 0)
             if gone.any():
-                weight = self.constants.weights[layer.node]
+                weight = self.constants.weights[layer.key]
                 sums = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=np.float64)
                 values = np.where(gone, np.nan_to_num(constants), 0.0).reshape(layer.groups, -1)
                 amount = (sums * np.repeat(values, layer.out_channels // layer.groups, 0)).sum(1) * layer.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,10 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer
+from relief_onnx.recurrent_layers import whole_bias
 
-__all__ = ["RecurrentShares", "initial_states", "recurrent_shares"]
+__all__ = ["RecurrentShares", "RowShares", "initial_states", "layer_shares", "recurrent_shares"]
 
 Doubles = NDArray[np.float64]
 
@@ -47,13 +50,47 @@ def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states
     loop = np.abs(r.astype(np.float64) ** power).reshape(directions, rows // hidden, hidden, hidden).sum(1)
     loop = loop * np.broadcast_to(states, (directions * hidden,)).reshape(directions, 1, hidden)
     bias = np.zeros((directions, hidden))
-    value = graph.constant(node.input[3]) if len(node.input) > 3 and node.input[3] else None
-    if value is not None and not squared:
-        bias = np.abs(value.astype(np.float64).reshape(directions, 2, rows // hidden, hidden).sum(1)).sum(1)
+    known = whole_bias(graph, graph.producer[next(name for name in node.output if name)])
+    if known is not None and not squared:
+        bias = np.abs((known[0] + known[1]).reshape(directions, rows // hidden, hidden)).sum(1)
+    return _parts(own, loop, bias)
+
+
+def _parts(own: Doubles, loop: Doubles, bias: Doubles) -> RecurrentShares:
     # A unit that hears nothing of x passes a trifle on evenly: without a way out of the loop R would go round for ever.
     silent = own.sum(2, keepdims=True) == 0
     around = loop.sum(2, keepdims=True)
-    own = np.where(silent, np.where(around > 0, LEAST * around, 1.0) / features, own)
+    own = np.where(silent, np.where(around > 0, LEAST * around, 1.0) / own.shape[2], own)
     total = own.sum(2) + loop.sum(2) + bias
     safe = np.where(total > 0, total, 1.0)[..., None]
     return RecurrentShares(own / safe, loop / safe)
+
+
+@dataclass(frozen=True)
+class RowShares:
+    """As `RecurrentShares`, and of a unit's R the part that each of its gate rows carries, by layer name [out]."""
+
+    units: RecurrentShares
+    rows: Mapping[str, Doubles]
+
+
+def layer_shares(w: Layer, r: Layer, shares: Mapping[str, Doubles], totals: Mapping[str, Doubles]) -> RowShares:
+    """From shares within the rows of W and R, by name [out, in per group], and what each row brings in, its bias included [out].
+
+    A unit's R is shared between its rows, those of W and those of R, in proportion to what they bring in. Where nothing is, evenly.
+    """
+    kind = w.recurrent
+    assert kind is not None
+    sizes = (kind.directions, kind.gates, kind.hidden)
+    inflow, rows = [], []
+    for layer in (w, r):
+        total = totals.get(layer.name, np.full(layer.out_channels, float(layer.in_per_group)))
+        inflow.append((shares[layer.name] * total[:, None]).reshape(*sizes, -1).sum(1))
+        rows.append(total.reshape(sizes))
+    # What of the rows is no connection is their bias.
+    bias = sum(part.sum(1) for part in rows) - sum(part.sum(2) for part in inflow)
+    every = rows[0].sum(1) + rows[1].sum(1)
+    silent = every == 0
+    safe = np.where(silent, 1.0, every)[:, None]
+    carried = [np.where(silent[:, None], 0.5 / kind.gates, part / safe).reshape(-1) for part in rows]
+    return RowShares(_parts(*inflow, np.maximum(bias, 0.0)), {w.name: carried[0], r.name: carried[1]})

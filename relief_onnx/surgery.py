@@ -98,14 +98,14 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     plan = find(graph)
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
-    left = {layer.node: int((~_gone(coupling.outputs[layer.node], removal)).sum()) for layer in plan.layers}
+    left = {layer.node: int((~_gone(coupling.outputs[layer.key], removal)).sum()) for layer in plan.layers}
     counts = {graph.nodes[layer.node].output[0]: (layer.out_channels, left[layer.node]) for layer in plan.layers}
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
     surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
     kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
     silenced = _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
-        _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
+        _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.key], removal))
     for layer in plan.layers:
         before, after = counts[graph.nodes[layer.node].output[0]]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
@@ -117,10 +117,10 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
 
 
 def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    rows = np.flatnonzero(~_gone(coupling.outputs[layer.node], removal))
+    rows = np.flatnonzero(~_gone(coupling.outputs[layer.key], removal))
     if layer.groups > 1 and layer.in_per_group == 1:
         return rows, np.arange(1)
-    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.node][: layer.in_per_group], removal))
+    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.key][: layer.in_per_group], removal))
 
 
 def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
@@ -128,9 +128,9 @@ def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
 
 
 def _surviving(layer: Layer, coupling: Coupling, removal: Removal) -> NDArray[np.bool_]:
-    alive: NDArray[np.bool_] = removal.weights[layer.node] != 0
-    alive[_gone(coupling.outputs[layer.node], removal)] = False
-    inputs = _gone(coupling.inputs[layer.node], removal).reshape(layer.groups, -1)
+    alive: NDArray[np.bool_] = removal.weights[layer.key] != 0
+    alive[_gone(coupling.outputs[layer.key], removal)] = False
+    inputs = _gone(coupling.inputs[layer.key], removal).reshape(layer.groups, -1)
     if layer.groups == 1 or layer.in_per_group > 1:
         alive[np.repeat(inputs, layer.out_channels // layer.groups, 0)] = False
     return alive
@@ -159,10 +159,10 @@ def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Re
     """Zeros where nobody reads; whether a bias changed."""
     changed = False
     for layer in plan.layers:
-        weight = layer.view.invert(removal.weights[layer.node])
+        weight = layer.view.invert(removal.weights[layer.key])
         if not np.array_equal(weight, graph.array(layer.weight)):
             set_initializer(model, layer.weight, weight)
-        silenced = removal.silenced_biases.get(layer.node)
+        silenced = removal.silenced_biases.get(layer.key)
         if layer.bias is not None and not layer.bias.shared and silenced is not None and silenced.any():
             bias = layer.bias.view.apply(graph.array(layer.bias.name)).copy()
             if bias[silenced].any():

@@ -246,7 +246,7 @@ class Walk:
         slot = LAYER_OPERATORS[layer.op].bias_slot
         if slot is not None and len(node.input) > slot and node.input[slot]:
             self.tie_constant(node.input[slot], units if layer.is_convolution else picture, layer.name, True)
-        self.inputs[layer.node], self.outputs[layer.node] = inputs, units
+        self.inputs[layer.key], self.outputs[layer.key] = inputs, units
         self.pictures[node.output[0]] = picture
 
     def _tie_weight(self, layer: Layer, inputs: Units, units: Units) -> None:
