@@ -296,6 +296,13 @@ def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:
         set_attribute(node, "num_groups", groups * int(flags.sum()) // len(flags))
 
 
+def _edit_hidden_size(cut: Cut, index: int, node: onnx.NodeProto) -> None:
+    made = next(name for name in node.output if name)
+    flags = cut.kept(made, len(cut.coupling.pictures[made].shape) - 1)
+    if flags is not None:
+        set_attribute(node, "hidden_size", int(flags.sum()))
+
+
 _EDITS: Mapping[str, Edit] = {
     "Shape": _edit_shape,
     "Split": _edit_split,
@@ -307,6 +314,7 @@ _EDITS: Mapping[str, Edit] = {
     "Gather": _edit_gather,
     "Pad": _edit_pad,
     "GroupNormalization": _edit_groups,
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _edit_hidden_size),
 }
 
 # -- statistics that count channels ---------------------------------------------------------------------------------------

@@ -247,7 +247,11 @@ def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refus
     node, name = graph.nodes[index], f"{graph.names[index]}/{found[0].part}"
     source = node.input[0] if slot == 1 else f"{made(node)}/R/reads"
     half = own_half(graph, index, part.part)
-    bias = None if half is None else Bias(half[0], View.of((part.directions, view.shape[0] // part.directions)).reshape(-1), 1.0, index, half[1])
+    bias = (
+        None
+        if half is None
+        else Bias(half[0], View.of((part.directions, view.shape[0] // part.directions)).reshape(-1), 1.0, index, half[1])
+    )
     return Layer(index, name, node.op_type, "", view, part.groups, source, -1, made(node), -1, bias=bias, recurrent=part)
 
 

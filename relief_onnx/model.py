@@ -20,7 +20,7 @@ from relief_onnx.datatypes import InputSpec
 from relief_onnx.errors import ModelError, OutputError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.nodes import captured, subgraphs
-from relief_onnx.recurrent_layers import split_biases
+from relief_onnx.recurrent_layers import join_biases, split_biases
 
 __all__ = ["check_target", "hoist", "input_specs", "load", "prepare", "save", "serialize", "share_again", "write_atomically"]
 
@@ -124,7 +124,8 @@ def hoist(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def share_again(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Undo the copies of `prepare` that are still alike."""
+    """Undo the copies of `prepare` that are still alike, and the halves of biases."""
+    model = join_biases(model, original)
     stored = {item.name: item for item in model.graph.initializer}
     known = {item.name for item in original.graph.initializer}
     renamed = {}

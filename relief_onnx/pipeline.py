@@ -412,7 +412,9 @@ def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
     # The reasons that another option would change come first.
     rows = list(reasons.items()) + [(row.weight, row.reason) for row in plan.skipped]
     if not rows:
-        return NothingPrunedError("nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight")
+        return NothingPrunedError(
+            "nothing could be pruned: the model has no Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU or RNN with a constant weight"
+        )
     return NothingPrunedError(
         f"nothing could be pruned: {rows[0][0]}: {rows[0][1]}" + (f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""),
         rows,

@@ -22,7 +22,19 @@ from relief_onnx.nodes import STANDARD
 from relief_onnx.sources import Refusal, Source, trace_constant
 from relief_onnx.views import View
 
-__all__ = ["GATES", "Recurrent", "describe", "is_bias", "is_recurrent", "join_biases", "made", "own_half", "split_biases", "text", "whole_bias"]
+__all__ = [
+    "GATES",
+    "Recurrent",
+    "describe",
+    "is_bias",
+    "is_recurrent",
+    "join_biases",
+    "made",
+    "own_half",
+    "split_biases",
+    "text",
+    "whole_bias",
+]
 
 # Gate rows of each hidden unit: i o f c, z r h, and one.
 GATES: Mapping[str, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}

@@ -22,6 +22,7 @@ from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, u
 from relief_onnx.graph import Graph, attributes, subgraphs
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
+from relief_onnx.recurrent_layers import made
 from relief_onnx.sources import VIEW_OPERATORS
 from relief_onnx.views import View
 from relief_onnx.walk import trace
@@ -58,7 +59,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     while True:
         lighter, dead = drop_dead_branches(found.model) if found.dead_inputs else (found.model, ())
         if not (found.units_removed or dead or found.silenced):
-            return replace(operation, kept=kept, channels={names[output]: counts for output, counts in operation.channels.items()})
+            return replace(operation, kept=kept, channels={name: operation.channels[output] for name, output in names.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
         # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
         found, now = _operate_once(lighter)
@@ -66,9 +67,9 @@ def operate(model: onnx.ModelProto) -> Operation:
 
 
 def _names(model: onnx.ModelProto) -> dict[str, str]:
-    """Node names by output: those without a name of their own have their number in it, which changes with a cut."""
+    """Outputs by the layer's name: nodes without a name of their own have their number in it, which changes with a cut."""
     graph = Graph(model)
-    return {node.output[0]: name for node, name in zip(graph.nodes, graph.names, strict=True) if node.output}
+    return {layer.name: made(graph.nodes[layer.node]) for layer in find(graph).layers}
 
 
 def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:
@@ -99,14 +100,14 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
     left = {layer.node: int((~_gone(coupling.outputs[layer.key], removal)).sum()) for layer in plan.layers}
-    counts = {graph.nodes[layer.node].output[0]: (layer.out_channels, left[layer.node]) for layer in plan.layers}
+    counts = {made(graph.nodes[layer.node]): (layer.out_channels, left[layer.node]) for layer in plan.layers}
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
     surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
     kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
     silenced = _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
         _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.key], removal))
-    for layer in plan.layers:
+    for layer in plan.single().values():
         before, after = counts[graph.nodes[layer.node].output[0]]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
