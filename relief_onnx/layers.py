@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from relief_onnx.geometry import Geometry
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.recurrent_layers import Recurrent, describe, is_bias, is_recurrent, made, own_half
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
@@ -30,25 +31,6 @@ __all__ = [
     "find",
     "select",
 ]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution slides: one entry per spatial axis, pads as ONNX has them (all begins, then all ends)."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...]
-    auto_pad: str = "NOTSET"
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
-
-    @property
-    def positions(self) -> int:
-        """Weights in one kernel."""
-        return int(np.prod(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -247,11 +229,8 @@ def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refus
     node, name = graph.nodes[index], f"{graph.names[index]}/{found[0].part}"
     source = node.input[0] if slot == 1 else f"{made(node)}/R/reads"
     half = own_half(graph, index, part.part)
-    bias = (
-        None
-        if half is None
-        else Bias(half[0], View.of((part.directions, view.shape[0] // part.directions)).reshape(-1), 1.0, index, half[1])
-    )
+    stored = View.of((part.directions, view.shape[0] // part.directions)).reshape(-1)
+    bias = None if half is None else Bias(half[0], stored, 1.0, index, half[1])
     return Layer(index, name, node.op_type, "", view, part.groups, source, -1, made(node), -1, bias=bias, recurrent=part)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.recurrent_layers import whole_bias
 
-__all__ = ["RecurrentShares", "RowShares", "initial_states", "layer_shares", "recurrent_shares"]
+__all__ = ["RecurrentShares", "around", "looped", "of_states", "recurrent_shares"]
 
 Doubles = NDArray[np.float64]
 
@@ -93,4 +93,52 @@ def layer_shares(w: Layer, r: Layer, shares: Mapping[str, Doubles], totals: Mapp
     silent = every == 0
     safe = np.where(silent, 1.0, every)[:, None]
     carried = [np.where(silent[:, None], 0.5 / kind.gates, part / safe).reshape(-1) for part in rows]
-    return RowShares(_parts(*inflow, np.maximum(bias, 0.0)), {w.name: carried[0], r.name: carried[1]})
+    return RowShares(_parts(inflow[0], inflow[1], np.maximum(bias, 0.0)), {w.name: carried[0], r.name: carried[1]})
+
+
+Passed = list[tuple[str, Doubles]]
+
+
+def of_states(graph: Graph, node: onnx.NodeProto, values: Sequence[Doubles | None]) -> Doubles | None:
+    """R of all outputs of a recurrent node together [directions, hidden]."""
+    total: Doubles | None = None
+    for name, own in zip(node.output, values, strict=False):
+        if own is not None and name:
+            flat = own.reshape([size for size in own.shape if size > 1] or [1])
+            directions = (graph.shape(node.input[1]) or (1,))[0]
+            flat = flat.reshape(int(directions) if isinstance(directions, int) else 1, -1)
+            total = flat if total is None else total + flat
+    return total
+
+
+def around(graph: Graph, node: onnx.NodeProto, total: Doubles, shares: RecurrentShares, fed: Collection[str]) -> tuple[Passed, Doubles]:
+    """What goes to the inputs, and R of the units with what comes back to them round the loop [directions, hidden].
+
+    T = R + T P_loop, so R at the input is R (1 - P_loop)^-1 P_input. fed: tensors that some layer leads to.
+    """
+    passed, units = Passed(), np.empty_like(total)
+    found = np.zeros(shares.input.shape[-1])
+    for direction, own in enumerate(total):
+        loop = shares.loop[direction]
+        units[direction] = np.linalg.solve(np.eye(len(loop)) - loop.T, own)
+        found = found + units[direction] @ shares.input[direction]
+    for name in initial_states(node):
+        if name in fed:
+            given = np.stack([own @ loop for own, loop in zip(total, shares.loop, strict=True)]) / 2
+            passed.append((name, np.asarray(given.sum())))
+            found = found * (1 - given.sum() / max(total.sum(), 1e-300))
+    return [*passed, (node.input[0], found.reshape(1, 1, -1))], units
+
+
+def looped(
+    graph: Graph, node: onnx.NodeProto, values: Sequence[Doubles | None], parts: Mapping[str, Layer], shares: Mapping[str, Doubles],
+    totals: Mapping[str, Doubles], fed: Collection[str],
+) -> tuple[Passed, dict[str, Doubles]]:  # fmt: skip
+    """What a node whose weights are layers gives to its inputs, and R of each row of the layers, by name."""
+    total, kind = of_states(graph, node, values), parts["W"].recurrent
+    assert total is not None
+    assert kind is not None
+    found = layer_shares(parts["W"], parts["R"], shares, totals)
+    passed, units = around(graph, node, total, found.units, fed)
+    each = np.broadcast_to(units[:, None], (kind.directions, kind.gates, kind.hidden)).reshape(-1)
+    return passed, {name: share * each for name, share in found.rows.items()}

@@ -43,7 +43,7 @@ WITHIN = "/halves"  # how the node that joins the halves of a bias is named
 
 # The functions that the standard knows for gates, in lower case (see `recurrent_reads`).
 ACTIVATION_NAMES = frozenset(
-    "sigmoid tanh relu affine leakyrelu thresholdedrelu scaledtanh hardsigmoid elu softsign softplus".split()
+    ("sigmoid", "tanh", "relu", "affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu", "softsign", "softplus")
 )  # fmt: skip
 
 

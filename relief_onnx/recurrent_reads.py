@@ -108,7 +108,7 @@ class Steps:
     counts: NDArray[np.bool_]  # [batch, time]
 
     def rows(self, values: Floats) -> Floats:
-        """Of values [batch, time, n] those of the steps that count, batch and time kept apart where all do: [batch, time, n] or [1, rows, n]."""
+        """Of values [batch, time, n] those of the steps that count, with batch and time where all do, or [1, rows, n]."""
         return values if self.counts.all() else values[self.counts][None]
 
 

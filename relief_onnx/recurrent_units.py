@@ -134,7 +134,7 @@ def as_picture(per_direction: NDArray[Any], rank: int, batch_first: bool) -> NDA
 def always_zero(
     graph: Graph, index: int, layers: Mapping[str, Layer], weights: Mapping[int, NDArray[Any]], state_zeros: Callable[[str], Flags | None]
 ) -> Flags:
-    """Which units are 0 at every step [directions, hidden]. state_zeros: of a first state, which units start from 0 [directions, hidden]."""
+    """Which units are 0 at every step [directions, hidden]. state_zeros: of a first state, which start from 0 [directions, hidden]."""
     node, kind = graph.nodes[index], layers["W"].recurrent
     assert kind is not None
     cell, sizes = cell_of(node), (kind.directions, kind.gates, kind.hidden)

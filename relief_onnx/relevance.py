@@ -30,7 +30,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
 from relief_onnx.ops import OperatorRow, row_of
-from relief_onnx.recurrent import RecurrentShares, initial_states, layer_shares, recurrent_shares
+from relief_onnx.recurrent import around, looped, of_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
 
 __all__ = ["Ask", "Even", "Relevance", "asks", "propagate"]
@@ -267,7 +267,7 @@ def _aligned(values: Doubles, own: Sequence[Hashable], every: Sequence[Hashable]
 
 def _recur(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
     """T = R + T P_loop, so R at the input is R (1 - P_loop)^-1 P_input."""
-    total = _of_states(at, values)
+    total = of_states(at.graph, at.node, values)
     if total is None:
         return []
     asked = _ask_recurrent(at, row)
@@ -276,37 +276,7 @@ def _recur(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | 
     shares = recurrent_shares(at.graph, at.node, inputs, states, walk.squared)
     if shares is None or shares.loop.shape[:2] != total.shape:
         raise Barrier("its weights are computed")
-    return _round(walk, at, total, shares)[0]
-
-
-def _of_states(at: _Node, values: Sequence[Doubles | None]) -> Doubles | None:
-    """R of all outputs of a recurrent node together [directions, hidden]."""
-    graph, node = at.graph, at.node
-    total: Doubles | None = None
-    for name, own in zip(node.output, values, strict=False):
-        if own is not None and name:
-            flat = own.reshape([size for size in own.shape if size > 1] or [1])
-            directions = (graph.shape(node.input[1]) or (1,))[0]
-            flat = flat.reshape(int(directions) if isinstance(directions, int) else 1, -1)
-            total = flat if total is None else total + flat
-    return total
-
-
-def _round(walk: _Walk, at: _Node, total: Doubles, shares: RecurrentShares) -> tuple[Passed, Doubles]:
-    """What goes to the inputs, and R of the units with what comes back to them round the loop [directions, hidden]."""
-    node, passed = at.node, Passed()
-    found = np.zeros(shares.input.shape[-1])
-    units = np.empty_like(total)
-    for direction, own in enumerate(total):
-        loop = shares.loop[direction]
-        units[direction] = np.linalg.solve(np.eye(len(loop)) - loop.T, own)
-        found = found + units[direction] @ shares.input[direction]
-    for name in initial_states(node):
-        if name in walk.fed:
-            given = np.stack([own @ loop for own, loop in zip(total, shares.loop, strict=True)]) / 2
-            passed.append((name, np.asarray(given.sum())))
-            found = found * (1 - given.sum() / max(total.sum(), 1e-300))
-    return [*passed, (node.input[0], found.reshape(1, 1, -1))], units
+    return around(at.graph, at.node, total, shares, walk.fed)[0]
 
 
 def _none(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
@@ -417,7 +387,7 @@ def propagate(
             else:
                 walk.add(layer.input, back)
         elif index in loops:
-            given_back, own_rows = _looped(walk, index, values, loops[index], shares, totals or {})
+            given_back, own_rows = looped(graph, node, values, loops[index], shares, totals or {}, walk.fed)
             outputs.update(own_rows)
             for name, given in given_back:
                 walk.add(name, given)
@@ -426,22 +396,6 @@ def propagate(
                 walk.add(name, given)
     evenly = tuple(Even(graph.names[index], graph.nodes[index].op_type, why) for index, why in sorted(walk.evenly.items()))
     return Relevance(walk.tensors, outputs, evenly)
-
-
-def _looped(
-    walk: _Walk, index: int, values: Sequence[Doubles | None], parts: Mapping[str, Layer], shares: Mapping[str, Doubles],
-    totals: Mapping[str, Doubles],
-) -> tuple[Passed, dict[str, Doubles]]:  # fmt: skip
-    """What a recurrent node gives to its inputs, and R of each row of its layers."""
-    at = _Node(walk.graph, walk.tracks, index)
-    total = _of_states(at, values)
-    assert total is not None
-    found = layer_shares(parts["W"], parts["R"], shares, totals)
-    passed, units = _round(walk, at, total, found.units)
-    kind = parts["W"].recurrent
-    assert kind is not None
-    each = np.broadcast_to(units[:, None], (kind.directions, kind.gates, kind.hidden)).reshape(-1)
-    return passed, {name: share * each for name, share in found.rows.items()}
 
 
 def _line(values: Doubles | None, axis: int, size: int) -> Doubles:

@@ -319,7 +319,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 # W and R of the recurrent layers: tests/test_recurrent.py looks at these.
-LOOPS = dict.fromkeys(("LSTM", "GRU", "RNN"), {"w4", "w5"})
+LOOPS = {operator: {"w4", "w5"} for operator in ("LSTM", "GRU", "RNN")}
 
 
 def weights_of(name: str, model: onnx.ModelProto) -> list[str]:
