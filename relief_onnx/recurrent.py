@@ -100,14 +100,15 @@ Passed = list[tuple[str, Doubles]]
 
 
 def of_states(graph: Graph, node: onnx.NodeProto, values: Sequence[Doubles | None]) -> Doubles | None:
-    """R of all outputs of a recurrent node together [directions, hidden]."""
+    """R of all outputs of a recurrent node together [directions, hidden]; spread evenly where it is not told apart by unit."""
+    sizes = tuple(size if isinstance(size, int) else 1 for size in (graph.shape(node.input[2]) or (1, 1, 1)))
+    units = (sizes[0], sizes[2])
     total: Doubles | None = None
     for name, own in zip(node.output, values, strict=False):
         if own is not None and name:
-            flat = own.reshape([size for size in own.shape if size > 1] or [1])
-            directions = (graph.shape(node.input[1]) or (1,))[0]
-            flat = flat.reshape(int(directions) if isinstance(directions, int) else 1, -1)
-            total = flat if total is None else total + flat
+            known = own.size == int(np.prod(units))
+            each = own.reshape(units) if known else np.full(units, own.sum() / int(np.prod(units)))
+            total = each if total is None else total + each
     return total
 
 
