@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.recurrent_layers import whole_bias
+from relief_onnx.recurrent_reads import cell_of
 
 __all__ = ["RecurrentShares", "around", "looped", "of_states", "recurrent_shares"]
 
@@ -112,22 +113,33 @@ def of_states(graph: Graph, node: onnx.NodeProto, values: Sequence[Doubles | Non
     return total
 
 
+def _steps(graph: Graph, node: onnx.NodeProto) -> int | None:
+    """How many steps a node takes, where that is known."""
+    shape = graph.shape(node.input[0])
+    steps = shape[1 if cell_of(node).batch_first else 0] if shape else None
+    return steps if isinstance(steps, int) else None
+
+
 def around(graph: Graph, node: onnx.NodeProto, total: Doubles, shares: RecurrentShares, fed: Collection[str]) -> tuple[Passed, Doubles]:
     """What goes to the inputs, and R of the units with what comes back to them round the loop [directions, hidden].
 
-    T = R + T P_loop, so R at the input is R (1 - P_loop)^-1 P_input. fed: tensors that some layer leads to.
+    T = R + T P_loop, so R at the input is R (1 - P_loop)^-1 P_input. A node that takes one step has no loop: what h brings in goes to
+    the states that it starts from. fed: tensors that some layer leads to.
     """
+    once = _steps(graph, node) == 1
     passed, units = Passed(), np.empty_like(total)
     found = np.zeros(shares.input.shape[-1])
     for direction, own in enumerate(total):
         loop = shares.loop[direction]
-        units[direction] = np.linalg.solve(np.eye(len(loop)) - loop.T, own)
+        units[direction] = own if once else np.linalg.solve(np.eye(len(loop)) - loop.T, own)
         found = found + units[direction] @ shares.input[direction]
-    for name in initial_states(node):
+    starts = initial_states(node)
+    for name in starts:
         if name in fed:
-            given = np.stack([own @ loop for own, loop in zip(total, shares.loop, strict=True)]) / 2
-            passed.append((name, np.asarray(given.sum())))
-            found = found * (1 - given.sum() / max(total.sum(), 1e-300))
+            given = sum(float((own @ loop).sum()) for own, loop in zip(total, shares.loop, strict=True)) / (len(starts) if once else 2)
+            passed.append((name, np.asarray(given)))
+            if not once:
+                found = found * (1 - given / max(total.sum(), 1e-300))
     return [*passed, (node.input[0], found.reshape(1, 1, -1))], units
 
 

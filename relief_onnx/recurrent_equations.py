@@ -136,7 +136,8 @@ class _Runs:
         """What the weights read on all batches; of each batch the picked ones of the steps that count."""
         given = {1: weights.w, 2: weights.r, 3: np.concatenate(weights.biases, axis=1)}
         more = {self._names[slot]: value.astype(self._dtype) for slot, value in given.items()}
-        xs, hs = [], []
+        xs: list[Floats] = []
+        hs: list[Floats] = []
         for feed, chosen in zip(self.feeds, picked, strict=True):
             (y,) = self._session.run({**feed, **more}, ["y"], "the calibration data")
             steps = steps_of(self.cell, feed["in0"], y, feed.get("in5"), feed.get("in4"))
@@ -180,14 +181,13 @@ class Loop:
             bias_keep[part] = np.ones(self._sizes, bool) if own is None else np.broadcast_to(own, self._sizes)
             self._solved &= bias_keep[part]  # what the mask silenced stays silent
         w, r, biases = stored(graph, index)
-        self._given = _Weights(w.astype(float), r.astype(float), (biases[0].astype(float), biases[1].astype(float)))
+        self._given = _doubles(w, r, biases)
         self._masked = _Weights(
             self._given.w * self._keep["W"], self._given.r * self._keep["R"],
             (self._given.biases[0] * bias_keep["W"], self._given.biases[1] * bias_keep["R"]),
         )  # fmt: skip
         place = original.producer[layers["W"].output]
-        whole = stored(original, place)
-        self._original = _Weights(whole[0].astype(float), whole[1].astype(float), whole[2])
+        self._original = _doubles(*stored(original, place))
         old, self._now = _Runs(original, place, before, threads), _Runs(graph, index, after, threads)
         self._cell = old.cell
         width = self._given.w.shape[2] + self._given.r.shape[2] * layers["R"].groups + self._sizes[0] * self._sizes[1]
@@ -212,12 +212,13 @@ class Loop:
 
     # -- one pass ---------------------------------------------------------------------------------------------------------
 
-    def _sums(self, weights: _Weights, rows: _Rows, block: _Block, parts: str) -> Doubles:
+    def _sums(self, weights: _Weights, rows: _Rows, block: _Block, parts: str) -> Floats:
         """What some parts of a block's rows sum up to, with their biases [rows, units]."""
         total: Any = 0.0
         for part in parts:
-            weight = weights.part(part)[block.direction, block.rows].astype(np.float32)
-            total = total + _read(rows, block, part, self._kind.hidden) @ weight.T + weights.bias(part)[block.direction, block.rows].astype(np.float32)
+            at = (block.direction, block.rows)
+            weight, bias = weights.part(part)[at].astype(np.float32), weights.bias(part)[at].astype(np.float32)
+            total = total + _read(rows, block, part, self._kind.hidden) @ weight.T + bias
         return np.asarray(total, np.float32)
 
     def _pass(self, rows: _Rows, current: _Weights, appraise: dict[str, Appraisal] | None) -> tuple[_Weights, Doubles]:
@@ -241,9 +242,7 @@ class Loop:
                 errors[1] += np.square(wanted, dtype=np.float64).sum() / len(wanted)
         return new, errors
 
-    def _solve(
-        self, rows: _Rows, wanted: Floats, block: _Block, parts: str, new: _Weights, appraise: dict[str, Appraisal] | None
-    ) -> None:
+    def _solve(self, rows: _Rows, wanted: Floats, block: _Block, parts: str, new: _Weights, appraise: dict[str, Appraisal] | None) -> None:
         """Write new weights of a block's rows into `new`; the ridge sees each part in units of its own activity."""
         at = (block.direction, block.rows)
         reads = [_read(rows, block, part, self._kind.hidden) for part in parts]
@@ -292,7 +291,10 @@ class Loop:
         return result
 
     def variance(self, part: str) -> Doubles:
-        """What the error of a row is a part of [out]. A part of a row that is solved as a whole has its share of R: it gets as much of it."""
+        """What the error of a row is a part of [out].
+
+        R that `relevance` gives to W or R of a row is a part of the row's; so is what it is divided by, to the same power.
+        """
         found = np.zeros(self._sizes)
         rows = self._now.rows(self._given, self._picked)
         for block in _blocks(self._cell, self._kind.gates, self._kind.hidden):
@@ -333,11 +335,13 @@ class PartEquations(Equations):
         return self._loop.initializers(weights, self._part), found[self._part]
 
 
+def _doubles(w: NDArray[Any], r: NDArray[Any], biases: tuple[NDArray[Any], NDArray[Any]]) -> _Weights:
+    return _Weights(w.astype(np.float64), r.astype(np.float64), (biases[0].astype(np.float64), biases[1].astype(np.float64)))
+
+
 def _has_own_bias(layer: Layer) -> bool:
     return layer.bias is not None and not layer.bias.shared
 
 
 def _read(rows: _Rows, block: _Block, part: str, hidden: int) -> Floats:
     return rows.x if part == "W" else rows.h[:, block.group * hidden : (block.group + 1) * hidden]
-
-
