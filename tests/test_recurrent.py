@@ -13,11 +13,15 @@ from onnx import numpy_helper
 from recurrent_naive import BATCH, GATES, TIME, Node, made, model
 
 import relief_onnx
+from relief_onnx.data import open_dataset
 from relief_onnx.flow import DEFAULT_RULE
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
-from relief_onnx.model import prepare, share_again
+from relief_onnx.model import input_specs, prepare, share_again
+from relief_onnx.recurrent_equations import Loop
 from relief_onnx.recurrent_reads import cell_of, steps_of
+from relief_onnx.repair import repair
+from relief_onnx.replay import Replay
 from relief_onnx.session import Session
 from relief_onnx.walk import trace
 
@@ -44,7 +48,7 @@ def naive(node: Node, feed: dict[str, Array], stored: dict[str, Array]) -> tuple
 
 
 def row_scores(node: Node, seen: list[Any], measure: Any) -> dict[str, tuple[Array, Array, Array]]:
-    """Of W and R: shares [out, in], of the bias [out], and what each row brings in. measure: of one weight and what it meets at all steps."""
+    """Of W and R: shares [out, in], of the bias [out], and what rows bring in. measure: of one weight and what it meets at all steps."""
     found = {}
     for part, weight, half in (("w", node.w, 0), ("r", node.r, 1)):
         bias = np.stack([np.split(own, 2)[half] for own in node.b])
@@ -208,3 +212,91 @@ def test_states_from_outside_keep_their_units() -> None:
     coupling = trace(graph, plan)
     for layer in plan.layers[1:3]:
         assert all("first state h0" in coupling.pinned[unit] for unit in coupling.outputs[layer.key].tolist())
+
+
+# -- repair --------------------------------------------------------------------------------------------------------------
+
+
+def smooth_feeds(node: Node, count: int = 24, seed: int = 5) -> list[dict[str, Array]]:
+    """Sequences that lie in few directions, as real ones do, so that what is left can make up for what goes."""
+    rng = np.random.default_rng(seed)
+    basis = np.random.default_rng(9).normal(size=(3, 6))
+    noise = [rng.normal(size=(TIME, BATCH, 3)).cumsum(0) @ basis * 0.5 + 0.05 * rng.normal(size=(TIME, BATCH, 6)) for _ in range(count)]
+    return [{"x": values.astype(np.float32)} for values in noise]
+
+
+def error_of(first: onnx.ModelProto, second: onnx.ModelProto, feeds: list[dict[str, Array]]) -> float:
+    runs = [np.concatenate([np.ravel(Session(item, 1).run(feed)[0]) for feed in feeds]) for item in (first, second)]
+    return float(np.square(runs[0] - runs[1]).mean() / runs[0].var())
+
+
+@pytest.mark.parametrize("criterion", ["flow", "flow-obs"])
+@pytest.mark.parametrize("directions", ["f", "fb"])
+@pytest.mark.parametrize(("op", "before_reset"), KINDS)
+def test_repair_brings_samples_not_seen_closer(op: str, before_reset: bool, directions: str, criterion: str) -> None:
+    node = made(op, directions, before_reset, hidden=6)
+    proto, feeds = model(node, layers=True), smooth_feeds(node)
+    seen, unseen = feeds[:16], feeds[16:]
+    plain, repaired = (
+        relief_onnx.prune(proto, seen, criterion=how, keep="60%", only="loop", repair=repair, granularity="weight")
+        for how, repair in (("flow", "none"), (criterion, "least-squares"))
+    )
+    rows = {row["weight"]: row for row in repaired.report["repair"]["layers"]}
+    assert set(rows) == {"w", "r"}
+    assert all(row["error_after"] < row["error_before"] and not row["reason"] for row in rows.values())
+    assert error_of(proto, repaired.model, unseen) < 0.8 * error_of(proto, plain.model, unseen)
+    assert repaired.report["totals"]["kept_percent"] == pytest.approx(plain.report["totals"]["kept_percent"], abs=1)
+
+
+def test_nothing_removed_is_nothing_changed() -> None:
+    """With all weights kept the old ones solve the equations: the ridge pulls to them, and the inputs are the original's."""
+    node = made("GRU", "fb", False)
+    graph = Graph(prepare(model(node, layers=True)))
+    masked, rows = repair(graph, graph.model, {}, frozenset("wr"), open_dataset(smooth_feeds(node, 4), input_specs(graph.model)))
+    assert {row.layer.weight for row in rows} == {"w", "r"}
+    assert all(row.before < 1e-8 and row.after < 1e-8 for row in rows)
+    for item in masked.graph.initializer:
+        np.testing.assert_allclose(numpy_helper.to_array(item), graph.array(item.name), atol=1e-4, err_msg=item.name)
+
+
+def test_the_solution_is_the_ridge_regression_of_the_row() -> None:
+    """One LSTM row by hand: x and h side by side, each in units of its own activity, kept columns only; one pass."""
+    node = made("LSTM", "f", hidden=4)
+    proto, feeds = model(node, layers=True), smooth_feeds(node, 8)
+    graph = Graph(prepare(proto))
+    plan = find(graph)
+    w, r = plan.layers[1], plan.layers[2]
+    rng = np.random.default_rng(0)
+    flags = {layer.weight: rng.random((1, *layer.view.shape)) < 0.6 for layer in (w, r)}
+    with Replay(graph, feeds, [w.input]) as before, Replay(graph, feeds, []) as after:
+        for replay in (before, after):
+            replay.advance(w.node - 1)
+        loop = Loop(graph, graph, {"W": w, "R": r}, {"w", "r"}, flags, {}, before, after, 0, 1)
+        found, appraisals = loop.appraised(additions=False)
+        x = np.concatenate([before.value(w.input, n).swapaxes(0, 1).reshape(-1, 5) for n in range(8)])
+    first = [feed["x"] @ graph.array("first") for feed in feeds]
+
+    def states(weight: Array, loops: Array) -> Array:
+        runs = [Node("LSTM", weight, loops, node.b).run(m.astype(float), *np.zeros((2, 1, BATCH, 4)), np.full(BATCH, TIME)) for m in first]
+        return np.concatenate([np.concatenate([read[0][None] for _, _, read, _ in seen]) for _, seen in runs])
+
+    masks = {name: flags[name].reshape(getattr(node, name).shape) for name in "wr"}
+    h, now = states(node.w, node.r), states(node.w * masks["w"], node.r * masks["r"])
+    row = 5
+    wanted = x @ node.w[0, row] + h @ node.r[0, row] + node.b[0, row] + node.b[0, 16 + row]
+    scales = [np.sqrt(np.square(part - part.mean(0)).mean()) for part in (x, now)]
+    inputs = np.concatenate([x / scales[0], now / scales[1]], 1)
+    keep = np.concatenate([masks["w"][0, row], masks["r"][0, row]])
+    old = np.concatenate([node.w[0, row] * scales[0], node.r[0, row] * scales[1]])[keep]
+    centred = inputs - inputs.mean(0)
+    counts = sum(masks[name][0].sum(1).mean() for name in "wr")
+    ridge = max(0.01, 0.3 * counts / len(x)) * np.trace(centred.T @ centred) / inputs.shape[1]
+    a = centred[:, keep].T @ centred[:, keep] + ridge * np.eye(keep.sum())
+    change = np.linalg.solve(a, centred[:, keep].T @ (wanted - wanted.mean() - centred[:, keep] @ old))
+    solution = np.zeros(9)
+    solution[keep] = old + change
+    np.testing.assert_allclose(found.w[0, row], solution[:5] / scales[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.r[0, row], solution[5:] / scales[1], rtol=1e-3, atol=1e-4)
+    worth = np.square(solution[keep]) / np.diagonal(np.linalg.inv(a)) / len(x)
+    np.testing.assert_allclose(appraisals["W"].worth[row][keep[:5]], worth[: keep[:5].sum()], rtol=1e-2)
+    np.testing.assert_allclose(appraisals["R"].worth[row][keep[5:]], worth[keep[:5].sum() :], rtol=1e-2)
