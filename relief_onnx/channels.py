@@ -200,8 +200,9 @@ def _choose_in(group: Group, coupling: Coupling, values: Mapping[int, float], ke
 def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:
     """Add units, best first, until every layer of the group makes, and reads of it alone, a multiple of `round_to` channels, or all."""
     own = {*group.free, *group.pinned}
-    made = [coupling.outputs[layer.key].tolist() for layer in group.layers]
-    read = [coupling.inputs[layer.key].tolist() for layer in group.readers]
+    # Of a recurrent layer the hidden units count, not their gate rows.
+    made = [coupling.outputs[layer.key][: layer.width].tolist() for layer in group.layers]
+    read = [coupling.inputs[layer.key][: layer.in_per_group if layer.recurrent else None].tolist() for layer in group.readers]
     lines = sorted({tuple(line) for line in (*made, *(line for line in read if own.issuperset(line)))}, key=len)
     stays, before = {*kept, *best[:1]}, -1
     while len(stays) > before:

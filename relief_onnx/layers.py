@@ -93,6 +93,11 @@ class Layer:
         return self.view.shape[0]
 
     @property
+    def width(self) -> int:
+        """Channels of what it makes, of a recurrent layer in each direction."""
+        return self.out_channels if self.recurrent is None else self.recurrent.hidden
+
+    @property
     def in_per_group(self) -> int:
         """Inputs that each neuron or filter reads."""
         return self.view.shape[1]

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from relief_onnx.coupling import Units
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
 from relief_onnx.moves import Barrier, long_axes
+from relief_onnx.nodes import STANDARD
 from relief_onnx.recurrent_layers import Recurrent, own_half, whole_bias
 from relief_onnx.recurrent_reads import cell_of
 from relief_onnx.sources import Source, trace_constant
@@ -25,13 +27,15 @@ from relief_onnx.sources import Source, trace_constant
 if TYPE_CHECKING:
     from relief_onnx.walk import Walk
 
-__all__ = ["always_zero", "as_picture", "read_units", "stored_zeros", "tiled", "walk_recurrent"]
+__all__ = ["always_zero", "as_picture", "is_zero", "read_units", "stored_zeros", "tiled", "walk_recurrent"]
 
 Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
 
 # The gate whose row decides what a unit becomes, in the order of the rows.
 CANDIDATE: Mapping[str, int] = {"LSTM": 3, "GRU": 2, "RNN": 0}
+# Operators that make zeros of zeros.
+_SPREADING = frozenset({"Expand", "Slice", "Gather", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Tile"})
 
 
 def walk_recurrent(walk: Walk, index: int, node: onnx.NodeProto, layers: Mapping[str, Layer]) -> None:
@@ -94,10 +98,9 @@ def _tie_vectors(walk: Walk, index: int, node: onnx.NodeProto, kind: Recurrent, 
 
 
 def _tie_state(walk: Walk, name: str, hidden: Units, where: str) -> None:
-    """A first state: stored, one number for all units, or what other units make."""
+    """A first state: stored, 0 everywhere, or what other units make."""
     graph = walk.graph
     walk.rank_known([name])
-    shape = graph.shape(name) or ()
     source = trace_constant(graph, name)
     if isinstance(source, Source) and len(source.view.shape) == 3:
         since = len(walk.ties)
@@ -107,21 +110,26 @@ def _tie_state(walk: Walk, name: str, hidden: Units, where: str) -> None:
     own = walk.picture(name)
     if long_axes(own) == [2] and own.shape[2] == len(hidden):
         walk.unite(own.reshape(-1), hidden, where)
-    elif own.size == 1 and _is_filled(graph, name, shape) and len(graph.uses[name]) == 1:
-        walk.pictures[name] = hidden.reshape(1, 1, -1)
-    else:
+    elif not is_zero(graph, name):  # one that is goes with the first unit (see `edits`)
         walk.pin(hidden, f"{where}: its first state {name} is not made of units that can go (an input of the model, say)")
 
 
-def _is_filled(graph: Graph, name: str, shape: tuple[int | str | None, ...]) -> bool:
-    """Whether a tensor is one number along its last axis, in a size that can be written: ConstantOfShape, or Expand of one number."""
-    if name not in graph.producer or len(shape) != 3:
-        return False
-    node = graph.nodes[graph.producer[name]]
-    if node.op_type == "ConstantOfShape":
-        return True
-    first = graph.shape(node.input[0]) if node.input else None
-    return node.op_type == "Expand" and first is not None and (not first or first[-1] == 1)
+def is_zero(graph: Graph, name: str) -> bool:
+    """Whether a tensor is 0 everywhere, whatever its size: zeros of some shape, moved about or spread."""
+    while name not in graph.initializers:
+        node = graph.nodes[graph.producer[name]] if name in graph.producer else None
+        if node is None or node.domain not in STANDARD:
+            return False
+        if node.op_type == "ConstantOfShape":
+            value = attributes(node).get("value")
+            return value is None or not np.any(numpy_helper.to_array(value))
+        value = graph.constant(name)
+        if value is not None:
+            return not value.any()
+        if node.op_type not in _SPREADING:
+            return False
+        name = node.input[0]
+    return not graph.array(name).any()
 
 
 def as_picture(per_direction: NDArray[Any], rank: int, batch_first: bool) -> NDArray[Any]:
@@ -155,17 +163,11 @@ def always_zero(
 
 
 def stored_zeros(graph: Graph, name: str, kind: Recurrent, batch_first: bool) -> Flags | None:
-    """Which units a stored first state starts from 0 [directions, hidden]; None where it is not stored."""
+    """Which units a first state that is the same for every input starts from 0 [directions, hidden]; None where it is not."""
     source = trace_constant(graph, name)
+    if is_zero(graph, name):
+        return np.ones((kind.directions, kind.hidden), bool)
     if not isinstance(source, Source) or len(source.view.shape) != 3:
-        node = graph.nodes[graph.producer[name]] if name in graph.producer else None
-        if node is not None and node.op_type == "ConstantOfShape":
-            value = attributes(node).get("value")
-            zero = value is None or not np.any(onnx.numpy_helper.to_array(value))
-            return np.full((kind.directions, kind.hidden), zero)
-        if node is not None and node.op_type == "Expand":
-            inner = graph.constant(node.input[0])
-            return np.full((kind.directions, kind.hidden), inner is not None and not inner.any())
         return None
     value = source.view.apply(graph.array(source.name))
     return np.broadcast_to((value == 0).all(0 if batch_first else 1), (kind.directions, kind.hidden))

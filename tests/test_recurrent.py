@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from builders import Net
 from laws import assert_same_outputs, check_mask_is_surgery, check_units_go
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -300,3 +301,49 @@ def test_the_solution_is_the_ridge_regression_of_the_row() -> None:
     worth = np.square(solution[keep]) / np.diagonal(np.linalg.inv(a)) / len(x)
     np.testing.assert_allclose(appraisals["W"].worth[row][keep[:5]], worth[: keep[:5].sum()], rtol=1e-2)
     np.testing.assert_allclose(appraisals["R"].worth[row][keep[5:]], worth[keep[:5].sum() :], rtol=1e-2)
+
+
+# -- as exporters write it -----------------------------------------------------------------------------------------------
+
+
+def exported(directions: str, start: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Two LSTMs in a row as torch exports them, batch first outside, zeros for first states made in one of several ways."""
+    net = Net(seed=4)
+    number, hidden = len(directions), 8
+    x = net.input("N", 5, 6)
+    h = net.op("Transpose", net.op("MatMul", x, net.weight(6, 7)), perm=[1, 0, 2])
+    how = {"direction": "bidirectional" if number == 2 else "forward", "hidden_size": hidden}
+    batch = net.op("Unsqueeze", net.op("Gather", net.op("Shape", x), net.constant(np.array(0))), net.ints(0))
+    size = net.op("Concat", net.ints(number), batch, net.ints(hidden), axis=0)
+    for width in (7, number * hidden):
+        zeros = {
+            "ConstantOfShape": lambda: net.op("ConstantOfShape", size),
+            "Expand": lambda: net.op("Expand", net.constant(np.zeros((1, 1, 1), np.float32)), size),
+            "Slice": lambda: net.op(
+                "Slice", net.op("ConstantOfShape", net.op("Concat", net.ints(2 * number), batch, net.ints(hidden), axis=0)),
+                net.ints(0), net.ints(number), net.ints(0),
+            ),
+        }[start]()  # fmt: skip
+        weights = net.weight(number, 4 * hidden, width), net.weight(number, 4 * hidden, hidden), net.bias(number, 8 * hidden)
+        y = net.op("LSTM", h, *weights, "", zeros, zeros, outputs=3, **how)[0]
+        h = (
+            net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.ints(0, 0, -1))
+            if number == 2
+            else net.op("Squeeze", y, net.ints(1))
+        )
+    model = net.model(net.op("MatMul", net.op("Transpose", h, perm=[1, 0, 2]), net.weight(number * hidden, 3)))
+    return model, {x: np.random.default_rng(2).normal(size=(3, 5, 6)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("start", ["ConstantOfShape", "Expand", "Slice"])
+@pytest.mark.parametrize("directions", ["f", "fb"])
+def test_exported_layers_get_narrower(directions: str, start: str) -> None:
+    proto, feed = exported(directions, start)
+    for seed in range(3):
+        check_mask_is_surgery(proto, feed, np.random.default_rng(seed))
+        assert check_units_go(proto, feed, np.random.default_rng(seed)).units_removed > 0
+    found = relief_onnx.prune(proto, [feed] * 4, granularity="channel", keep="50%", round_to=2)
+    sizes = [item.i for node in found.model.graph.node if node.op_type == "LSTM" for item in node.attribute if item.name == "hidden_size"]
+    assert len(sizes) == 2
+    assert min(sizes) < 8
+    assert all(size % 2 == 0 for size in sizes)
