@@ -88,7 +88,7 @@ def feed(
 ) -> int:
     """The pass itself, in batches of `batch_size`; returns the number of samples, under torchrun those of this process."""
     seen = grouping.outputs if grouping is not None and grouping.groups > 1 else ()
-    names = sorted({*(probe.taps[item.tensor] for item in measurements), *seen})
+    names = sorted({*probe.fetched(item.tensor for item in measurements), *seen})
     samples = 0.0
     total = dataset.samples if limit is None or dataset.samples is None else min(limit, dataset.samples)
     with ThreadPoolExecutor(threads) as pool, _blas().limit(limits=1, user_api="blas"):
@@ -135,7 +135,8 @@ def _add(
     """One batch into every statistic. A function of its own, so that the activations are gone before the next batch runs."""
     if grouping is not None:
         grouping.look(values, batch.size)
-    jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
+    tensors = {name: probe.value(name, values) for name in {item.tensor for item in measurements}}
+    jobs = (item.statistic.jobs(tensors[item.tensor], batch.weight) for item in measurements)
     for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
         pass
 

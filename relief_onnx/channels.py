@@ -71,7 +71,7 @@ def _units(line: Units) -> set[int]:
 
 def groups(plan: Plan, coupling: Coupling) -> list[Group]:
     """Every coupling group, in graph order."""
-    emitted: list[tuple[str, Layer | None, set[int]]] = [(layer.name, layer, _units(coupling.outputs[layer.node])) for layer in plan.layers]
+    emitted: list[tuple[str, Layer | None, set[int]]] = [(layer.name, layer, _units(coupling.outputs[layer.key])) for layer in plan.layers]
     emitted += [(name, None, _units(coupling.pictures[name].reshape(-1))) for name in coupling.sources]
     merged: list[tuple[list[tuple[str, Layer | None]], set[int]]] = []
     for name, layer, units in emitted:
@@ -86,8 +86,8 @@ def groups(plan: Plan, coupling: Coupling) -> list[Group]:
 
 def _group(plan: Plan, coupling: Coupling, owners: Sequence[tuple[str, Layer | None]], units: set[int]) -> Group:
     layers = tuple(layer for _, layer in owners if layer is not None)
-    readers = tuple(layer for layer in plan.layers if units & _units(coupling.inputs[layer.node]))
-    lines = [coupling.outputs[layer.node] for layer in layers] + [coupling.inputs[layer.node] for layer in readers]
+    readers = tuple(layer for layer in plan.layers if units & _units(coupling.inputs[layer.key]))
+    lines = [coupling.outputs[layer.key] for layer in layers] + [coupling.inputs[layer.key] for layer in readers]
     width = min((_width(line, units) for line in lines), default=1)
     return Group(
         tuple(name for name, _ in owners),
@@ -111,7 +111,7 @@ def consumer_shares(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int,
     for layer in plan.layers:
         shares = scores[layer.name].score.reshape(layer.groups, -1, layer.in_per_group, *scores[layer.name].score.shape[2:])
         per_channel = shares.reshape(*shares.shape[:3], -1).sum((1, 3)).reshape(-1) / layer.out_channels
-        for unit, share in zip(coupling.inputs[layer.node].tolist(), per_channel.tolist(), strict=True):
+        for unit, share in zip(coupling.inputs[layer.key].tolist(), per_channel.tolist(), strict=True):
             if unit >= 0:
                 found[unit] = found.get(unit, 0.0) + share
     return found
@@ -126,14 +126,14 @@ def relevance(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, float
     for layer in plan.layers:
         own = scores[layer.name].relevance
         assert own is not None
-        for unit, share in zip(coupling.outputs[layer.node].tolist(), own.tolist(), strict=True):
+        for unit, share in zip(coupling.outputs[layer.key].tolist(), own.tolist(), strict=True):
             if unit >= 0:
                 found[unit] = found.get(unit, 0.0) + share
     made = set(found)
     for layer in plan.layers:
         flow = scores[layer.name].flow.reshape(layer.groups, -1, layer.in_per_group, *scores[layer.name].score.shape[2:])
         taken = flow.reshape(*flow.shape[:3], -1).sum((1, 3)).reshape(-1)
-        for unit, share in zip(coupling.inputs[layer.node].tolist(), taken.tolist(), strict=True):
+        for unit, share in zip(coupling.inputs[layer.key].tolist(), taken.tolist(), strict=True):
             if unit >= 0 and unit not in made:
                 found[unit] = found.get(unit, 0.0) + share
     return found
@@ -200,8 +200,9 @@ def _choose_in(group: Group, coupling: Coupling, values: Mapping[int, float], ke
 def _rounded_up(group: Group, coupling: Coupling, kept: set[int], best: Sequence[int], round_to: int) -> set[int]:
     """Add units, best first, until every layer of the group makes, and reads of it alone, a multiple of `round_to` channels, or all."""
     own = {*group.free, *group.pinned}
-    made = [coupling.outputs[layer.node].tolist() for layer in group.layers]
-    read = [coupling.inputs[layer.node].tolist() for layer in group.readers]
+    # Of a recurrent layer the hidden units count, not their gate rows.
+    made = [coupling.outputs[layer.key][: layer.width].tolist() for layer in group.layers]
+    read = [coupling.inputs[layer.key][: layer.in_per_group if layer.recurrent else None].tolist() for layer in group.readers]
     lines = sorted({tuple(line) for line in (*made, *(line for line in read if own.issuperset(line)))}, key=len)
     stays, before = {*kept, *best[:1]}, -1
     while len(stays) > before:
@@ -239,8 +240,8 @@ def without_units(plan: Plan, coupling: Coupling, scores: Scores, removed: Itera
     found = {}
     for layer in plan.layers:
         score, bias = scores[layer.name].score.copy(), scores[layer.name].bias_score.copy()
-        rows = np.isin(coupling.outputs[layer.node], gone)
-        columns = np.isin(coupling.inputs[layer.node], gone).reshape(layer.groups, -1)
+        rows = np.isin(coupling.outputs[layer.key], gone)
+        columns = np.isin(coupling.inputs[layer.key], gone).reshape(layer.groups, -1)
         score[np.repeat(columns, layer.out_channels // layer.groups, 0)] = 0
         score[rows], bias[rows] = 0, 0
         found[layer.name] = replace(scores[layer.name], score=score, bias_score=bias)

@@ -16,6 +16,8 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import Together
 from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.recurrent_reads import cell_of
+from relief_onnx.recurrent_units import always_zero, as_picture, stored_zeros
 from relief_onnx.sources import Source, trace_constant
 from relief_onnx.views import View
 
@@ -63,10 +65,10 @@ class Constants:
 
     def __init__(self, graph: Graph, plan: Plan, coupling: Coupling, routes: Routes) -> None:
         self.graph, self.coupling, self._routes = graph, coupling, routes
-        self.layers = {layer.node: layer for layer in plan.layers}
-        self.weights = {layer.node: layer.view.apply(graph.array(layer.weight)) for layer in plan.layers}
+        self.layers, self.recurrent = plan.single(), plan.recurrent()
+        self.weights = {layer.key: layer.view.apply(graph.array(layer.weight)) for layer in plan.layers}
         self.values: dict[str, Values] = {}
-        self._biases = {layer.node: self._own_bias(layer) for layer in plan.layers}
+        self._biases = {layer.key: self._own_bias(layer) for layer in plan.layers}
         self._counting = {reader.node for reader in coupling.zero_readers}
 
     def _unknown(self, name: str) -> Values:
@@ -86,6 +88,8 @@ class Constants:
                 continue
             if index in self.layers:
                 self._layer_constants(self.layers[index])
+            elif index in self.recurrent:
+                self._recurrent_constants(index, node, self.recurrent[index])
             elif row is not None and self._running(node):
                 self._row_constants(index, node, row)
 
@@ -102,8 +106,8 @@ class Constants:
 
     def _layer_constants(self, layer: Layer) -> None:
         name = self.graph.nodes[layer.node].output[0]
-        inputs, weight = self.of_inputs(layer), self.weights[layer.node]
-        bias = self._biases[layer.node]
+        inputs, weight = self.of_inputs(layer), self.weights[layer.key]
+        bias = self._biases[layer.key]
         picture = self.values[name]
         if picture.size != layer.out_channels or bias is None:
             return
@@ -113,6 +117,25 @@ class Constants:
         sums = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=np.float64)
         total = np.where(reading, sums * per_unit, 0.0).sum(1) * layer.scale + bias
         self.values[name] = total.reshape(picture.shape)
+
+    def _recurrent_constants(self, index: int, node: onnx.NodeProto, layers: Mapping[str, Layer]) -> None:
+        """Units that are 0 at every step; `values` has them for what R reads too."""
+        kind, batch_first = layers["R"].recurrent, cell_of(node).batch_first
+        assert kind is not None
+        sizes = (kind.directions, kind.hidden)
+
+        def starts(name: str) -> Flags | None:
+            found = self.values.get(name)
+            if found is None or found.ndim != 3 or found.shape[2] != kind.hidden:
+                return stored_zeros(self.graph, name, kind, batch_first)
+            return np.broadcast_to((found == 0).all((0, 1)), sizes)
+
+        zero = np.where(always_zero(self.graph, index, layers, self.weights, starts), 0.0, np.nan)
+        for name in node.output:
+            if name:
+                shape = self.values[name].shape
+                self.values[name] = _fit_values(as_picture(zero, len(shape), batch_first), shape)
+        self.values[layers["R"].input] = np.repeat(zero, layers["R"].groups // kind.directions, 0).reshape(-1)
 
     def _emitted(self, name: str, view: View) -> Values:
         """What a stored table emits per channel: a number where the whole column is that number."""
@@ -221,6 +244,8 @@ class Constants:
 
     def _own_bias(self, layer: Layer) -> Values | None:
         """The bias in the node itself [out]; None where it varies along other axes."""
+        if layer.recurrent is not None:
+            return None  # the gates make no constants of it
         node, slot = self.graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
         if slot is None or len(node.input) <= slot or not node.input[slot]:
             return np.zeros(layer.out_channels)

@@ -58,7 +58,7 @@ class Chosen:
         if self.coupling is None:
             return {}
         gone = np.array(sorted(unit for choice in self.choices for unit in choice.removed), np.int64)
-        return {layer.name: np.isin(self.coupling.outputs[layer.node], gone) for layer in plan.layers}
+        return {layer.name: np.isin(self.coupling.outputs[layer.key], gone) for layer in plan.layers}
 
 
 def decide(
@@ -135,8 +135,13 @@ def kept_portions(graph: Graph, plan: Plan, scores: Scores, masks: Masks, expone
             flow = score.score if score.relevance is None else score.flow
             kept = flow * keep.reshape(*keep.shape, *(1,) * (flow.ndim - keep.ndim)) if flow.ndim >= keep.ndim else flow * keep.any(-1)
             share = float(kept.sum()) / float(flow.sum()) if flow.sum() > 0 else 1.0
-            found[layer.name] = np.full(layer.out_channels, share**exponent if shrinks(graph, layer.input) else 1.0)
+            found[layer.name] = np.full(layer.out_channels, share**exponent if shrinks(graph, layer.input) and not is_loop(layer) else 1.0)
     return found
+
+
+def is_loop(layer: Layer) -> bool:
+    """Whether it reads the last state of a recurrent node, which has a sign."""
+    return layer.recurrent is not None and layer.recurrent.part == "R"
 
 
 def shrinks(graph: Graph, tensor: str) -> bool:

@@ -296,6 +296,19 @@ def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:
         set_attribute(node, "num_groups", groups * int(flags.sum()) // len(flags))
 
 
+def _edit_hidden_size(cut: Cut, index: int, node: onnx.NodeProto) -> None:
+    """The size, and first states that are computed zeros of the old size: without them the node starts from 0 too."""
+    made = next(name for name in node.output if name)
+    flags = cut.kept(made, len(cut.coupling.pictures[made].shape) - 1)
+    if flags is None:
+        return
+    set_attribute(node, "hidden_size", int(flags.sum()))
+    for slot in (5, 6):
+        name = node.input[slot] if slot < len(node.input) else ""
+        if name in cut.graph.producer and cut.coupling.pictures[name].size == 1:
+            node.input[slot] = ""
+
+
 _EDITS: Mapping[str, Edit] = {
     "Shape": _edit_shape,
     "Split": _edit_split,
@@ -307,6 +320,7 @@ _EDITS: Mapping[str, Edit] = {
     "Gather": _edit_gather,
     "Pad": _edit_pad,
     "GroupNormalization": _edit_groups,
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _edit_hidden_size),
 }
 
 # -- statistics that count channels ---------------------------------------------------------------------------------------

@@ -88,10 +88,10 @@ class FlowMeasure:
         self._channels: dict[str, Activity] = {}
         shared: dict[tuple[str, int], Activity] = {}
         for layer in plan.layers if self._groups > 1 else ():
-            key = (layer.input, layer.input_axis)
+            key = (layer.reads, layer.input_axis)
             if key not in shared:
                 shared[key] = Activity(key[1:], rule.moments, self._grouping)
-                self.measurements.append(Measurement(layer.input, shared[key]))
+                self.measurements.append(Measurement(layer.reads, shared[key]))
             self._channels[layer.name] = shared[key]
         for ask, activity in self._asked.items():
             value = graph.constant(ask[0])
@@ -121,8 +121,9 @@ class FlowMeasure:
         flows: dict[str, Doubles] = {}
         relevance: dict[str, Doubles] = {}
         for group, weight in self._weights():
-            shares = {layer.name: self._shares(layer, parts[layer.name], group)[0] for layer in self._plan.layers}
-            found = self._propagated({name: _coarse(share) for name, share in shares.items()}, weights, group)
+            known = {layer.name: self._shares(layer, parts[layer.name], group) for layer in self._plan.layers}
+            shares, totals = ({name: item[place] for name, item in known.items()} for place in (0, 2))
+            found = self._propagated({name: _coarse(share) for name, share in shares.items()}, totals, weights, group)
             for layer in self._tables.lookups:
                 relevance[layer.name] = relevance.get(layer.name, 0.0) + weight * found[layer.name]
             for name, share in shares.items():
@@ -139,7 +140,7 @@ class FlowMeasure:
         return share.ndim if self._granularity == "weight" else 2
 
     def _score(self, layer: Layer, part: Doubles, flow: Doubles, relevance: Doubles) -> LayerScore:
-        share, bias = self._shares(layer, part, None)
+        share, bias, _ = self._shares(layer, part, None)
         plain = share if self._granularity == "weight" else _coarse(share)
         units = relevance.reshape(-1, *(1,) * (flow.ndim - 1))
         score = np.where(units > 0, flow / np.where(units > 0, units, 1.0), plain)
@@ -162,7 +163,9 @@ class FlowMeasure:
         found: Doubles = np.maximum(away, 0.0) + self._rule.constant * np.square(center)
         return found
 
-    def _propagated(self, shares: Mapping[str, Doubles], weights: Mapping[str, float], group: int | None) -> dict[str, Doubles]:
+    def _propagated(
+        self, shares: Mapping[str, Doubles], totals: Mapping[str, Doubles], weights: Mapping[str, float], group: int | None
+    ) -> dict[str, Doubles]:
         """R of every layer's outputs [out] by name; that of tables from the walk in which they count."""
 
         def activity(ask: Ask) -> Doubles:
@@ -177,7 +180,7 @@ class FlowMeasure:
 
         found: dict[str, Doubles] = {}
         for plan, tracks in self._walks:
-            walked = propagate(self._graph, plan, tracks, activity, variation, shares, weights, not self._rule.absolute)
+            walked = propagate(self._graph, plan, tracks, activity, variation, shares, weights, not self._rule.absolute, totals)
             found = {**walked.outputs, **found}
         return found
 
@@ -189,8 +192,8 @@ class FlowMeasure:
         part: Doubles = (magnitude if self._rule.absolute else np.square(magnitude)) * as_read(layer, activity)
         return part
 
-    def _shares(self, layer: Layer, part: Doubles, group: int | None) -> tuple[Doubles, Doubles]:
-        """(share of each weight [out, in per group, *kernel], of the bias [out]), in a group of samples or over all."""
+    def _shares(self, layer: Layer, part: Doubles, group: int | None) -> tuple[Doubles, Doubles, Doubles]:
+        """(share of each weight [out, in per group, *kernel], of the bias [out], their sum [out]), in a group of samples or over all."""
         if group is not None:
             channels = self._channels[layer.name]
             every = self._activity(channels, None).reshape(-1)
@@ -202,7 +205,7 @@ class FlowMeasure:
             bias = np.abs(layer.bias.view.apply(self._graph.array(layer.bias.name)).astype(np.float64)) * abs(layer.bias.factor)
         total = part.reshape(layer.out_channels, -1).sum(1) + bias
         safe = np.where(total > 0, total, 1.0)
-        return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe
+        return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe, total
 
 
 def _coarse(share: Doubles) -> Doubles:
@@ -228,7 +231,7 @@ def _inputs(plan: Plan, make: Callable[[int | None], InputMeans]) -> tuple[dict[
     shared: dict[tuple[str, int | None], InputMeans] = {}
     found = {}
     for layer in plan.layers:
-        key = (layer.input, None if layer.is_convolution else layer.input_axis)
+        key = (layer.reads, None if layer.is_convolution else layer.input_axis)
         found[layer.name] = shared.setdefault(key, shared.get(key) or make(key[1]))
     return found, [Measurement(name, statistic) for (name, _), statistic in shared.items()]
 

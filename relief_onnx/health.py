@@ -50,16 +50,19 @@ def structure(model: onnx.ModelProto) -> Structure:
     coupling = trace(graph, plan)
     constants = Constants(graph, plan, coupling, Routes(graph, coupling))
     constants.compute()
-    live = {layer.node: (constants.weights[layer.node] != 0).reshape(layer.out_channels, -1).any(1) for layer in plan.layers}
+    live = {layer.key: (constants.weights[layer.key] != 0).reshape(layer.out_channels, -1).any(1) for layer in plan.layers}
+    working = {layer.node: False for layer in plan.layers}
+    for layer in plan.layers:
+        working[layer.node] |= bool(live[layer.key].any())
     depth = dict.fromkeys((info.name for info in graph.inputs), 0)
     for index, node in enumerate(graph.nodes):
         reached = [depth[name] for name in graph.read_by(index) if name in depth]
-        if reached and not (index in live and not live[index].any()):
-            depth.update(dict.fromkeys((name for name in node.output if name), max(reached) + (index in live)))
+        if reached and working.get(index, True):
+            depth.update(dict.fromkeys((name for name in node.output if name), max(reached) + (index in working)))
     still = {name for name in graph.outputs if name in constants.values and bool(np.isfinite(constants.values[name]).all())}
     return Structure(
         max((depth.get(name, 0) for name in graph.outputs), default=0),
-        {layer.name: int(live[layer.node].sum()) for layer in plan.layers},
+        {layer.name: int(live[layer.key].sum()) for layer in plan.layers},
         tuple(name for name in graph.outputs if name in still or name not in depth),
     )
 

@@ -46,7 +46,7 @@ def kept_axes(graph: Graph, plan: Plan, per_channel: bool) -> tuple[dict[str, tu
     for weight, layers in plan.by_weight().items():
         # A neuron's weights share a scale; where a layout mixes neurons there is one for all.
         axis = layers[0].view.source_axis(0)
-        axes[weight] = () if axis is None else (axis,)
+        axes[weight] = (0, 1) if layers[0].recurrent is not None else () if axis is None else (axis,)
     for row in plan.unranked:
         if row.weight not in graph.initializers:
             reasons[row.weight] = row.reason

@@ -7,6 +7,7 @@ reads it or a `Skipped` row with the reason: nothing is left out in silence. Emb
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from relief_onnx.geometry import Geometry
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.reasons import TABLE_REASON, why_no_layer
+from relief_onnx.recurrent_layers import Recurrent, describe, is_bias, is_recurrent, made, own_half
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
 
@@ -32,25 +35,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """How a convolution slides: one entry per spatial axis, pads as ONNX has them (all begins, then all ends)."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...]
-    auto_pad: str = "NOTSET"
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
-
-    @property
-    def positions(self) -> int:
-        """Weights in one kernel."""
-        return int(np.prod(self.kernel))
-
-
-@dataclass(frozen=True)
 class Bias:
     """The constant that a layer adds. `factor` is Gemm's beta; `node` is the Add that holds it, or the layer's own number."""
 
@@ -63,7 +47,10 @@ class Bias:
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with a prunable weight. Axes are those of the activation tensors."""
+    """One node with a prunable weight. Axes are those of the activation tensors.
+
+    A recurrent node is two layers, W and R (`recurrent`). What R reads is no tensor of the graph; `input` names it all the same.
+    """
 
     node: int
     name: str
@@ -78,6 +65,17 @@ class Layer:
     geometry: Geometry | None = None
     scale: float = 1.0
     bias: Bias | None = None
+    recurrent: Recurrent | None = None
+
+    @property
+    def key(self) -> int:
+        """A number of its own among all layers: the node's, of R of a recurrent node one below 0."""
+        return ~self.node if self.recurrent is not None and self.recurrent.part == "R" else self.node
+
+    @property
+    def reads(self) -> str:
+        """What statistics listen to: the input, of a recurrent node the steps that count (see `recurrent_reads`)."""
+        return self.input if self.recurrent is None else f"{self.output}/{self.recurrent.part}/reads"
 
     @property
     def is_convolution(self) -> bool:
@@ -99,6 +97,11 @@ class Layer:
     def out_channels(self) -> int:
         """Neurons or filters."""
         return self.view.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Channels of what it makes, of a recurrent layer in each direction."""
+        return self.out_channels if self.recurrent is None else self.recurrent.hidden
 
     @property
     def in_per_group(self) -> int:
@@ -127,6 +130,18 @@ class Plan:
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
     tables: tuple[Layer, ...] = ()
+
+    def single(self) -> dict[int, Layer]:
+        """The layers that are all of their node, by its number."""
+        return {layer.node: layer for layer in self.layers if layer.recurrent is None}
+
+    def recurrent(self) -> dict[int, dict[str, Layer]]:
+        """Layers W and R of recurrent nodes, by its number; of some nodes one of them only."""
+        found: dict[int, dict[str, Layer]] = {}
+        for layer in self.layers:
+            if layer.recurrent is not None:
+                found.setdefault(layer.node, {})[layer.recurrent.part] = layer
+        return found
 
     def by_weight(self) -> dict[str, tuple[Layer, ...]]:
         """The layers that read each weight; more than one where it is shared."""
@@ -258,6 +273,20 @@ def _table(graph: Graph, index: int, view: View) -> Layer | Refusal:
     )  # fmt: skip
 
 
+def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
+    """W [directions, gates * hidden, features] or R [directions, gates * hidden, hidden]."""
+    found = describe(graph, index, slot)
+    if isinstance(found, Refusal):
+        return found
+    part, view = found
+    node, name = graph.nodes[index], f"{graph.names[index]}/{found[0].part}"
+    source = node.input[0] if slot == 1 else f"{made(node)}/R/reads"
+    half = own_half(graph, index, part.part)
+    stored = View.of((part.directions, view.shape[0] // part.directions)).reshape(-1)
+    bias = None if half is None else Bias(half[0], stored, 1.0, index, half[1])
+    return Layer(index, name, node.op_type, "", view, part.groups, source, -1, made(node), -1, bias=bias, recurrent=part)
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none).
@@ -276,6 +305,7 @@ LAYER_OPERATORS: Mapping[str, LayerRow] = {
     "ConvTranspose": LayerRow((1,), _transposed_convolution, 2, needs_weight=True),
     "Gemm": LayerRow((1, 0), _gemm, 2),
     "MatMul": LayerRow((1, 0), _matmul, None),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), LayerRow((1, 2), _recurrent, 3)),
 }
 
 
@@ -324,6 +354,10 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
     return layer if bias is None else replace(layer, bias=bias, output=node.output[0])
 
 
+# What else a recurrent node stores, by its slot: a number or three for each hidden unit, which go with it.
+_KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
+
+
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
@@ -332,6 +366,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if row is None and _looks_up(node, use.slot):
         table = _table(graph, use.node, source.view)
         return table if isinstance(table, Refusal) else replace(table, weight=source.name)
+    if use.slot in _KEPT and is_recurrent(node):
+        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
         return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)))
     found = row.describe(graph, use.node, use.slot, source.view)
@@ -345,6 +381,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if shape is not None and found.input_axis >= len(shape):
         return Refusal(f"its input has {len(shape)} axes, too few for the operator")
     layer = replace(found, weight=source.name)
+    if layer.recurrent is not None:
+        return layer
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
 
 
@@ -372,6 +410,8 @@ def find(graph: Graph) -> Plan:
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
         if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
             continue
+        if all(is_bias(graph, graph.nodes[use.node]) for use, _ in found_readers):
+            continue  # half of a bias (see `recurrent_layers`)
         found = [_from_reader(graph, use, tensor) for use, tensor in found_readers]
         refusals = [(use, item) for (use, _), item in zip(found_readers, found, strict=True) if isinstance(item, Refusal)]
         if graph.is_output(name) or any(graph.is_output(tensor) for _, tensor in found_readers):
@@ -383,9 +423,23 @@ def find(graph: Graph) -> Plan:
         else:
             made = [item for item in found if isinstance(item, Layer)]
             (tables if any(item.is_table for item in made) else layers).extend(made)
+    layers = _in_pairs(graph, layers, skipped)
     skipped += _without_initializer(graph) + _inner(graph)
-    in_order = [tuple(sorted(part, key=lambda layer: layer.node)) for part in (layers, tables)]
+    in_order = [tuple(sorted(part, key=lambda layer: (layer.node, -layer.key))) for part in (layers, tables)]
     return Plan(in_order[0], tuple(skipped), in_order[1])
+
+
+def _in_pairs(graph: Graph, layers: list[Layer], skipped: list[Skipped]) -> list[Layer]:
+    """Without W or R of a recurrent node where the other is no layer: it gets a row in `skipped`, and so do all that share it."""
+    while True:
+        parts = Counter(layer.node for layer in layers if layer.recurrent is not None)
+        alone = next((layer for layer in layers if parts.get(layer.node) == 1), None)
+        if alone is None:
+            return layers
+        shape = tuple(graph.initializers[alone.weight].dims)
+        reason = f"the other weight of {alone.op} node {graph.names[alone.node]} cannot be pruned"
+        skipped.append(Skipped(graph.names[alone.node], alone.op, alone.weight, shape, reason))
+        layers = [layer for layer in layers if layer.weight != alone.weight]
 
 
 def _real(graph: Graph, found: list[tuple[Use, str]]) -> list[tuple[Use, str]]:

@@ -8,6 +8,7 @@ walks repeat until nothing changes: a unit without readers loses its incoming we
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.recurrent_reads import cell_of
+from relief_onnx.recurrent_units import as_picture, read_units, tiled
 
 __all__ = ["Fold", "Removal", "find_dead"]
 
@@ -58,7 +61,8 @@ def find_dead(graph: Graph, plan: Plan, coupling: Coupling) -> Removal:
 class _Liveness:
     def __init__(self, graph: Graph, plan: Plan, coupling: Coupling) -> None:
         self.graph, self.plan, self.coupling = graph, plan, coupling
-        self.layers = {layer.node: layer for layer in plan.layers}
+        self.layers, self.recurrent = plan.single(), plan.recurrent()
+        self.units: dict[int, Flags] = {}  # of recurrent nodes: those that anybody reads [directions, hidden]
         self.routes = Routes(graph, coupling)
         self.constants = Constants(graph, plan, coupling, self.routes)
         self.reads: dict[str, Flags] = {}
@@ -90,10 +94,13 @@ class _Liveness:
             if index in self.coupling.constants:
                 continue
             if index in self.coupling.barriers or (row is None and index not in self.layers):
+                self.units.pop(index, None)  # all of them
                 for name in node.input:
                     self._read_all(name)
             elif index in self.layers:
                 self._layer_reads(self.layers[index])
+            elif index in self.recurrent:
+                self._recurrent_reads(index, node, self.recurrent[index])
             elif row is not None and (row.kind in ("contract", "norm", "recurrent") or index in self._counting):
                 for name in node.input:
                     self._read_all(name)
@@ -108,6 +115,8 @@ class _Liveness:
 
     def _live(self, layer: Layer) -> Flags:
         """Which units of a layer anybody reads [out]."""
+        if layer.recurrent is not None:
+            return tiled(self.units[layer.node], layer) if layer.node in self.units else np.ones(layer.out_channels, bool)
         read = self.reads[self.graph.nodes[layer.node].output[0]]
         if read.size not in (1, layer.out_channels):
             return np.ones(layer.out_channels, bool)
@@ -115,7 +124,7 @@ class _Liveness:
 
     def _channels_read(self, layer: Layer) -> Flags:
         """Which input channels [C] have a weight that a live unit applies."""
-        weight = self.constants.weights[layer.node]
+        weight = self.constants.weights[layer.key]
         reading = weight.reshape(*weight.shape[:2], -1).any(-1) & self._live(layer)[:, None]
         per_group: Flags = reading.reshape(layer.groups, -1, layer.in_per_group).any(1).reshape(-1)
         return per_group
@@ -132,6 +141,20 @@ class _Liveness:
         for name in self.graph.nodes[layer.node].input:
             if name != layer.input:
                 self._read_all(name)
+
+    def _recurrent_reads(self, index: int, node: onnx.NodeProto, layers: Mapping[str, Layer]) -> None:
+        kind, batch_first = layers["R"].recurrent, cell_of(node).batch_first
+        assert kind is not None
+        every = np.ones((kind.directions, kind.hidden), bool)
+        read = ~every
+        for name in node.output:
+            if name:
+                found = self.reads[name]
+                full = np.broadcast_to(found, np.broadcast_shapes(found.shape, as_picture(every, found.ndim, batch_first).shape))
+                # Axes: whichever are not directions and hidden are 1 long in a picture.
+                read = read | full.reshape(kind.directions, kind.hidden)
+        self.units[index] = read_units(layers, self.constants.weights, read)
+        self._layer_reads(layers["W"])
 
     def _carry_reads(self, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
         names = self.routes.data(node, row)
@@ -174,14 +197,14 @@ class _Liveness:
         """Zero the weights of units that nobody reads and of channels that are always 0; returns how many weights remain."""
         remaining = 0
         for layer in self._free:
-            weight = self.constants.weights[layer.node]
+            weight = self.constants.weights[layer.key]
             zero = self.constants.of_inputs(layer) == 0
             dead_in = np.repeat(zero.reshape(layer.groups, -1), layer.out_channels // layer.groups, 0)
             dead = dead_in | ~self._live(layer)[:, None]
             if (weight.reshape(*weight.shape[:2], -1).any(-1) & dead).any():
                 weight = weight.copy()
                 weight[dead] = 0
-                self.constants.weights[layer.node] = weight
+                self.constants.weights[layer.key] = weight
             remaining += int(np.count_nonzero(weight))
         return remaining
 
@@ -191,7 +214,7 @@ class _Liveness:
             constants = self.constants.of_inputs(layer)
             foldable = ~np.isnan(constants) & _can_fold(self.graph, layer)
             needed = self._channels_read(layer) & ~(constants == 0) & ~foldable
-            blocked |= set(self.coupling.inputs[layer.node][needed].tolist())
+            blocked |= set(self.coupling.inputs[layer.key][needed].tolist())
         for reader in self.coupling.zero_readers:
             lines = [(self.coupling.line(name, axis), self.constants.zeros(name, axis)) for name, axis in reader.factors]
             blocked |= set(lines[0][0][~np.any([zero for _, zero in lines], 0)].tolist())
@@ -203,7 +226,7 @@ class _Liveness:
             # No tensor may become empty: neither a layer's output nor a part of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(min(own, key=lambda unit: (costs[unit], unit)))
-        silenced = {layer.node: ~self._live(layer) for layer in self._free}
+        silenced = {layer.key: ~self._live(layer) for layer in self._free}
         return Removal(
             units, self._folds(units), self.constants.weights, silenced, bool(dead_inputs(self.graph, self.coupling, self.constants))
         )
@@ -212,9 +235,9 @@ class _Liveness:
         folds = []
         for layer in self.plan.layers:
             constants = self.constants.of_inputs(layer)
-            gone = np.isin(self.coupling.inputs[layer.node], list(units)) & ~np.isnan(constants) & (constants != 0)
+            gone = np.isin(self.coupling.inputs[layer.key], list(units)) & ~np.isnan(constants) & (constants != 0)
             if gone.any():
-                weight = self.constants.weights[layer.node]
+                weight = self.constants.weights[layer.key]
                 sums = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=np.float64)
                 values = np.where(gone, np.nan_to_num(constants), 0.0).reshape(layer.groups, -1)
                 amount = (sums * np.repeat(values, layer.out_channels // layer.groups, 0)).sum(1) * layer.scale
@@ -227,7 +250,7 @@ class _Liveness:
 
 def _can_fold(graph: Graph, layer: Layer) -> bool:
     """Whether a constant can move into the layer's bias: it has one of its own, or room for one."""
-    if not exact(layer):
+    if not exact(layer) or (layer.recurrent is not None and layer.bias is None):
         return False
     node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
     if layer.bias is not None:

@@ -48,7 +48,8 @@ def measure(model: onnx.ModelProto, sample: Batch | None = None) -> Size:
 
 def _run_shapes(graph: Graph, plan: Plan, sample: Batch) -> dict[str, Shape | None]:
     """The shapes of what layers read and write, from running one sample."""
-    tensors = {name for layer in plan.layers for name in (layer.input, graph.nodes[layer.node].output[0])}
+    tensors = {name for layer in plan.single().values() for name in (layer.input, graph.nodes[layer.node].output[0])}
+    tensors |= {graph.nodes[index].input[0] for index in plan.recurrent()}
     probe = instrument(graph, sorted(tensors - {info.name for info in graph.inputs}))
     values = Session(probe.model, 1, "the probe model").run(sample.feed, list(probe.taps.values()), sample.source) if probe.taps else []
     shapes: dict[str, Shape | None] = {name: tuple(np.shape(value)) for name, value in zip(probe.taps, values, strict=True)}
@@ -70,13 +71,22 @@ def layer_macs(graph: Graph, layer: Layer, shapes: Mapping[str, Shape | None]) -
 
     An open first axis counts as a batch of 1; None where another size is not known.
     """
+    if layer.recurrent is not None:
+        steps = _product((shapes.get(graph.nodes[layer.node].input[0]) or (None,))[:2])
+        return None if steps is None else steps * int(np.prod(layer.view.shape))
     transposed = layer.geometry is not None and layer.geometry.transposed
     shape = shapes.get(layer.input if transposed else graph.nodes[layer.node].output[0])
     if not shape:
         return None
-    sizes = [size if isinstance(size, int) else (1 if axis == 0 else None) for axis, size in enumerate(shape)]
-    known = [size for size in sizes if size is not None]
+    outputs = _product(shape)
     weights = int(np.prod(layer.view.shape[1:]))
     if transposed:
         weights = layer.out_channels // layer.groups * int(np.prod(layer.view.shape[2:]))
-    return int(np.prod(known)) * weights if len(known) == len(sizes) else None
+    return None if outputs is None else outputs * weights
+
+
+def _product(shape: Shape) -> int | None:
+    """Numbers in a tensor; an open first axis counts as 1."""
+    sizes = [size if isinstance(size, int) else (1 if axis == 0 else None) for axis, size in enumerate(shape)]
+    known = [size for size in sizes if size is not None]
+    return int(np.prod(known)) if len(known) == len(sizes) else None

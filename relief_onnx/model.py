@@ -20,6 +20,7 @@ from relief_onnx.datatypes import InputSpec
 from relief_onnx.errors import ModelError, OutputError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.recurrent_layers import join_biases, split_biases
 
 __all__ = ["check_target", "hoist", "input_specs", "load", "prepare", "save", "serialize", "share_again", "write_atomically"]
 
@@ -109,11 +110,12 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which float tensors in Constant nodes (as Paddle writes every weight) are initializers of the same name, local functions
-    are inlined, and vectors that exporters share because they hold the same numbers (the ones of every norm) have a copy per reader.
+    are inlined, vectors that exporters share because they hold the same numbers (the ones of every norm) have a copy per reader, and
+    biases of recurrent nodes are in two halves (see `recurrent_layers`).
 
     The function computed is the same; everything after this sees one kind of weight. The model itself where there is nothing to do.
     """
-    return _with_own_vectors(hoist(model))
+    return split_biases(_with_own_vectors(hoist(model)))
 
 
 def hoist(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -122,7 +124,8 @@ def hoist(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def share_again(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Undo the copies of `prepare` that are still alike."""
+    """Undo the copies of `prepare` that are still alike, and the halves of biases."""
+    model = join_biases(model, original)
     stored = {item.name: item for item in model.graph.initializer}
     known = {item.name for item in original.graph.initializer}
     renamed = {}

@@ -102,7 +102,7 @@ class _Search:
             if layer.groups > 1 and layer.in_per_group == 1:  # what it reads is what it makes: the next layer says what that is worth
                 return new
             each = (appraisal.worth * value[:, None]).reshape(layer.groups, -1, layer.in_per_group).sum(1).reshape(-1)
-            for unit, loss in zip(self._coupling.inputs[layer.node].tolist(), each.tolist(), strict=True):
+            for unit, loss in zip(self._coupling.inputs[layer.key].tolist(), each.tolist(), strict=True):
                 if unit >= 0:
                     found[unit] = found.get(unit, 0.0) + loss
             return new
@@ -121,7 +121,7 @@ class _Search:
         flags = initializer_masks(self._plan, unit_masks(self._graph, self._plan, self._coupling, removed, self._whole))
         masked = apply_weights(self._graph.model, applied(self._graph, flags)) if flags else self._graph.model
         numbers = np.array(sorted(removed), np.int64)
-        gone = {layer.weight: np.isin(self._coupling.outputs[layer.node], numbers) for layer in self._layers}
+        gone = {layer.weight: np.isin(self._coupling.outputs[layer.key], numbers) for layer in self._layers}
         new = sweep(
             self._graph, Graph(masked), self._plan, self._layers, self._feeds, flags, gone, visit, seed=self._seed, threads=self._threads
         )

@@ -60,7 +60,7 @@ def _file(ready: Prepared, sample: Batch | None = None) -> dict[str, Any]:
 
 
 def _layer_row(layer: Layer, coupling: Coupling, macs: int | None) -> dict[str, Any]:
-    units = coupling.outputs[layer.node]
+    units = coupling.outputs[layer.key]
     pins = Counter(coupling.pinned[unit] for unit in units.tolist() if unit in coupling.pinned)
     return {
         "node": layer.name, "op": layer.op, "weight": layer.weight, "shape": list(layer.view.source),

@@ -83,7 +83,7 @@ class PaperRules:
     def __init__(self, graph: Graph, plan: Plan, options: Options) -> None:
         self._graph, self._options = graph, options
         users = plan.by_weight()
-        chains = [_chain(graph, layer) for layer in plan.layers if len(users[layer.weight]) == 1]
+        chains = [_chain(graph, layer) for layer in plan.single().values() if len(users[layer.weight]) == 1]
         self._chains = {chain.output: chain for chain in chains if chain.whole}
         self._silent = {
             chain.layer.weight: (chain, ChannelMaximum(_axis(chain.layer))) for chain in self._chains.values() if options.silent == "remove"
@@ -186,7 +186,7 @@ def _chain(graph: Graph, layer: Layer) -> Chain:
 def _before_activation(graph: Graph, plan: Plan) -> dict[str, Chain]:
     """Every tensor that is a layer's output, or that output after normalisation."""
     found = {}
-    for layer in plan.layers:
+    for layer in plan.single().values():
         chain = Chain(layer, layer.output, (), layer.bias is None or not layer.bias.shared)
         found[chain.output] = chain
         while True:

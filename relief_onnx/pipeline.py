@@ -24,7 +24,7 @@ from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, po
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
-from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.leftovers import training_notes
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
@@ -424,7 +424,8 @@ def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
     # The reasons that another option would change come first.
     rows = list(reasons.items()) + [(row.weight, row.reason) for row in plan.unranked]
     if not rows:
-        return NothingPrunedError("nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight")
+        operators = ", ".join(LAYER_OPERATORS).replace(", RNN", " or RNN")
+        return NothingPrunedError(f"nothing could be pruned: the model has no {operators} with a constant weight")
     return NothingPrunedError(
         f"nothing could be pruned: {rows[0][0]}: {rows[0][1]}" + (f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""),
         rows,

@@ -7,7 +7,7 @@ Most statistics take the activations themselves. A small convolution is measured
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,34 @@ from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
+from relief_onnx.recurrent_layers import is_recurrent
+from relief_onnx.recurrent_reads import Derived, derived, states_name
 
 __all__ = ["Probe", "instrument", "norms_name"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`model` with extra outputs; `taps` maps each tensor that is measured to the output that holds it in float32."""
+    """`model` with extra outputs; `taps` maps each tensor that is measured to the output that holds it in float32.
+
+    `derived`: what is computed from other tensors once they are there (what the weights of recurrent nodes read).
+    """
 
     model: onnx.ModelProto
     taps: dict[str, str]
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+
+    def fetched(self, tensors: Iterable[str]) -> set[str]:
+        """The outputs that have to be there for some of the measured tensors."""
+        wanted = (self.derived[name].sources if name in self.derived else (name,) for name in tensors)
+        return {self.taps[name] for names in wanted for name in names}
+
+    def value(self, tensor: str, outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """A measured tensor, from the outputs."""
+        if tensor not in self.derived:
+            return outputs[self.taps[tensor]]
+        item = self.derived[tensor]
+        return item.make({name: outputs[self.taps[name]] for name in item.sources})
 
 
 def norms_name(layer: Layer) -> str:
@@ -79,11 +97,21 @@ def instrument(graph: Graph, tensors: Iterable[str], inside: Mapping[str, tuple[
     inputs = {info.name for info in graph.inputs}
     outputs = set(graph.outputs)
     taps: dict[str, str] = {}
+    tensors = list(dict.fromkeys(tensors))
+    known = derived(graph)
+    made = {name: known[name] for name in tensors if name in known}
+    unnamed: dict[str, int] = {}
+    if made:
+        for node in model.graph.node:
+            if is_recurrent(node) and not node.output[0]:
+                node.output[0] = states_name(node)
+                unnamed[node.output[0]] = graph.types.get(node.input[0], (TensorProto.FLOAT, None))[0]
+        tensors = [name for name in tensors if name not in made] + [name for item in made.values() for name in item.sources]
     for tensor in dict.fromkeys(tensors):
         if tensor in inside:
             taps[tensor] = _kernel_norms(graph, model, *inside[tensor])
             continue
-        element, shape = graph.types.get(tensor, (TensorProto.FLOAT, None))
+        element, shape = graph.types.get(tensor, (unnamed.get(tensor, TensorProto.FLOAT), None))
         if element == TensorProto.FLOAT and (tensor in inputs or tensor in outputs):
             taps[tensor] = tensor
             continue
@@ -95,4 +123,4 @@ def instrument(graph: Graph, tensors: Iterable[str], inside: Mapping[str, tuple[
             model.graph.value_info.remove(info)
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         taps[tensor] = name
-    return Probe(model, taps)
+    return Probe(model, taps, made)

@@ -242,7 +242,7 @@ def _nodes(found: _Candidates) -> frozenset[int]:
     graph = found.graph
     layers = {
         layer.node: layer
-        for layer in found.plan.layers
+        for layer in found.plan.single().values()
         if layer.weight in found.axes and graph.nodes[layer.node].input[1] == layer.weight and not graph.is_output(layer.weight)
     }
     if not layers:

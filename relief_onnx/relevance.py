@@ -32,7 +32,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
 from relief_onnx.ops import OperatorRow, passing_row_of
-from relief_onnx.recurrent import initial_states, recurrent_shares
+from relief_onnx.recurrent import around, looped, of_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
 
 __all__ = ["Ask", "Even", "Relevance", "asks", "propagate"]
@@ -269,34 +269,16 @@ def _aligned(values: Doubles, own: Sequence[Hashable], every: Sequence[Hashable]
 
 def _recur(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
     """T = R + T P_loop, so R at the input is R (1 - P_loop)^-1 P_input."""
-    graph, node = at.graph, at.node
-    total: Doubles | None = None
-    for name, own in zip(node.output, values, strict=False):
-        if own is not None and name:
-            flat = own.reshape([size for size in own.shape if size > 1] or [1])
-            directions = (graph.shape(node.input[1]) or (1,))[0]
-            flat = flat.reshape(int(directions) if isinstance(directions, int) else 1, -1)
-            total = flat if total is None else total + flat
+    total = of_states(at.graph, at.node, values)
     if total is None:
         return []
     asked = _ask_recurrent(at, row)
     inputs = walk.activity(asked[0]).reshape(-1)
     states = walk.activity(asked[1]).reshape(-1) if len(asked) > 1 else np.ones(1)
-    shares = recurrent_shares(graph, node, inputs, states, walk.squared)
+    shares = recurrent_shares(at.graph, at.node, inputs, states, walk.squared)
     if shares is None or shares.loop.shape[:2] != total.shape:
         raise Barrier("its weights are computed")
-    passed: Passed = []
-    found = np.zeros(shares.input.shape[-1])
-    for direction, own in enumerate(total):
-        loop = shares.loop[direction]
-        round_ = np.linalg.solve(np.eye(len(loop)) - loop.T, own)
-        found = found + round_ @ shares.input[direction]
-    for name in initial_states(node):
-        if name in walk.fed:
-            given = np.stack([own @ loop for own, loop in zip(total, shares.loop, strict=True)]) / 2
-            passed.append((name, np.asarray(given.sum())))
-            found = found * (1 - given.sum() / max(total.sum(), 1e-300))
-    return [*passed, (node.input[0], found.reshape(1, 1, -1))]
+    return around(at.graph, at.node, total, shares, walk.fed)[0]
 
 
 def _none(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
@@ -373,14 +355,16 @@ def propagate(
     shares: Mapping[str, Doubles],
     weights: Mapping[str, float],
     squared: bool = True,
+    totals: Mapping[str, Doubles] | None = None,
 ) -> Relevance:
     """The walk.
 
     activity, variation: of each ask, how much it adds to a sum, and (in [0, 1]) what part of it varies. shares: by layer name
-    [out, in per group]. weights: of outputs, 1 where not named. squared: whether activities add up as variances do.
+    [out, in per group]. weights: of outputs, 1 where not named. squared: whether activities add up as variances do. totals: by name
+    of recurrent layers what each row brings in [out]; None: as many as it has inputs.
     """
     walk = _Walk(graph, tracks, activity, variation, _fed(graph, plan), squared)
-    layers = {layer.node: layer for layer in plan.layers}
+    layers, loops = plan.single(), plan.recurrent()
     adds = _bias_adds(plan)
     total = sum(weights.get(name, 1.0) for name in graph.outputs)
     for name in graph.outputs:
@@ -393,6 +377,8 @@ def propagate(
         if all(own is None for own in values):
             if index in layers:
                 outputs[layers[index].name] = np.zeros(layers[index].out_channels)
+            for layer in loops.get(index, {}).values():
+                outputs[layer.name] = np.zeros(layer.out_channels)
             continue
         if index in layers:
             layer = layers[index]
@@ -409,6 +395,11 @@ def propagate(
                 walk.add(layer.input, back.reshape(shape))
             else:
                 walk.add(layer.input, back)
+        elif index in loops:
+            given_back, own_rows = looped(graph, node, values, loops[index], shares, totals or {}, walk.fed)
+            outputs.update(own_rows)
+            for name, given in given_back:
+                walk.add(name, given)
         else:
             for name, given in _passed(walk, index, values, adds):
                 walk.add(name, given)

@@ -21,6 +21,7 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.recurrent_equations import Loop, inputs_of, start_of
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 
@@ -84,11 +85,22 @@ def sweep(
     removed: Mapping[str, Flags], visit: Visit, *, seed: int, threads: int,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Walk both networks side by side and ask `visit` for new initializers of each of the `layers`, which later ones see. All of them."""
-    aims = {layer.name: aim_of(original, graph, layer) for layer in layers}
-    last = {aims[layer.name].tensor: layer for layer in layers}
+    aims = {layer.name: aim_of(original, graph, layer) for layer in layers if layer.recurrent is None}
+    last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None}
+    pairs, loops = plan.recurrent(), dict[int, Loop]()
+    read = {name for layer in layers if layer.recurrent is not None for name in inputs_of(original, original.producer[layer.output])}
+    free = {layer.weight for layer in layers}
     new: dict[str, NDArray[Any]] = {}
-    with Replay(original, feeds, last, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
+    with Replay(original, feeds, {*last, *read}, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
         for layer in layers:
+            if layer.recurrent is not None:
+                if layer.node not in loops:
+                    after.advance(start_of(graph, layer.node), new)
+                    before.advance(start_of(original, original.producer[layer.output]))
+                    own = pairs[layer.node]
+                    loops = {layer.node: Loop(original, graph, own, free, flags, removed, before, after, seed, threads)}
+                new |= visit(layer, loops[layer.node].part(layer))
+                continue
             aim = aims[layer.name]
             after.advance(layer.node, new)
             before.advance(original.producer[aim.tensor] + 1)

@@ -176,7 +176,7 @@ class Evidence:
         status = "pruned" if lost else ("kept" if chosen else "skipped")
         reason = self._pruned_reason(layer, rule) if lost else self.reasons.get(layer.weight) or self._kept_reason(layer)
         return {
-            "node": layer.name, "op": layer.op, "weight": layer.weight, "status": status, "reason": reason,
+            "node": self.ready.graph.names[layer.node], "op": layer.op, "weight": layer.weight, "status": status, "reason": reason,
             "connections": connections.size, "connections_kept": int(connections.sum()),
             "connections_kept_by_rule": int(_connections(rule).sum()),
             "weights": left.size, "weights_kept": int(left.sum()),

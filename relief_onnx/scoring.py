@@ -128,10 +128,10 @@ def measurements(
             wanted.append(Measurement(norms_name(layer), statistics[layer.name]))
             continue
         made = make(layer, weight) if make is not None else None
-        key = (layer.input, layer.input_axis, layer.geometry, layer.name if isinstance(made, KernelNorm) else "")
+        key = (layer.reads, layer.input_axis, layer.geometry, layer.name if isinstance(made, KernelNorm) else "")
         if made is not None and key not in shared:
             shared[key] = made
-            wanted.append(Measurement(layer.input, made))
+            wanted.append(Measurement(layer.reads, made))
         statistics[layer.name] = shared[key]
     return wanted, statistics, inside
 

@@ -22,6 +22,7 @@ from relief_onnx.edits import Cut, edit_nodes, set_attribute, set_initializer, u
 from relief_onnx.graph import Graph, attributes, subgraphs
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
+from relief_onnx.recurrent_layers import made
 from relief_onnx.sources import VIEW_OPERATORS
 from relief_onnx.views import View
 from relief_onnx.walk import trace
@@ -58,7 +59,7 @@ def operate(model: onnx.ModelProto) -> Operation:
     while True:
         lighter, dead = drop_dead_branches(found.model) if found.dead_inputs else (found.model, ())
         if not (found.units_removed or dead or found.silenced):
-            return replace(operation, kept=kept, channels={names[output]: counts for output, counts in operation.channels.items()})
+            return replace(operation, kept=kept, channels={name: operation.channels[output] for name, output in names.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
         # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
         found, now = _operate_once(lighter)
@@ -66,9 +67,9 @@ def operate(model: onnx.ModelProto) -> Operation:
 
 
 def _names(model: onnx.ModelProto) -> dict[str, str]:
-    """Node names by output: those without a name of their own have their number in it, which changes with a cut."""
+    """Outputs by the layer's name: nodes without a name of their own have their number in it, which changes with a cut."""
     graph = Graph(model)
-    return {node.output[0]: name for node, name in zip(graph.nodes, graph.names, strict=True) if node.output}
+    return {layer.name: made(graph.nodes[layer.node]) for layer in find(graph).layers}
 
 
 def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tuple[Operation, Kept]:
@@ -98,15 +99,15 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
     plan = find(graph)
     coupling = trace(graph, plan)
     removal = find_dead(graph, plan, coupling)
-    left = {layer.node: int((~_gone(coupling.outputs[layer.node], removal)).sum()) for layer in plan.layers}
-    counts = {graph.nodes[layer.node].output[0]: (layer.out_channels, left[layer.node]) for layer in plan.layers}
+    left = {layer.node: int((~_gone(coupling.outputs[layer.key], removal)).sum()) for layer in plan.layers}
+    counts = {made(graph.nodes[layer.node]): (layer.out_channels, left[layer.node]) for layer in plan.layers}
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}
     surviving = {weight: _surviving(layer, coupling, removal) for weight, layer in first.items()}
     kept = {weight: _kept(layer, coupling, removal) for weight, layer in first.items()}
     silenced = _write_weights(result, graph, plan, removal)
     for fold in removal.folds:
-        _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.node], removal))
-    for layer in plan.layers:
+        _fold(result, graph, fold, ~_gone(coupling.outputs[fold.layer.key], removal))
+    for layer in plan.single().values():
         before, after = counts[graph.nodes[layer.node].output[0]]
         if layer.groups > 1 and layer.in_per_group == 1 and after < before:
             set_attribute(result.graph.node[layer.node], "group", after * layer.groups // layer.out_channels)
@@ -117,10 +118,10 @@ def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
 
 
 def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    rows = np.flatnonzero(~_gone(coupling.outputs[layer.node], removal))
+    rows = np.flatnonzero(~_gone(coupling.outputs[layer.key], removal))
     if layer.groups > 1 and layer.in_per_group == 1:
         return rows, np.arange(1)
-    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.node][: layer.in_per_group], removal))
+    return rows, np.flatnonzero(~_gone(coupling.inputs[layer.key][: layer.in_per_group], removal))
 
 
 def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
@@ -128,9 +129,9 @@ def _gone(units: NDArray[np.int64], removal: Removal) -> NDArray[np.bool_]:
 
 
 def _surviving(layer: Layer, coupling: Coupling, removal: Removal) -> NDArray[np.bool_]:
-    alive: NDArray[np.bool_] = removal.weights[layer.node] != 0
-    alive[_gone(coupling.outputs[layer.node], removal)] = False
-    inputs = _gone(coupling.inputs[layer.node], removal).reshape(layer.groups, -1)
+    alive: NDArray[np.bool_] = removal.weights[layer.key] != 0
+    alive[_gone(coupling.outputs[layer.key], removal)] = False
+    inputs = _gone(coupling.inputs[layer.key], removal).reshape(layer.groups, -1)
     if layer.groups == 1 or layer.in_per_group > 1:
         alive[np.repeat(inputs, layer.out_channels // layer.groups, 0)] = False
     return alive
@@ -159,10 +160,10 @@ def _write_weights(model: onnx.ModelProto, graph: Graph, plan: Plan, removal: Re
     """Zeros where nobody reads; whether a bias changed."""
     changed = False
     for layer in plan.layers:
-        weight = layer.view.invert(removal.weights[layer.node])
+        weight = layer.view.invert(removal.weights[layer.key])
         if not np.array_equal(weight, graph.array(layer.weight)):
             set_initializer(model, layer.weight, weight)
-        silenced = removal.silenced_biases.get(layer.node)
+        silenced = removal.silenced_biases.get(layer.key)
         if layer.bias is not None and not layer.bias.shared and silenced is not None and silenced.any():
             bias = layer.bias.view.apply(graph.array(layer.bias.name)).copy()
             if bias[silenced].any():

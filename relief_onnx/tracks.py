@@ -86,7 +86,7 @@ def labels_of(
 def follow(graph: Graph, plan: Plan) -> Tracks:
     """Walk the graph once, forward."""
     found = Tracks()
-    layers = {layer.node: layer for layer in plan.layers}
+    layers = plan.single()
     widths = {size for layer in plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
     for index, node in enumerate(graph.nodes):
         for name in node.output:

@@ -69,8 +69,8 @@ def macs_left(plan: Plan, coupling: Coupling, removed: frozenset[int], macs: Map
     gone = np.array(sorted(removed), np.int64)
     total = 0.0
     for layer in plan.layers:
-        rows = ~np.isin(coupling.outputs[layer.node], gone).reshape(layer.groups, -1)
-        columns = ~np.isin(coupling.inputs[layer.node], gone).reshape(layer.groups, -1)
+        rows = ~np.isin(coupling.outputs[layer.key], gone).reshape(layer.groups, -1)
+        columns = ~np.isin(coupling.inputs[layer.key], gone).reshape(layer.groups, -1)
         kept = float((rows.mean(1) * columns.mean(1)).mean())
         total += macs.get(layer.name, 0.0) * kept
     return total
@@ -86,9 +86,9 @@ def _costs(plan: Plan, coupling: Coupling, macs: Mapping[str, float]) -> dict[in
 
     for layer in plan.layers:
         work = macs.get(layer.name, 0.0)
-        add(coupling.outputs[layer.node], work / layer.out_channels)
+        add(coupling.outputs[layer.key], work / layer.out_channels)
         if layer.groups == 1 or layer.in_per_group > 1:
-            add(coupling.inputs[layer.node], work / (layer.groups * layer.in_per_group))
+            add(coupling.inputs[layer.key], work / (layer.groups * layer.in_per_group))
     return found
 
 

@@ -20,6 +20,8 @@ from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
 from relief_onnx.ops import OperatorRow, row_of
+from relief_onnx.recurrent_layers import is_bias
+from relief_onnx.recurrent_units import walk_recurrent
 from relief_onnx.sources import VIEW_OPERATORS, Source, trace_constant
 from relief_onnx.unions import UnionFind
 from relief_onnx.views import View
@@ -54,7 +56,7 @@ class Walk:
     restored: Mapping[int, GroupNorm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.layers = {layer.node: layer for layer in self.plan.layers}
+        self.layers, self.recurrent = self.plan.single(), self.plan.recurrent()
         self.units = UnionFind()
         self.widths = {size for layer in self.plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
         self._pins: list[tuple[int, str]] = []
@@ -143,6 +145,9 @@ class Walk:
             return
         if row is None:
             raise Barrier("it is not in the operator table")
+        if index in self.recurrent:
+            walk_recurrent(self, index, node, self.recurrent[index])
+            return
         for slot, name in enumerate(node.input):
             if row.data is not None and slot not in row.data and name in self.pictures and name not in self.sources:
                 self.pin(self.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
@@ -175,7 +180,7 @@ class Walk:
 
     def _emits(self, node: onnx.NodeProto, row: OperatorRow | None) -> bool:
         """A constant that is cut to shape on its way to where channels are: its channels are units too."""
-        if row is None or row.kind != "carry" or node.op_type in VIEW_OPERATORS or node.op_type == "Shape":
+        if row is None or row.kind != "carry" or node.op_type in VIEW_OPERATORS or node.op_type == "Shape" or is_bias(self.graph, node):
             return False
         return self.graph.is_float(node.output[0]) and self.graph.shape(node.output[0]) is not None
 
@@ -201,11 +206,11 @@ class Walk:
     def _barrier(self, index: int, node: onnx.NodeProto, why: str) -> None:
         reason = f"{node.op_type} node {self.graph.names[index]}: {why}"
         self.barriers.add(index)
-        if index in self.layers:
-            layer = self.layers[index]
-            self.inputs[index] = np.full(layer.groups * layer.in_per_group, UNTRACKED, np.int64)
-            self.outputs[index] = self.units.fresh(layer.out_channels)
-            self.pin(self.outputs[index], reason)
+        own = [self.layers[index]] if index in self.layers else self.recurrent.get(index, {}).values()
+        for layer in own:
+            self.inputs[layer.key] = np.full(layer.groups * layer.in_per_group, UNTRACKED, np.int64)
+            self.outputs[layer.key] = self.units.fresh(layer.out_channels)
+            self.pin(self.outputs[layer.key], reason)
         for name in node.input:
             if name:
                 self.pin(self.picture(name), reason)
@@ -246,7 +251,7 @@ class Walk:
         slot = LAYER_OPERATORS[layer.op].bias_slot
         if slot is not None and len(node.input) > slot and node.input[slot]:
             self.tie_constant(node.input[slot], units if layer.is_convolution else picture, layer.name, True)
-        self.inputs[layer.node], self.outputs[layer.node] = inputs, units
+        self.inputs[layer.key], self.outputs[layer.key] = inputs, units
         self.pictures[node.output[0]] = picture
 
     def _tie_weight(self, layer: Layer, inputs: Units, units: Units) -> None:

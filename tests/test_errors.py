@@ -450,7 +450,7 @@ def test_model_without_layers(here: Path) -> None:
     value = helper.make_tensor_value_info
     graph = helper.make_graph([node], "g", [value("image", TensorProto.FLOAT, shape)], [value("y", TensorProto.FLOAT, shape)])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(here / "m.onnx"))
-    sentence = "nothing could be pruned: the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight."
+    sentence = "nothing could be pruned: the model has no Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU or RNN with a constant weight."
     check("prune m.onnx --data data -o out.onnx", 4, sentence)
     check("score m.onnx --data data -o out.onnx", 4, sentence)
 

@@ -286,7 +286,8 @@ def recurrent(operator: str, gates: int, outputs: int) -> Case:
     x, a, c = net.input(steps, "N", width), net.weight(width, 6), net.weight(hidden, 2)
     w, r, b = net.weight(1, gates * hidden, 6), net.weight(1, gates * hidden, hidden), net.bias(1, 2 * gates * hidden)
     h = net.op("MatMul", x, a)
-    states = net.op(operator, h, w, r, b, hidden_size=hidden, outputs=outputs)[0]
+    how = {"linear_before_reset": 1} if operator == "GRU" else {}  # else candidates read the state times the reset gate
+    states = net.op(operator, h, w, r, b, hidden_size=hidden, outputs=outputs, **how)[0]
     flat = net.op("Squeeze", states, net.ints(1))
     y = net.op("MatMul", flat, c)
     model, feed, oracle = finished(net, y)
@@ -294,7 +295,8 @@ def recurrent(operator: str, gates: int, outputs: int) -> Case:
     oracle.dense(y, flat, c)
     oracle.same(flat, states, hidden)
     gated = [np.square(oracle.values[name][0]).reshape(gates, hidden, -1).sum(0) for name in (w, r)]
-    inputs, loop = gated[0] * activity(oracle.values[h], 2), gated[1] * activity(oracle.values[states], 3)
+    last = np.concatenate([np.zeros_like(oracle.values[states][:1]), oracle.values[states][:-1]])
+    inputs, loop = gated[0] * activity(oracle.values[h], 2), gated[1] * activity(last, 3)
     total = inputs.sum(1, keepdims=True) + loop.sum(1, keepdims=True)
     oracle.edge(states, h, inputs / total)
     oracle.edge(states, states, loop / total)
@@ -316,6 +318,10 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+# W and R of the recurrent layers: tests/test_recurrent.py looks at these.
+LOOPS = {operator: {"w4", "w5"} for operator in ("LSTM", "GRU", "RNN")}
+
+
 def weights_of(name: str, model: onnx.ModelProto) -> list[str]:
     return [f"{model.graph.output[0].name}=3"] if name == "two outputs" else []
 
@@ -324,7 +330,7 @@ def weights_of(name: str, model: onnx.ModelProto) -> list[str]:
 def test_the_walk_solves_the_equations(name: str) -> None:
     model, feed, oracle, made = CASES[name]()
     found = {item.weight: item for item in relief_onnx.score(model, [feed], output_weight=weights_of(name, model)).values()}
-    assert set(found) == set(made)
+    assert set(found) - LOOPS.get(name, set()) == set(made)
     wanted, rtol = oracle.solve(), FEWER_DIGITS.get(name, RTOL)
     for weight, units in made.items():
         score, r = found[weight], found[weight].relevance
