@@ -22,7 +22,10 @@ from relief_onnx.views import View
 __all__ = ["Constants", "Routes", "along", "broadcasts", "exact"]
 
 Values = NDArray[np.float64]
-_WHOLE: Mapping[int, Any] = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_}
+_WHOLE: Mapping[int, Any] = {
+    onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_,
+    onnx.TensorProto.INT8: np.int8, onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.uint16,
+}  # fmt: skip
 Flags = NDArray[np.bool_]
 
 
@@ -130,6 +133,10 @@ class Constants:
             self._scaled_constants(node)
         elif row.kind in ("carry", "sum", "grow") and row.carry is not None:
             self._carry_constants(index, node, row)
+        elif row.kind == "range" or (row.kind == "quantise" and any(name and self._constant(name) is None for name in node.input[1:])):
+            # The zero point is measured when the model runs: 0 stands for it meanwhile.
+            found = self.values[node.input[0]]
+            self.values[node.output[0]] = np.where(found == 0, 0.0, np.nan)
         elif row.constant == "computed":
             self._computed_constants(node, row)
 
@@ -180,7 +187,7 @@ class Constants:
     def _computed_constants(self, node: onnx.NodeProto, row: OperatorRow) -> None:
         """Run the operator itself on the constants, one number per channel."""
         name = node.output[0]
-        if not self.graph.is_float(name):
+        if not self.graph.is_float(name) and row.kind != "quantise":
             return  # sizes, not channels
         shape = self.values[name].shape
         running = set(self._running(node))

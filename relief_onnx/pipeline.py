@@ -131,13 +131,13 @@ def prune(
         graph, retrained = _recalibrated(job, cut, graph)
     options, masks, flags, gates = cut.options, cut.masks, cut.flags, cut.gates
     with clock("mask"):
+        graph, ready = ready.settled(graph, flags)
         masked = ready.restored(cut.rules.insert_gates(insert(graph, flags), gates))
     with clock("surgery"):
         operation = operate(cut.masked(graph))
-        operation = replace(operation, model=files.share_again(operation.model, ready.original))
-        final = ready.restored(operation.model, operation.kept)
+        final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
     with clock("pack"):
-        shipped, packed = pack(final, _packable(final)) if options.storage == "auto" else (final, ())
+        shipped, packed = pack(final, _packable(operation.model, final)) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.exchanged, retrained,
@@ -156,7 +156,7 @@ def prune(
             threads=options.threads,
             progress=progress,
         )
-    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, idle(options, given, scores))
+    report = build_report(evidence, verification, quality, clock.seconds, dataset, target, [*idle(options, given, scores), *ready.notes])
     with clock("write"):
         if folder is not None and is_first():
             files.save(masked, folder / "masked.onnx")
@@ -403,9 +403,9 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
 
-def _packable(model: onnx.ModelProto) -> list[str]:
-    """Weights of layers; everything else is stored as it is."""
-    return sorted({layer.weight for layer in find(Graph(model)).layers})
+def _packable(model: onnx.ModelProto, final: onnx.ModelProto) -> list[str]:
+    """Weights of layers, in the form of the file; everything else is stored as it is."""
+    return sorted({layer.weight for layer in find(Graph(model)).layers} & {item.name for item in final.graph.initializer})
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:
