@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from relief_onnx.contractions import LABELS
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
+from relief_onnx.grids import carried
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import Together
 from relief_onnx.ops import OperatorRow, row_of
@@ -285,6 +286,9 @@ def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
+    if row.kind == "quantise":
+        made = carried(node, *(feeds[name] for name in node.input[:2]), feeds[node.input[2]] if len(node.input) > 2 else None)
+        return None if made is None else made.astype(np.float64)
     copy = onnx.NodeProto.FromString(node.SerializeToString())
     opset = graph.opset
     if row.kind == "affine":

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-__all__ = ["RANGES", "Grid", "spread"]
+from relief_onnx.nodes import attributes
+
+__all__ = ["RANGES", "Grid", "carried", "spread"]
 
 Array = NDArray[Any]
 
@@ -42,6 +45,21 @@ def spread(values: Array, shape: tuple[int, ...], axis: int | None, block: int =
     if values.ndim > rank or any(size not in (1, whole) for size, whole in zip(values.shape[::-1], shape[::-1], strict=False)):
         return None
     return values.reshape((1,) * (rank - values.ndim) + values.shape)
+
+
+def carried(node: onnx.NodeProto, x: Array, scale: Array, zero: Array | None) -> Array | None:
+    """What a QuantizeLinear or DequantizeLinear makes of an array that has all places of its axis; None where the types have no range."""
+    values = attributes(node)
+    kind = values.get("output_dtype", 0) or (TensorProto.UINT8 if zero is None else helper.np_dtype_to_tensor_dtype(zero.dtype))
+    wide = spread(scale, x.shape, values.get("axis", 1), values.get("block_size", 0))
+    shift = spread(np.zeros((), np.uint8) if zero is None else zero, x.shape, values.get("axis", 1), values.get("block_size", 0))
+    if wide is None or shift is None:
+        return None
+    if node.op_type == "DequantizeLinear":
+        return np.asarray((x.astype(np.int64) - shift.astype(np.int64)).astype(wide.dtype) * wide)
+    if kind not in RANGES:
+        return None
+    return np.asarray(np.clip(np.rint(x.astype(wide.dtype) / wide) + shift, *RANGES[kind]))
 
 
 @dataclass(frozen=True)
