@@ -45,6 +45,7 @@ class Replay:
         self._stack = ExitStack()
         self._folder: Path | None = None
         self._last = {name: max(use.node for use in uses) for name, uses in graph.uses.items()}
+        self._constant = _constant_nodes(graph)
         self.batches = len(feeds)
 
     def __enter__(self) -> Replay:
@@ -85,15 +86,23 @@ class Replay:
         self._wanted.discard(name)
 
     def _is_live(self, name: str) -> bool:
-        return name in self._wanted or self._last.get(name, -1) >= self._at
+        return name in self._wanted or (self._last.get(name, -1) >= self._at and name not in self._constant)
 
     def _piece(self, start: int, stop: int, weights: Mapping[str, NDArray[Any]]) -> tuple[onnx.ModelProto, list[str]]:
         """Nodes [start, stop) as a model of their own, and what it makes that is read later."""
         graph = self._graph
-        nodes = graph.nodes[start:stop]
+        run = {index for index in range(start, stop) if not any(name in self._constant for name in graph.nodes[index].output)}
+        outputs = sorted(name for index in run for name in graph.nodes[index].output if name and self._is_live(name))
+        # What is computed of weights alone is computed again in each piece that reads it: the weights may be new.
+        waiting = [name for index in run for name in graph.read_by(index)]
+        while waiting:
+            index = self._constant.get(waiting.pop(), -1)
+            if index >= 0 and index not in run:
+                run.add(index)
+                waiting += graph.read_by(index)
+        nodes = [graph.nodes[index] for index in sorted(run)]
         made = {name for node in nodes for name in node.output if name}
-        outputs = sorted(name for name in made if self._is_live(name))
-        read = {name for index in range(start, stop) for name in graph.read_by(index)}
+        read = {name for index in run for name in graph.read_by(index)}
         stored = [graph.initializers[name] for name in sorted(read & graph.initializers.keys())]
         inputs = [_described(name, self._values[0][name]) for name in sorted(read - made - graph.initializers.keys())]
         body = helper.make_graph(nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], stored)
@@ -122,6 +131,17 @@ class Replay:
             value.unlink()
         else:
             self._held -= getattr(value, "nbytes", 0)
+
+
+def _constant_nodes(graph: Graph) -> dict[str, int]:
+    """By tensor, the number of the node that computes it, of all that depend on no input of the model and on no chance."""
+    found: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        read = graph.read_by(index)
+        by_chance = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+        if (read or node.op_type == "Constant") and not by_chance and all(name in found or name in graph.initializers for name in read):
+            found |= {name: index for name in node.output if name and not graph.is_output(name)}
+    return found
 
 
 def _described(name: str, value: Any) -> onnx.ValueInfoProto:
