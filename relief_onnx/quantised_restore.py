@@ -230,7 +230,7 @@ class _Back:
         inputs = list(node.input)
         count = len(place.inputs) - (1 if place.added is not None and len(place.inputs) > 2 else 0)
         extra = inputs[count:] if len(inputs) > count else []
-        if len(inputs) < count or len(extra) > 1 or (extra and place.bias is None):
+        if len(inputs) < count or len(extra) > 1 or (extra and place.bias is None and not place.dynamic):
             return None
         for name, item, slots in zip(inputs, place.inputs, place.slots, strict=False):
             if isinstance(item, Claim):
@@ -279,7 +279,18 @@ class _Back:
         main.attribute.extend(item for item in node.attribute)
         main.attribute.extend(helper.make_attribute(key, value) for key, value in place.own.items())
         nodes[-1].output[0] = output
+        if extra and place.bias is None:
+            self._add(extra[0], nodes)
         return at, gone, nodes
+
+    def _add(self, bias: str, nodes: list[onnx.NodeProto]) -> None:
+        """A bias of floats behind a convolution of integers, in a shape of its own."""
+        array, output = self.graph.array(bias), nodes[-1].output[0]
+        rank = len(self.graph.initializers[nodes[next(i for i, node in enumerate(nodes) if node.op_type == "ConvInteger")].input[1]].dims)
+        held = unused(self.model, f"{bias}/wide")
+        self.arrays[held] = array.reshape(-1, *(1,) * (rank - 2))
+        nodes[-1].output[0] = unused(self.model, f"{output}/product")
+        nodes.append(helper.make_node("Add", [nodes[-1].output[0], held], [output], name=unused(self.model, f"{output}/shift")))
 
     def _maker(self, name: str, operator: str) -> onnx.NodeProto | None:
         """The node of that operator that makes a tensor, if one does and the float form brought it in or kept it."""
@@ -411,7 +422,7 @@ class _Back:
             if not idle:
                 break
         order = {item.name: number for number, item in enumerate(self.rules.source.graph.initializer)}
-        ours = set(before.uses) | set(self.rules.grids) | set(self.arrays) | set(self.grids)
+        ours = set(before.uses) | set(self.rules.grids) | set(self.arrays) | set(self.grids) | set(self.graph.uses)
         kept = [item for item in graph.initializer if item.name in read or item.name not in ours]
         kept.sort(key=lambda item: order.get(item.name, len(order)))
         copies = [TensorProto.FromString(item.SerializeToString()) for item in kept]
