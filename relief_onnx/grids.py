@@ -160,15 +160,13 @@ class Grid:
             if known is not None and len(known) == values.shape[axis] and (not len(known) or known[-1] < self.shape[axis]):
                 grid = grid._taken(axis, known)
         unknown = [axis for axis in places if grid.shape[axis] != values.shape[axis]]
+        own = [axis for axis in unknown if grid.scale.shape[axis] > 1 or grid.zero.shape[axis] > 1]
         for axis in unknown:
-            if grid.scale.shape[axis] == 1 and grid.zero.shape[axis] == 1:
+            if axis not in own:
                 grid = grid._taken(axis, np.arange(values.shape[axis]))  # any: all places share their scales
-            else:
-                found = grid._matched(axis, values) if len(unknown) == 1 else None
-                if found is None:
-                    return None
-                grid = grid._taken(axis, found)
-        return grid
+        if len(own) > 1 or (own and (found := grid._matched(own[0], values)) is None):
+            return None
+        return grid._taken(own[0], found) if own else grid
 
     def _taken(self, axis: int, places: NDArray[np.intp]) -> Grid:
         block = self.block

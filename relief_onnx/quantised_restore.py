@@ -71,7 +71,7 @@ class Requantise:
             values = graph.array(name)
             if grid.type != TensorProto.INT32:
                 grids[name] = grid.fitted(np.where(flags[name], values, 0) if name in flags else values)
-                notes += [f"{name}: scales are larger now, for values that repair made larger"] if grids[name] is not grid else []
+                notes += [f"{name}: scales are larger now: its values no longer fit the old ones"] if grids[name] is not grid else []
         for name, layer in layers.items():
             self._follow(layer, grids, name)
         for bias, grid in {**self._new_biases(graph, grids), **grids}.items():
@@ -200,13 +200,12 @@ class _Back:
             old = self._held(held)
             for number, (array, users) in enumerate(forms.values()):
                 if array.shape == old.shape and np.array_equal(array, old):
-                    target = held
-                elif number == 0 and len(forms) == 1 and held in self.originals and held not in self.graph.uses:
+                    continue
+                if number == 0 and len(forms) == 1 and held in self.originals and held not in self.graph.uses:
                     target = held
                 else:
                     target = unused(self.model, f"{held}~{number + 2}")
-                if target in self.originals or target != held:
-                    self.arrays[target] = array
+                self.arrays[target] = array
                 for name in users:
                     self.names.setdefault(name, {})[held] = target
 
@@ -247,8 +246,9 @@ class _Back:
                 if made is None or (not place.dynamic and list(made.input)[1:] != [part for part in item[1:] if part]):
                     return None
                 given[slots[0]] = made.input[0]
-                if place.dynamic:
+                if place.dynamic and len(made.input) > 2:
                     given[2] = made.input[2]
+                if place.dynamic:
                     for other in nodes:
                         if other is not main:
                             other.input[:] = [made.input[1] if old == item[1] else old for old in other.input]
@@ -380,7 +380,9 @@ class _Back:
         stored = {item.name: item for item in self.model.graph.initializer}
         tensors = {name: numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name) for name, array in self.arrays.items()}
         for name, grid in self.grids.items():
-            tensors[name] = numpy_helper.from_array(np.ascontiguousarray(grid.stored(self.graph.array(name))), name)
+            values, before = np.ascontiguousarray(grid.stored(self.graph.array(name))), self.originals.get(name)
+            same = before is not None and before.data_type == grid.type and np.array_equal(numpy_helper.to_array(before), values)
+            tensors[name] = before if before is not None and same else numpy_helper.from_array(values, name)
         for name, base in self.rules.copies.items():
             self._share(name, base, tensors)
         read = {name for node in self.model.graph.node for name in node.input}
@@ -393,8 +395,10 @@ class _Back:
             self.model.graph.node.insert(0, constants[name])
         for name, tensor in tensors.items():
             if name in stored:
-                tensor.doc_string = stored[name].doc_string
+                said = stored[name].doc_string
                 stored[name].CopyFrom(tensor)
+                if said:
+                    stored[name].doc_string = said
             else:
                 self.model.graph.initializer.add().CopyFrom(tensor)
             for info in self.model.graph.input:

@@ -258,13 +258,40 @@ def _bias_grid(graph: Graph, node: onnx.NodeProto, row: _Row, inputs: list[Any],
 # -- nodes whose scales are measured when the model runs ------------------------------------------------------------------
 
 
-def _dynamic(graph: Graph, node: onnx.NodeProto, index: int) -> Place | None:
-    """DynamicQuantizeLinear, MatMulInteger or ConvInteger, Cast, Mul."""
-    maker = graph.producer.get(node.input[0])
-    source = graph.nodes[maker] if maker is not None else None
-    if source is None or source.op_type != "DynamicQuantizeLinear" or node.input[0] != source.output[0]:
+def _meaning(graph: Graph, tensor: str) -> tuple[str, str] | None:
+    """The scale and zero point of integers that run, as who makes or reads them says."""
+    if tensor in graph.producer:
+        node = graph.nodes[graph.producer[tensor]]
+        if node.op_type == "DynamicQuantizeLinear":
+            return (node.output[1], node.output[2]) if tensor == node.output[0] else None
+        if node.op_type == "QuantizeLinear":
+            return node.input[1], _input(node, 2)
+    for use in graph.uses.get(tensor, ()):
+        node = graph.nodes[use.node]
+        if use.slot == 0 and node.op_type == "DequantizeLinear":
+            return node.input[1], _input(node, 2)
+        row = _ROWS.get((_domain(node), node.op_type))
+        for value, scale, zero in (row.inputs if row is not None else ()):
+            if use.slot == value:
+                return _input(node, scale), _input(node, zero)
+    return None
+
+
+def _gathered(graph: Graph, node: onnx.NodeProto, index: int) -> Place | None:
+    """Rows of a table of integers, which somebody behind it takes for floats."""
+    meaning = _meaning(graph, node.output[0]) if node.input[0] in graph.initializers else None
+    if meaning is None or not _is_one(graph, meaning[0]) or not _narrow(graph, meaning[1]):
         return None
-    if _input(node, 2) != source.output[2]:
+    grid = _grid(graph, node.input[0], *meaning, None)
+    if grid is None:
+        return None
+    return Place((index,), index, "Gather", (Claim(index, 0, grid), node.input[1]), ((0,), (1,)), attributes(node), meaning)
+
+
+def _dynamic(graph: Graph, node: onnx.NodeProto, index: int) -> Place | None:
+    """MatMulInteger or ConvInteger, Cast, Mul, of integers whose scale is known, most often from a DynamicQuantizeLinear."""
+    meaning = _meaning(graph, node.input[0])
+    if meaning is None or _input(node, 2) != meaning[1]:
         return None
     cast = _only(graph, node.output[0])
     product = _only(graph, graph.nodes[cast[0]].output[0]) if cast is not None and graph.nodes[cast[0]].op_type == "Cast" else None
@@ -275,13 +302,13 @@ def _dynamic(graph: Graph, node: onnx.NodeProto, index: int) -> Place | None:
     if made is None or graph.nodes[made].op_type != "Mul" or _only(graph, scales) is None:
         return None
     pair = list(graph.nodes[made].input)
-    if source.output[1] not in pair or pair[0] == pair[1]:
+    if meaning[0] not in pair or pair[0] == pair[1]:
         return None
-    scale = pair[1 - pair.index(source.output[1])]
+    scale = pair[1 - pair.index(meaning[0])]
     grid = _spread_out(graph, node, scale)
     if grid is None:
         return None
-    run = (node.input[0], source.output[1], source.output[2])
+    run = (node.input[0], *meaning)
     operator = "Conv" if node.op_type == "ConvInteger" else "MatMul"
     return Place(
         (made, index, cast[0], product[0]), product[0], operator, (run, Claim(index, 1, grid)), ((0,), (1,)), attributes(node),
@@ -329,6 +356,8 @@ def places(graph: Graph) -> Iterator[Place]:
             found = _fixed(graph, node, index, _ROWS[domain, node.op_type])
         elif not domain and node.op_type in ("MatMulInteger", "ConvInteger"):
             found = _dynamic(graph, node, index)
+        elif not domain and node.op_type == "Gather":
+            found = _gathered(graph, node, index)
         elif domain == MICROSOFT and node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
             found = _float_product(graph, node, index)
         if found is not None:
