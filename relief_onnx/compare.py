@@ -19,8 +19,9 @@ from relief_onnx.session import Session
 
 __all__ = ["Comparison", "OutputAgreement", "compare_models"]
 
-_LOGIT_MAKERS = frozenset({"Gemm", "MatMul", "Add", "Softmax", "LogSoftmax"})
 _MAP_MAKERS = frozenset({"ZipMap"})
+_LOGIT_MAKERS = frozenset({"Gemm", "MatMul", "Add", "Softmax", "LogSoftmax", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearSoftmax"})
+_ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass
@@ -113,6 +114,8 @@ def class_outputs(model: onnx.ModelProto) -> frozenset[str]:
         if node is not None and node.op_type in _MAP_MAKERS:
             found.add(name)
             continue
+        while node is not None and node.op_type in _ROUNDING:
+            node = graph.nodes[graph.producer[node.input[0]]] if node.input[0] in graph.producer else None
         if node is None or shape is None or len(shape) != 2 or shape[1] == 1 or node.op_type not in _LOGIT_MAKERS:
             continue
         if graph.is_float(name) and attributes(node).get("axis", -1) in (1, -1):

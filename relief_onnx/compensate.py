@@ -202,7 +202,8 @@ class _Edit:
         node = self._graph.nodes[bias.node]
         slot = LAYER_OPERATORS[layer.op].bias_slot
         if bias.node != layer.node:
-            slot = 1 - list(node.input).index(self._graph.nodes[layer.node].output[0])
+            found = (trace_constant(self._graph, name) for name in node.input)
+            slot = next(place for place, held in enumerate(found) if isinstance(held, Source) and held.name == bias.name)
         assert slot is not None
         source = trace_constant(self._graph, node.input[slot])
         assert isinstance(source, Source)

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from relief_onnx.contractions import LABELS
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
+from relief_onnx.grids import carried
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import Together
 from relief_onnx.ops import OperatorRow, row_of
@@ -24,7 +25,10 @@ from relief_onnx.views import View
 __all__ = ["Constants", "Routes", "along", "broadcasts", "exact"]
 
 Values = NDArray[np.float64]
-_WHOLE: Mapping[int, Any] = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_}
+_WHOLE: Mapping[int, Any] = {
+    onnx.TensorProto.INT32: np.int32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.BOOL: np.bool_,
+    onnx.TensorProto.INT8: np.int8, onnx.TensorProto.UINT8: np.uint8, onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.uint16,
+}  # fmt: skip
 Flags = NDArray[np.bool_]
 
 
@@ -153,6 +157,10 @@ class Constants:
             self._scaled_constants(node)
         elif row.kind in ("carry", "sum", "grow") and row.carry is not None:
             self._carry_constants(index, node, row)
+        elif row.kind == "range" or (row.kind == "quantise" and any(name and self._constant(name) is None for name in node.input[1:])):
+            # The zero point is measured when the model runs: 0 stands for it meanwhile.
+            found = self.values[node.input[0]]
+            self.values[node.output[0]] = np.where(found == 0, 0.0, np.nan)
         elif row.constant == "computed":
             self._computed_constants(node, row)
 
@@ -203,7 +211,7 @@ class Constants:
     def _computed_constants(self, node: onnx.NodeProto, row: OperatorRow) -> None:
         """Run the operator itself on the constants, one number per channel."""
         name = node.output[0]
-        if not self.graph.is_float(name):
+        if not self.graph.is_float(name) and row.kind != "quantise":
             return  # sizes, not channels
         shape = self.values[name].shape
         running = set(self._running(node))
@@ -303,6 +311,9 @@ def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
+    if row.kind == "quantise":
+        made = carried(node, *(feeds[name] for name in node.input[:2]), feeds[node.input[2]] if len(node.input) > 2 else None)
+        return None if made is None else made.astype(np.float64)
     copy = onnx.NodeProto.FromString(node.SerializeToString())
     opset = graph.opset
     if row.kind == "affine":

@@ -152,6 +152,30 @@ def _sum(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None
         walk.untracked(node.output[0])
 
 
+def _quantise(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
+    """Places keep their channels; scales and zero points for each place along an axis are tied to it."""
+    walk.rank_known([node.input[0], *node.output])
+    picture, where, values = walk.picture(node.input[0]), walk.graph.names[index], attributes(node)
+    for name in node.input[1:]:
+        shape = walk.graph.shape(name) if name else ()
+        if shape is None or len(shape) > 1:
+            raise Barrier(f"the shape of {name} is not known" if shape is None else "blocks share its scales", long_axes(picture))
+        if shape not in ((), (1,)):
+            axis = values.get("axis", 1) % picture.ndim
+            walk.tie_constant(name, line_of(picture, axis), where, False)
+    walk.pictures[node.output[0]] = picture
+
+
+def _range(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
+    """A channel of zeros changes no range that holds 0."""
+    walk.rank_known([node.input[0]])
+    picture = walk.picture(node.input[0])
+    walk.zero_readers.extend(ZeroReader(index, ((node.input[0], axis),)) for axis in long_axes(picture))
+    walk.pictures[node.output[0]] = picture
+    for name in node.output[1:]:
+        walk.untracked(name)
+
+
 def _recurrent(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:
     """Features of each time step are read by one weight [directions, gates, features]; its states see them all."""
     walk.rank_known([node.input[0]])
@@ -299,4 +323,6 @@ KINDS: Mapping[str, Callable[[Walk, int, onnx.NodeProto, OperatorRow], None]] = 
     "contract": _contract,
     "carry": _carry,
     "grow": _grow,
+    "quantise": _quantise,
+    "range": _range,
 }

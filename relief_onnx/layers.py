@@ -342,10 +342,17 @@ def _on_axis(shape: tuple[int, ...], axis: int | None, size: int) -> bool:
     return axis is not None and -axis <= len(shape) and shape[axis] == size
 
 
+# What a quantised model has between a product and the bias that is added to it.
+_ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
 def _with_following_add(graph: Graph, layer: Layer) -> Layer:
     """Take a constant that is added right after a layer without a bias as its bias."""
-    uses = graph.uses.get(layer.output, [])
-    if layer.bias is not None or len(uses) != 1 or uses[0].slot < 0 or graph.is_output(layer.output):
+    uses, output = graph.uses.get(layer.output, []), layer.output
+    while len(uses) == 1 and uses[0].slot == 0 and graph.nodes[uses[0].node].op_type in _ROUNDING and not graph.is_output(output):
+        output = graph.nodes[uses[0].node].output[0]
+        uses = graph.uses.get(output, [])
+    if layer.bias is not None or len(uses) != 1 or uses[0].slot < 0 or graph.is_output(output):
         return layer
     node = graph.nodes[uses[0].node]
     if node.op_type != "Add" or len(set(node.input)) != 2:

@@ -254,5 +254,7 @@ def _can_fold(graph: Graph, layer: Layer) -> bool:
         return False
     node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
     if layer.bias is not None:
-        return not layer.bias.shared and layer.bias.factor != 0
+        # What is rounded on its way to the bias would be rounded to something else.
+        direct = layer.bias.node == layer.node or node.output[0] in graph.nodes[layer.bias.node].input
+        return direct and not layer.bias.shared and layer.bias.factor != 0
     return slot is not None and (len(node.input) <= slot or not node.input[slot])

@@ -7,13 +7,17 @@ where a rewritten place was cut beyond recognition, what stands there stays, sin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from relief_onnx.datatypes import Kept
 from relief_onnx.fills import lay_open_fills
+from relief_onnx.quantised import lower_quantised
+from relief_onnx.quantised_restore import Requantise
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -22,7 +26,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (lay_open_fills,)
+PASSES: tuple[Pass, ...] = (lay_open_fills, lower_quantised)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,25 @@ class Lowered:
         for restore in reversed(self.restores):
             model = restore(model, kept or {})
         return model
+
+    def settled(self, model: onnx.ModelProto, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[onnx.ModelProto, Lowered]:
+        """An edited `model`, not cut yet, with values that the file's form can hold, and the way back from there.
+
+        flags: by initializer, what stays.
+        """
+        restores: list[Restore] = []
+        for restore in self.restores:
+            if isinstance(restore, Requantise):
+                model, settled = restore.settled(model, flags)
+                restores.append(settled)
+            else:
+                restores.append(restore)
+        return model, replace(self, restores=tuple(restores))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the way back changes besides values."""
+        return tuple(note for restore in self.restores if isinstance(restore, Requantise) for note in restore.notes)
 
 
 def lower(model: onnx.ModelProto, passes: Sequence[Pass] = PASSES) -> Lowered:

@@ -12,6 +12,8 @@ A row says how a node carries pictures from its inputs to its outputs:
 * `contract` sums products of two activations (attention): a channel can go only where either factor is 0;
 * `recurrent` reads its input's last axis with one weight: a channel can go only where it is 0;
 * `grow`     copies one value along new axes (Expand): an axis that is as long as another tensor's channels has those channels;
+* `quantise` integers for floats or back, with a scale and zero point for all or for each place along an axis; 0 stays 0;
+* `range`    measures the range of its input, 0 among it: a channel can go only where it is 0;
 * no row     a barrier: the operator may see every channel, so none of its inputs' channels can go.
 
 `relevance` says how relevance passes from outputs back to inputs, where the kind alone does not (see `relevance` for what each word means).
@@ -67,7 +69,7 @@ class OperatorRow:
 
 _FLOW_OF_KIND = {
     "carry": "move", "mix": "through", "affine": "through", "norm": "through", "sum": "reduce", "contract": "contract",
-    "recurrent": "recurrent", "grow": "move",
+    "recurrent": "recurrent", "grow": "move", "quantise": "through", "range": "through",
 }  # fmt: skip
 
 
@@ -129,6 +131,8 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape, relevance="none")),
+    **_rows("QuantizeLinear DequantizeLinear", OperatorRow("quantise", constant="computed")),
+    **_rows("DynamicQuantizeLinear", OperatorRow("range", constant="zero")),
 }
 
 

@@ -136,13 +136,14 @@ def prune(
         graph, retrained = _recalibrated(job, cut, graph)
     options, masks, flags, gates = cut.options, cut.masks, cut.flags, cut.gates
     with clock("mask"):
+        graph, ready = ready.settled(graph, flags)
         masked = ready.restored(cut.rules.insert_gates(insert(graph, flags), gates))
     with clock("surgery"):
         operation = operate(cut.masked(graph))
+        final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
-        final = ready.restored(operation.model, operation.kept)
     with clock("pack"):
-        shipped, packed = pack(final, _packable(final, masks)) if options.storage == "auto" else (final, ())
+        shipped, packed = pack(final, _packable(operation.model, final, masks)) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained,
@@ -161,7 +162,7 @@ def prune(
             threads=options.threads,
             progress=progress,
         )
-    notes = [*idle(options, given, scores), *training_notes(Graph(ready.original))]
+    notes = [*idle(options, given, scores), *training_notes(Graph(ready.original)), *ready.notes]
     report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
     with clock("write"):
         if folder is not None and is_first():
@@ -414,10 +415,11 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
 
-def _packable(model: onnx.ModelProto, masks: Masks) -> list[str]:
-    """Weights of layers, and tables that were pruned; everything else is stored as it is."""
+def _packable(model: onnx.ModelProto, final: onnx.ModelProto, masks: Masks) -> list[str]:
+    """Weights of layers, and tables that were pruned, in the form of the file; everything else is stored as it is."""
     plan = find(Graph(model))
-    return sorted({layer.weight for layer in plan.layers} | {layer.weight for layer in plan.tables if layer.weight in masks.keep})
+    found = {layer.weight for layer in plan.layers} | {layer.weight for layer in plan.tables if layer.weight in masks.keep}
+    return sorted(found & {item.name for item in final.graph.initializer})
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from relief_onnx import model as files
 from relief_onnx.datatypes import Kept
@@ -46,6 +49,18 @@ class Prepared:
     def restored(self, model: onnx.ModelProto, kept: Kept | None = None) -> onnx.ModelProto:
         """An edited `graph` in the form of the file. kept: what surgery left."""
         return model if self.lowered is None else self.lowered.restored(model, kept)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the form of the file asked for besides new values."""
+        return () if self.lowered is None else self.lowered.notes
+
+    def settled(self, graph: Graph, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[Graph, Prepared]:
+        """An edited `graph`, not cut yet, with values that the file's form can hold. flags: by initializer, what stays."""
+        if self.lowered is None or not self.lowered.restores:
+            return graph, self
+        model, lowered = self.lowered.settled(graph.model, flags)
+        return (graph if model is graph.model else Graph(model)), replace(self, lowered=lowered)
 
 
 def prepare(source: files.ModelSource) -> Prepared:

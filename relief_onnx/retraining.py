@@ -91,7 +91,8 @@ def retrain(
     kept = {weight: ready.graph.array(weight) != 0 for weight in ready.plan.by_weight()}
     tables = [name for name in ready.plan.by_table() if name in flags]
     rounds.count(ready.plan, kept)
-    dense = files.share_again(ready.restored(apply_weights(first, arrays)), ready.original)
+    settled, ready = ready.settled(Graph(apply_weights(first, arrays)), flags)
+    dense = files.share_again(ready.restored(settled.model), ready.original)
     shipped, _ = pack(dense, sorted([*kept, *tables])) if options.storage == "auto" else (dense, ())
     checked = verify(ready.original, dense, shipped, dataset, seed=options.seed, threads=options.threads)
     quality = compare_models(
@@ -119,7 +120,7 @@ def retrain(
         },
         "quality": quality_report(quality),
         "timing": {stage: round(value, 4) for stage, value in seconds.items()},
-        "warnings": [*quality.warnings, *dataset.notes, *([] if flags else ["no weight is 0, so nothing had to be held"])],
+        "warnings": [*quality.warnings, *dataset.notes, *ready.notes, *([] if flags else ["no weight is 0, so nothing had to be held"])],
     }  # fmt: skip
     if save_report is not None and is_first():
         files.write_atomically(Path(save_report), to_json(report))

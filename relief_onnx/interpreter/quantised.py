@@ -86,6 +86,17 @@ def quantize(
     return (torch.round(values) + offset).clamp(low, high).to(dtype)
 
 
+@op("DynamicQuantizeLinear")
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 over the range of x, 0 among it; the range itself is held to be constant in training."""
+    with torch.no_grad():
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        scale = (high - low) / 255
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.round(-low / scale).clamp(0, 255).to(torch.uint8)
+    return quantize(x, scale, zero), scale, zero
+
+
 @op("MatMulInteger")
 def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
     left, right = a.long(), b.long()
