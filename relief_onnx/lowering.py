@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx
 
 from relief_onnx.datatypes import Kept
+from relief_onnx.fused import lay_open
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -21,7 +22,9 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = ()
+PASSES: tuple[Pass, ...] = (
+    lay_open,
+)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions,
 from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, pools, silenced
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
-from relief_onnx.graph import Graph
+from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.layers import Plan, find, select
+from relief_onnx.lowering import lower
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
@@ -405,7 +406,9 @@ class _Clock:
 
 def _packable(model: onnx.ModelProto) -> list[str]:
     """Weights of layers; everything else is stored as it is."""
-    return sorted({layer.weight for layer in find(Graph(model)).layers})
+    opened = lower(model).model
+    stored = {item.name for item in model.graph.initializer if item.data_type in FLOATS}
+    return sorted({layer.weight for layer in find(Graph(opened)).layers} & stored)
 
 
 def _nothing(plan: Plan, reasons: Mapping[str, str]) -> NothingPrunedError:

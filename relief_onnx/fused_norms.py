@@ -1,0 +1,84 @@
+"""Layer normalisations that onnxruntime's optimisers fused with the sums and embeddings before them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from relief_onnx.fused_place import MAIN, Found, Place
+from relief_onnx.moves import Barrier
+
+__all__ = ["embed_layer_normalization", "skip_layer_normalization", "skip_simplified_layer_normalization"]
+
+_STORED = frozenset({"MatMul", "FusedMatMul"})
+
+
+def _is_product(place: Place, slot: int) -> bool:
+    """Whether a dense layer, read by nobody else, makes that input: then a bias is the layer's."""
+    maker = place.graph.producer.get(place.input(slot))
+    uses = place.graph.uses.get(place.input(slot), ())
+    return maker is not None and len(uses) == 1 and place.graph.nodes[maker].op_type in _STORED
+
+
+def _summed(place: Place, bias: int) -> str:
+    """Both inputs and the bias; the sum is the last output."""
+    first, second = (1, 0) if not _is_product(place, 0) and _is_product(place, 1) else (0, 1)
+    x = place.input(first)
+    if place.input(bias):
+        x = place.op("bias", "Add", x, place.input(bias))
+    if place.is_read(1) or place.is_read(2):
+        raise Barrier("its statistics are read")
+    total = place.op("sum", "Add", x, place.input(second), output=place.output(3) if place.is_read(3) else "")
+    return str(total)
+
+
+def skip_layer_normalization(place: Place) -> None:
+    """A residual sum, then LayerNormalization."""
+    epsilon = float(place.values.get("epsilon", 1e-12))
+    total = _summed(place, bias=4)
+    scales = (place.input(2), place.input(3))
+    place.op(MAIN, "LayerNormalization", total, *scales, output=place.output(0), axis=-1, epsilon=epsilon)
+
+
+def skip_simplified_layer_normalization(place: Place) -> None:
+    """A residual sum, then the norm without a mean."""
+    epsilon = float(place.values.get("epsilon", 1e-12))
+    total = _summed(place, bias=3)
+    place.op(MAIN, "SimplifiedLayerNormalization", total, place.input(2), output=place.output(0), axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def embed_layer_normalization(place: Place) -> None:
+    """Rows of two or three tables, their sum, LayerNormalization, and how many tokens count."""
+    ids, segments, words, positions, kinds, gamma, beta, mask, places = (place.input(slot) for slot in range(9))
+    rows = place.size(3, 0)
+    if not places:
+        place.need(10, "a position for each token")
+        if rows < 0:
+            raise Barrier(f"the shape of {positions} is not known")
+        length = place.axes("length", "Unsqueeze", place.op("tokens", "Gather", place.op("sizes", "Shape", ids), _second(place), axis=0), 0)
+        every = place.constant("places", np.arange(rows, dtype=np.int64)[None])
+        places = place.op("places", "Slice", every, place.ints("first", 0), length, place.ints("along", 1))
+    total = place.op("words", "Gather", words, ids, axis=0)
+    if kinds:
+        total = place.op("with_kinds", "Add", total, place.op("kinds", "Gather", kinds, segments, axis=0))
+    found = place.op("positions", "Gather", positions, places, axis=0)
+    total = place.op("sum", "Add", total, found, output=place.output(2) if place.is_read(2) else "")
+    if place.is_read(1):
+        if not mask:
+            raise Barrier("its count of tokens is read but it has no mask")
+        if place.graph.opset < 13:
+            place.op("counted", "ReduceSum", mask, output=place.output(1), axes=[1], keepdims=0)
+        else:
+            place.op("counted", "ReduceSum", mask, place.ints("counted/axes", 1), output=place.output(1), keepdims=0)
+    epsilon = float(place.values.get("epsilon", 1e-12))
+    place.op(MAIN, "LayerNormalization", total, gamma, beta, output=place.output(0), axis=-1, epsilon=epsilon)
+    place.rebuild = _same_widths
+
+
+def _second(place: Place) -> str:
+    return place.constant("second", np.asarray(1, np.int64))
+
+
+def _same_widths(place: Place, found: Found) -> bool:
+    """A table that lost columns makes the node emit fewer: it is put back as long as all tables have lost the same."""
+    widths = {found.constants[name].dims[-1] for name in found.node.input[2:7] if name in found.constants}
+    return len(widths) <= 1
