@@ -92,12 +92,12 @@ class _Restore:
         index = Edited(result)
         gone: dict[int, list[onnx.NodeProto]] = {}
         for place in self.places:
-            found = place.find(index)
-            if found is None:
+            rewrite = place.restored(index)
+            if rewrite is None:
                 continue
-            gone |= {id(node): [] for node in found.consumed}
-            gone[id(found.consumed[0])] = [*found.before, found.node, *found.after]
-            for name, value in found.new.items():
+            gone |= {id(node): [] for node in rewrite.gone}
+            gone[id(rewrite.gone[0])] = list(rewrite.nodes)
+            for name, value in rewrite.new.items():
                 set_initializer(result, name, value)
         nodes = [new for node in index.nodes for new in gone.get(id(node), [node])]
         read = {name for node in index.nodes for name in node.input}

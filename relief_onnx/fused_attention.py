@@ -17,7 +17,7 @@ __all__ = ["attention", "multi_head_attention"]
 
 def attention(place: Place) -> None:
     """One packed projection [in, q + k + v] of x [batch, tokens, in], then attention; with a past, keys and values of before come first."""
-    x, weight, bias, mask, past, added = (place.input(slot) for slot in range(6))
+    x, weight, bias, past = (place.input(slot) for slot in (0, 1, 2, 4))
     if any(place.values.get(name) for name in ("do_rotary", "past_present_share_buffer")) or place.input(6):
         raise Barrier("it rotates or shares its past, which is not known here")
     if place.rank(1) != 2 or place.size(1, 1) < 0 or place.rank(0) not in (None, 3):
@@ -98,13 +98,13 @@ def _masked(place: Place, slot: int, keys: str, least: float) -> str:
         place.need(11, "its mask of lengths")
         length = _length(place, "keys", keys, 2)
         place_of = place.op("key_places", "Range", _whole(place, "first", 0), length, _whole(place, "step", 1))
-        lengths_ = place.axes("lengths", "Unsqueeze", place.op("lengths_long", "Cast", mask, to=onnx.TensorProto.INT64), 1)
-        counts, axes = place.op("key_counts", "Less", place_of, lengths_), (1, 2)
+        each = place.axes("lengths", "Unsqueeze", place.op("lengths_long", "Cast", mask, to=onnx.TensorProto.INT64), 1)
+        counts, axes = place.op("key_counts", "Less", place_of, each), [1, 2]
     elif rank in (2, 3):
         element = place.graph.types[mask][0]
         none = place.constant("none", np.asarray(0, onnx.helper.tensor_dtype_to_np_dtype(element)))
         counts = mask if element == onnx.TensorProto.BOOL else place.op("key_counts", "Greater", mask, none)
-        axes = (1, 2) if rank == 2 else (1,)
+        axes = [1, 2] if rank == 2 else [1]
     else:
         raise Barrier(f"its mask {mask} has {'an unknown number of' if rank is None else rank} axes")
     chosen = place.op("mask", "Where", counts, zero, place.number("least", least, place.input(0)))
@@ -206,6 +206,7 @@ def _apart_again(place: Place, found: Found) -> bool:
         found.new[found.node.input[3]] = np.concatenate(whole)
         return True
     joined = f"{place.output(0)}/bias/joined"
-    found.before.append(onnx.helper.make_node("Concat", [found.parts[f"{role}_bias"].input[1] for role in "qkv"], [joined], name=joined, axis=0))
+    names = [found.parts[f"{role}_bias"].input[1] for role in "qkv"]
+    found.before.append(onnx.helper.make_node("Concat", names, [joined], name=joined, axis=0))
     found.node.input[3] = joined
     return True

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from relief_onnx.fused_place import MAIN, Found, Place
+import numpy as np
+import onnx
+from onnx import helper
+
+from relief_onnx.fused_place import MAIN, Edited, Found, Place, Rewrite
 from relief_onnx.moves import Barrier
 
 __all__ = ["embed_layer_normalization", "skip_layer_normalization", "skip_simplified_layer_normalization"]
@@ -27,7 +31,10 @@ def _summed(place: Place, bias: int) -> str:
         x = place.op("bias", "Add", x, place.input(bias))
     if place.is_read(1) or place.is_read(2):
         raise Barrier("its statistics are read")
+    # A norm whose channels are cut is padded with zeros (see `edits`), as it could not be in older operators.
+    place.need(11, "its norm")
     total = place.op("sum", "Add", x, place.input(second), output=place.output(3) if place.is_read(3) else "")
+    place.otherwise = (_padded, _spelled_out)
     return str(total)
 
 
@@ -69,9 +76,11 @@ def embed_layer_normalization(place: Place) -> None:
             place.op("counted", "ReduceSum", mask, output=place.output(1), axes=[1], keepdims=0)
         else:
             place.op("counted", "ReduceSum", mask, place.ints("counted/axes", 1), output=place.output(1), keepdims=0)
+    place.need(11, "its norm")
     epsilon = float(place.values.get("epsilon", 1e-12))
     place.op(MAIN, "LayerNormalization", total, gamma, beta, output=place.output(0), axis=-1, epsilon=epsilon)
     place.rebuild = _same_widths
+    place.otherwise = (_spelled_out,)
 
 
 def _second(place: Place) -> str:
@@ -82,3 +91,54 @@ def _same_widths(place: Place, found: Found) -> bool:
     """A table that lost columns makes the node emit fewer: it is put back as long as all tables have lost the same."""
     widths = {found.constants[name].dims[-1] for name in found.node.input[2:7] if name in found.constants}
     return len(widths) <= 1
+
+
+def _padded(place: Place, model: Edited) -> Rewrite | None:
+    """Sum, Pad, norm (see `edits`): both branches are padded and the fused node sums and normalises them."""
+    norm, add = model.by_name.get(place.parts[MAIN].name), model.by_name.get(place.parts["sum"].name)
+    pad = None if norm is None else model.producer.get(norm.input[0])
+    if norm is None or add is None or pad is None or norm.op_type != place.parts[MAIN].op_type or len(model.readers[pad.output[0]]) > 1:
+        return None
+    if add.op_type != "Add" or pad.op_type != "Pad" or pad.input[0] != add.output[0] or len(set(add.input)) < 2:
+        return None
+    shapes = [model.graph.shape(name) for name in add.input]
+    if any(shape is None or len(shape) != 3 for shape in shapes) or shapes[0] != shapes[1]:
+        return None
+    wide = [f"{norm.output[0]}/first", f"{norm.output[0]}/second"]
+    pads = [helper.make_node("Pad", [name, *pad.input[1:]], [out], name=out) for name, out in zip(add.input, wide, strict=True)]
+    node = onnx.NodeProto()
+    node.CopyFrom(place.node)
+    node.input[:] = [*wide, *norm.input[1:]]
+    node.output[:] = norm.output[:1]
+    alone = len(model.readers[add.output[0]]) == 1 and add.output[0] not in model.outputs
+    return Rewrite([norm, pad, *([add] if alone else [])], [*pads, node], {})
+
+
+def _spelled_out(place: Place, model: Edited) -> Rewrite | None:
+    """A norm that must stand for itself, where the file's standard operators have none: the steps that it takes."""
+    norm = model.by_name.get(place.parts[MAIN].name)
+    simple = place.parts[MAIN].op_type == "SimplifiedLayerNormalization"
+    if norm is None or norm.op_type != place.parts[MAIN].op_type or (place.graph.opset >= 17 and not simple):
+        return None
+    x, out = norm.input[0], norm.output[0]
+    element = model.graph.types.get(x, (onnx.TensorProto.FLOAT, None))[0] or onnx.TensorProto.FLOAT
+    epsilon = np.asarray(float(place.values.get("epsilon", 1e-12)), helper.tensor_dtype_to_np_dtype(element))
+    new = {f"{out}/epsilon": epsilon} | ({f"{out}/axis": np.array([-1], np.int64)} if place.graph.opset >= 18 else {})
+    axes: dict[str, Any] = {"axes": [-1]} if place.graph.opset < 18 else {}
+    also = [] if axes else [f"{out}/axis"]
+    nodes: list[onnx.NodeProto] = []
+
+    def add(operator: str, role: str, *inputs: str, **values: Any) -> str:
+        name = f"{out}/{role}" if role else out
+        nodes.append(helper.make_node(operator, list(inputs), [name], name=f"{norm.name}/{role}" if role else norm.name, **values))
+        return name
+
+    if not simple:
+        x = add("Sub", "centred", x, add("ReduceMean", "mean", x, *also, keepdims=1, **axes))
+    variance = add("ReduceMean", "variance", add("Mul", "squared", x, x), *also, keepdims=1, **axes)
+    y = add("Div", "normed", x, add("Sqrt", "deviation", add("Add", "positive", variance, f"{out}/epsilon")))
+    shift = norm.input[2] if len(norm.input) > 2 else ""
+    y = add("Mul", "scaled" if shift else "", y, norm.input[1])
+    if shift:
+        add("Add", "", y, shift)
+    return Rewrite([norm], nodes, new)

@@ -6,7 +6,7 @@ are there and lead to each other, the fused node can be put back with whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import Barrier
 
-__all__ = ["MAIN", "Edited", "Found", "Place", "ordered"]
+__all__ = ["MAIN", "Edited", "Found", "Place", "Rewrite", "ordered"]
 
 # The part that has the node's own name: the one with the weight, where there is one.
 MAIN = ""
@@ -26,7 +26,7 @@ MAIN = ""
 
 @dataclass
 class Found:
-    """A place in an edited model: `parts` as they are now, by role; `node` is the fused node in the making, with its new inputs and outputs.
+    """A place in an edited model: `parts` as they are now, by role; `node` is the fused node in the making.
 
     biases: constants that were added to what a part emits, by its role. constants: the graph's stored tensors. new: tensors to store.
     """
@@ -52,6 +52,15 @@ class Found:
         self.node.attribute.append(helper.make_attribute(name, value))
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """Nodes of an edited model that go, the nodes that stand for them, and new stored tensors."""
+
+    gone: Sequence[onnx.NodeProto]
+    nodes: Sequence[onnx.NodeProto]
+    new: Mapping[str, NDArray[Any]]
+
+
 class Place:
     """One fused node of `graph`, and the operators that take its place. Rows fill it with `op`; Barrier says why one cannot."""
 
@@ -66,6 +75,7 @@ class Place:
         self.copied: str | None = None  # the part whose attributes the fused node has too
         self.extra: dict[str, int] = {}  # what may be added to a part's output, as a constant: the input of the fused node that takes it
         self.rebuild: Callable[[Place, Found], bool] = lambda place, found: True
+        self.otherwise: tuple[Callable[[Place, Edited], Rewrite | None], ...] = ()  # where the fused node cannot be put back
 
     # -- what rows ask and say -----------------------------------------------------------------------------------------------
 
@@ -136,8 +146,14 @@ class Place:
 
     # -- the way back ---------------------------------------------------------------------------------------------------------
 
-    def find(self, model: Edited) -> Found | None:
-        """The fused node for what stands in an edited model, or None where it cannot say that."""
+    def restored(self, model: Edited) -> Rewrite | None:
+        """What to write for what stands in an edited model: the fused node where it can say that; None: leave all as it is."""
+        found = self._find(model)
+        if found is not None:
+            return Rewrite(found.consumed, [*found.before, found.node, *found.after], found.new)
+        return next((rewrite for make in self.otherwise if (rewrite := make(self, model)) is not None), None)
+
+    def _find(self, model: Edited) -> Found | None:
         parts = {role: model.by_name.get(part.name) for role, part in self.parts.items()}
         whole = {role: part for role, part in parts.items() if part is not None}
         if len(whole) < len(parts) or not all(self._same(role, whole[role]) for role in whole):
@@ -164,7 +180,7 @@ class Place:
     def _connected(self, model: Edited, found: Found, outer: dict[str, str]) -> bool:
         """Whether parts read each other as they did; notes what stands for each tensor from outside."""
         makers = {name: (role, slot) for role, part in self.parts.items() for slot, name in enumerate(part.output)}
-        allowed = {place for place in self.slots.values()}
+        allowed = set(self.slots.values())
         for role, part in self.parts.items():
             now = found.parts[role]
             reads = [*part.input, *[""] * (len(now.input) - len(part.input))]
@@ -233,7 +249,7 @@ class Edited:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = Graph(model)
-        self.nodes = graph.nodes
+        self.graph, self.nodes = graph, graph.nodes
         self.by_name = {node.name: node for node in graph.nodes if node.name}
         self.producer = {name: graph.nodes[index] for name, index in graph.producer.items()}
         # What the body of a node reads counts as read by that node.

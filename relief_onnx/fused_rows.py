@@ -1,12 +1,13 @@
 """The table of fused operators: which standard operators say what each of them does (onnxruntime's contrib operators, CPU).
 
-A row fills a `Place`; it raises Barrier where a form is not known. Element-wise operators with one input (Gelu, QuickGelu, FastGelu) need no
-row: they are in the operator table (`ops`) as they are.
+A row fills a `Place`; it raises Barrier where a form is not known. Element-wise operators with one input (Gelu, QuickGelu, FastGelu) need
+no row: they are in the operator table (`ops`) as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,8 @@ def _activated(place: Place, x: str, parameters: list[float]) -> None:
         limits = [place.number(f"act/{key}", value, place.input(1)) for key, value in zip(names, parameters, strict=False)]
         place.op("act", name, x, *limits, output=place.output(0))
     else:
-        place.op("act", name, x, output=place.output(0), **dict(zip(names, parameters, strict=False)))
+        values: dict[str, Any] = dict(zip(names, parameters, strict=False))
+        place.op("act", name, x, output=place.output(0), **values)
 
 
 def fused_conv(place: Place) -> None:
@@ -106,11 +108,10 @@ def fast_gelu(place: Place) -> None:
 
 def bias_dropout(place: Place) -> None:
     """Bias, dropout that does nothing in inference, residual."""
-    ratio = place.graph.constant(place.input(3)) if place.input(3) else np.zeros(())
     training = place.graph.constant(place.input(4)) if place.input(4) else np.zeros(())
-    if training is None or bool(np.any(training)) or ratio is None or place.is_read(1):
+    if training is None or bool(np.any(training)) or place.is_read(1):
         raise Barrier("it is in training mode")
-    x = place.op(MAIN, "Add", place.input(0), place.input(1), **({} if place.input(2) else {"output": place.output(0)}))
+    x = place.op(MAIN, "Add", place.input(0), place.input(1), output="" if place.input(2) else place.output(0))
     if place.input(2):
         place.op("residual", "Add", x, place.input(2), output=place.output(0))
 
@@ -121,6 +122,7 @@ ROWS: Mapping[tuple[str, str], Row] = {
     (MICROSOFT, "FusedMatMul"): fused_matmul,
     (MICROSOFT, "BiasGelu"): _after_bias("Gelu"),
     (MICROSOFT, "FastGelu"): fast_gelu,
+    (MICROSOFT, "BiasDropout"): bias_dropout,
     (MICROSOFT, "SkipLayerNormalization"): skip_layer_normalization,
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): skip_simplified_layer_normalization,
     (MICROSOFT, "EmbedLayerNormalization"): embed_layer_normalization,

@@ -22,9 +22,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (
-    lay_open,
-)
+PASSES: tuple[Pass, ...] = (lay_open,)
 
 
 @dataclass(frozen=True)

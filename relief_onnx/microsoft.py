@@ -1,4 +1,7 @@
-"""Element-wise operators of domain com.microsoft for ONNX's reference evaluator, which computes what a constant becomes."""
+"""Element-wise operators of domain com.microsoft for ONNX's reference evaluator, which computes what a constant becomes.
+
+The evaluator also hands on the attributes of a standard operator with the same name; those mean nothing here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Gelu(OpRun):
 
     op_domain = MICROSOFT
 
-    def _run(self, x: Values) -> tuple[Values]:
+    def _run(self, x: Values, **_: Any) -> tuple[Values]:
         """The value, alone in a tuple."""
         return ((x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))).astype(x.dtype),)
 
@@ -30,7 +33,7 @@ class FastGelu(OpRun):
 
     op_domain = MICROSOFT
 
-    def _run(self, x: Values) -> tuple[Values]:
+    def _run(self, x: Values, **_: Any) -> tuple[Values]:
         """The value, alone in a tuple."""
         return ((x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))).astype(x.dtype),)
 
@@ -40,7 +43,7 @@ class QuickGelu(OpRun):
 
     op_domain = MICROSOFT
 
-    def _run(self, x: Values, alpha: float | None = None) -> tuple[Values]:
+    def _run(self, x: Values, alpha: float | None = None, **_: Any) -> tuple[Values]:
         """The value, alone in a tuple."""
         return ((x / (1 + np.exp(-(1.702 if alpha is None else alpha) * x))).astype(x.dtype),)
 
