@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from relief_onnx.fused_place import MAIN, Edited, Found, Place, Rewrite
 from relief_onnx.moves import Barrier
@@ -104,14 +104,38 @@ def _padded(place: Place, model: Edited) -> Rewrite | None:
     shapes = [model.graph.shape(name) for name in add.input]
     if any(shape is None or len(shape) != 3 for shape in shapes) or shapes[0] != shapes[1]:
         return None
-    wide = [f"{norm.output[0]}/first", f"{norm.output[0]}/second"]
-    pads = [helper.make_node("Pad", [name, *pad.input[1:]], [out], name=out) for name, out in zip(add.input, wide, strict=True)]
+    branches, gone, alone = list(add.input), [norm, pad], len(model.readers[add.output[0]]) == 1 and add.output[0] not in model.outputs
     node = onnx.NodeProto()
     node.CopyFrom(place.node)
-    node.input[:] = [*wide, *norm.input[1:]]
+    new: dict[str, Any] = {}
+    node.input[:] = ["", "", *norm.input[1:]]
+    if alone:
+        gone.append(add)
+        new = _wider_bias(place, model, node, branches, gone, pad)
+    wide = [f"{norm.output[0]}/first", f"{norm.output[0]}/second"]
+    pads = [helper.make_node("Pad", [name, *pad.input[1:]], [out], name=out) for name, out in zip(branches, wide, strict=True)]
+    node.input[:2] = wide
     node.output[:] = norm.output[:1]
-    alone = len(model.readers[add.output[0]]) == 1 and add.output[0] not in model.outputs
-    return Rewrite([norm, pad, *([add] if alone else [])], [*pads, node], {})
+    return Rewrite(gone, [*pads, node], new)
+
+
+def _wider_bias(
+    place: Place, model: Edited, node: onnx.NodeProto, branches: list[str], gone: list[onnx.NodeProto], pad: onnx.NodeProto
+) -> dict[str, Any]:
+    """Give the fused node its bias again, with zeros at its end, where that is stored and alone; returns what to store."""
+    part = place.parts.get("bias")
+    add = None if part is None else model.by_name.get(part.name)
+    if part is None or add is None or add.op_type != "Add" or add.output[0] not in branches or len(model.readers[add.output[0]]) > 1:
+        return {}
+    stored, amounts = model.constants.get(add.input[1]), model.constants.get(pad.input[1])
+    if stored is None or amounts is None or len(stored.dims) != 1 or add.output[0] in model.outputs:
+        return {}
+    slot = list(place.node.input).index(part.input[1])
+    node.input.extend([""] * (slot + 1 - len(node.input)))
+    node.input[slot] = f"{add.input[1]}/wide"
+    branches[branches.index(add.output[0])] = add.input[0]
+    gone.append(add)
+    return {node.input[slot]: np.pad(numpy_helper.to_array(stored), (0, int(numpy_helper.to_array(amounts)[-1])))}
 
 
 def _spelled_out(place: Place, model: Edited) -> Rewrite | None:

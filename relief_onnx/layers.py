@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from relief_onnx.fused import refusal
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
@@ -282,7 +283,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
         return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None or use.slot not in row.slots:
-        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned")
+        why = refusal(graph, use.node)
+        return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned{why and f': {why}'}")
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):
         return found
