@@ -56,14 +56,11 @@ def skip_simplified_layer_normalization(place: Place) -> None:
 def embed_layer_normalization(place: Place) -> None:
     """Rows of two or three tables, their sum, LayerNormalization, and how many tokens count."""
     ids, segments, words, positions, kinds, gamma, beta, mask, places = (place.input(slot) for slot in range(9))
-    rows = place.size(3, 0)
+    place.need(11, "its norm")
     if not places:
-        place.need(10, "a position for each token")
-        if rows < 0:
-            raise Barrier(f"the shape of {positions} is not known")
-        length = place.axes("length", "Unsqueeze", place.op("tokens", "Gather", place.op("sizes", "Shape", ids), _second(place), axis=0), 0)
-        every = place.constant("places", np.arange(rows, dtype=np.int64)[None])
-        places = place.op("places", "Slice", every, place.ints("first", 0), length, place.ints("along", 1))
+        whole = {name: place.constant(name, np.asarray(value, np.int64)) for name, value in (("first", 0), ("step", 1))}
+        length = place.op("tokens", "Gather", place.op("sizes", "Shape", ids), whole["step"], axis=0)
+        places = place.op("places", "Range", whole["first"], length, whole["step"])
     total = place.op("words", "Gather", words, ids, axis=0)
     if kinds:
         total = place.op("with_kinds", "Add", total, place.op("kinds", "Gather", kinds, segments, axis=0))
@@ -76,15 +73,10 @@ def embed_layer_normalization(place: Place) -> None:
             place.op("counted", "ReduceSum", mask, output=place.output(1), axes=[1], keepdims=0)
         else:
             place.op("counted", "ReduceSum", mask, place.ints("counted/axes", 1), output=place.output(1), keepdims=0)
-    place.need(11, "its norm")
     epsilon = float(place.values.get("epsilon", 1e-12))
     place.op(MAIN, "LayerNormalization", total, gamma, beta, output=place.output(0), axis=-1, epsilon=epsilon)
     place.rebuild = _same_widths
     place.otherwise = (_spelled_out,)
-
-
-def _second(place: Place) -> str:
-    return place.constant("second", np.asarray(1, np.int64))
 
 
 def _same_widths(place: Place, found: Found) -> bool:

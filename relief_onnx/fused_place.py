@@ -47,9 +47,12 @@ class Found:
 
     def set(self, name: str, value: Any) -> None:
         """Set an attribute of the fused node."""
-        for item in [item for item in self.node.attribute if item.name == name]:
-            self.node.attribute.remove(item)
-        self.node.attribute.append(helper.make_attribute(name, value))
+        made = helper.make_attribute(name, value)
+        old = next((item for item in self.node.attribute if item.name == name), None)
+        if old is None:
+            self.node.attribute.append(made)
+        else:
+            old.CopyFrom(made)
 
 
 @dataclass(frozen=True)
