@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+import numpy as np
 import onnx
 import pytest
 from fused_cases import CASES, Feed
-from laws import assert_same_outputs
+from laws import assert_same_outputs, masked_and_cut, units_switched_off
 
 import relief_onnx
 from relief_onnx.errors import NothingPrunedError
 from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
+from relief_onnx.lowering import lower
+from relief_onnx.surgery import operate
 
 
 def operators(model: onnx.ModelProto) -> Counter[tuple[str, str]]:
@@ -71,3 +74,26 @@ def test_pruned_it_keeps_its_operators(name: str, granularity: str) -> None:
     assert layers
     assert [row for row in layers if row["status"] == "skipped"] == []
     assert_same_outputs(result.masked, result.model, feed, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - AS_IT_IS))
+def test_mask_is_surgery(name: str, seed: int) -> None:
+    """For random weights and random units, both written back: they compute the same, and the cut file is valid and can be cut again."""
+    model, feed = CASES[name]()
+    opened = lay_open(model)
+    assert opened is not None
+    lowered, restore = opened
+    for number, make in enumerate((masked_and_cut, units_switched_off)):
+        masked, operation, *_ = make(lowered, np.random.default_rng(100 * seed + number))
+        final = restore(operation.model, operation.kept)
+        assert_same_outputs(restore(masked, {}), final, feed, 1e-5)
+        if not name.endswith("opset 9"):
+            onnx.checker.check_model(final, full_check=True)
+        assert {item.domain for item in final.opset_import} == {"", "com.microsoft"}
+        unread = {item.name for item in final.graph.initializer} - {name for node in final.graph.node for name in node.input}
+        assert unread <= {item.name for item in operation.model.graph.initializer} - {
+            name for node in operation.model.graph.node for name in node.input
+        }
+        again = operate(lower(final).model)
+        assert again.units_removed == 0
