@@ -120,7 +120,7 @@ def skipped(simple: bool = False, bias: bool = False, total: bool = False) -> An
     def build(net: Fused, x: str) -> str:
         y = net.op("MatMul", net.op("Relu", dense(net, x, C, 8)), net.weight(8, C))
         extra = [net.bias(C)] if bias else []
-        scales = [net.vector()] if simple else [net.vector(), net.bias(C) if not bias else net.bias(C)]
+        scales = [net.vector()] if simple else [net.vector(), net.bias(C)]
         name = "SkipSimplifiedLayerNormalization" if simple else "SkipLayerNormalization"
         found = net.ms(name, y, x, *scales, *extra, outputs=4 if total else 1, epsilon=1e-5)
         if not total:
@@ -143,10 +143,8 @@ def embedded(kinds: bool = True, mask: bool = False, places: bool = False, total
             feed[name] = net.rng.integers(0, limits[name], (6, T)).astype(np.int32)
         if mask:
             feed["mask"][:, 0] = 1
-        inputs = [
-            "ids", "kinds" if kinds else "", net.weight(20, C, prefix="table"), net.weight(9, C, prefix="table"),
-            net.weight(2, C, prefix="table") if kinds else "", net.vector(), net.bias(C), "mask" if mask else "", "places" if places else "",
-        ]  # fmt: skip
+        tables = [net.weight(20, C, prefix="table"), net.weight(9, C, prefix="table"), net.weight(2, C, prefix="table") if kinds else ""]
+        inputs = ["ids", "kinds" if kinds else "", *tables, net.vector(), net.bias(C), "mask" if mask else "", "places" if places else ""]
         while not inputs[-1]:
             inputs.pop()
         found = net.ms("EmbedLayerNormalization", *inputs, outputs=3 if total else 2, epsilon=1e-6)
