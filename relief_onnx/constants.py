@@ -15,6 +15,7 @@ from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
 from relief_onnx.grids import carried
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
+from relief_onnx.microsoft import EVALUATED, MICROSOFT
 from relief_onnx.moves import Together
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_reads import cell_of
@@ -326,9 +327,9 @@ def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]]
     types = {name: onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype) for name in node.input if name}
     inputs = [onnx.helper.make_tensor_value_info(name, element, None) for name, element in types.items()]
     body = onnx.helper.make_graph([copy], "one", inputs, [onnx.ValueInfoProto(name=node.output[0])])
-    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)])
     with np.errstate(all="ignore"):
-        values: Any = ReferenceEvaluator(model).run([node.output[0]], feeds)
+        values: Any = ReferenceEvaluator(model, new_ops=EVALUATED).run([node.output[0]], feeds)
         result = np.asarray(values[0], np.float64)
     return result if bool(np.isfinite(result).all()) else None
 

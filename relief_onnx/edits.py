@@ -405,4 +405,5 @@ _COUNTING: Mapping[str, Callable[[Cut, int, onnx.NodeProto, ZeroReader], None]] 
     "ReduceMean": _count_mean,
     "LayerNormalization": _count_norm,
     "RMSNormalization": _count_norm,
+    "SimplifiedLayerNormalization": _count_norm,
 }

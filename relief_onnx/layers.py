@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from relief_onnx.fused import refusal
 from relief_onnx.geometry import Geometry
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.reasons import TABLE_REASON, why_no_layer
@@ -376,7 +377,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if use.slot in _KEPT and is_recurrent(node):
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
-        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)))
+        why = refusal(graph, use.node)
+        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)) + (f": {why}" if why else ""))
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):
         return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.datatypes import Kept
 from relief_onnx.fills import lay_open_fills
+from relief_onnx.fused import lay_open
 from relief_onnx.quantised import lower_quantised
 from relief_onnx.quantised_restore import Requantise
 
@@ -26,7 +27,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (lay_open_fills, lower_quantised)
+PASSES: tuple[Pass, ...] = (lay_open_fills, lower_quantised, lay_open)
 
 
 @dataclass(frozen=True)

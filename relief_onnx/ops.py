@@ -87,6 +87,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
         "Tan Sinh Cosh Asinh Acosh Atanh Log Reciprocal ThresholdedRelu Shrink Swish Cast",
         OperatorRow("mix", constant="computed"),
     ),
+    **_rows("com.microsoft.Gelu com.microsoft.FastGelu com.microsoft.QuickGelu", OperatorRow("mix", constant="computed")),
     **_rows("Relu Sigmoid HardSigmoid Softplus Exp Abs Sqrt Clip", OperatorRow("mix", constant="computed", one_sided=True)),
     **_rows("Add Sub Sum", OperatorRow("mix", data=None, constant="computed", zeroable=(0, 1), relevance="join")),
     **_rows("Max Min Mean", OperatorRow("mix", data=None, constant="computed", relevance="join")),
@@ -98,7 +99,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("BatchNormalization", OperatorRow("affine", constant="computed", zeroable=(1, 2))),
     **_rows("InstanceNormalization", OperatorRow("affine", constant="scaled", zeroable=(1, 2))),
     **_rows("GroupNormalization", OperatorRow("affine", moves.group_normalization, constant="scaled", zeroable=(1, 2))),
-    **_rows("LayerNormalization RMSNormalization", OperatorRow("norm", constant="scaled", zeroable=(1, 2))),
+    **_rows("LayerNormalization RMSNormalization SimplifiedLayerNormalization", OperatorRow("norm", constant="scaled", zeroable=(1, 2))),
     **_rows("ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare", OperatorRow("sum", moves.reduce, constant="zero")),
     **_rows("MatMul", OperatorRow("contract", data=None)),
     **_rows("Einsum", OperatorRow("contract", data=None)),
@@ -157,4 +158,4 @@ def passing_row_of(node: onnx.NodeProto) -> OperatorRow | None:
 
 def row_of(node: onnx.NodeProto) -> OperatorRow | None:
     """The table's row for a node; None makes it a barrier."""
-    return OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    return OPERATORS.get(node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}")

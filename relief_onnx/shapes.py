@@ -19,8 +19,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.dims import ZERO, Dim, Symbols, product
+from relief_onnx.fused_shapes import FUSED_RULES
 from relief_onnx.nodes import STANDARD, captured, subgraphs
-from relief_onnx.shape_rules import SHAPE_RULES
+from relief_onnx.shape_rules import SHAPE_RULES, ShapeRule
 from relief_onnx.shape_scope import BOOLS, FLOATING, INTEGERS, LARGEST_CONTENT, Content, Dims, Scope, Step, known
 from relief_onnx.shape_values import VALUE_RULES
 
@@ -77,6 +78,7 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
         "Cast": lambda step: int(step.attributes["to"]),
         "CastLike": _of_input(1),
         "Where": _of_input(1),
+        "com.microsoft.EmbedLayerNormalization": _of_input(2),
         "ai.onnx.ml.Scaler": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.FeatureVectorizer": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.Normalizer": lambda step: TensorProto.FLOAT,
@@ -85,6 +87,7 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
 )
 # Element types of further outputs, where they are not that of the first.
 SECOND_TYPES: Mapping[str, int] = {"TopK": TensorProto.INT64, "MaxPool": TensorProto.INT64}
+_RULES: Mapping[str, ShapeRule] = {**SHAPE_RULES, **FUSED_RULES}
 
 # What rules and readers raise on a node that breaks the standard, which is for the checker to report.
 _BROKEN = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
@@ -127,7 +130,7 @@ class _Walk:
         try:
             if step.operator in _WHOLE:
                 _WHOLE[step.operator](self, step)
-            elif step.operator in SHAPE_RULES:
+            elif step.operator in _RULES:
                 self._by_rule(step)
             elif (node.domain, node.op_type) in self.functions:
                 self._function(step, self.functions[node.domain, node.op_type])
@@ -145,7 +148,7 @@ class _Walk:
         node, scope, name = step.node, step.scope, step.operator
         kind = TYPE_RULES.get(name, _of_input(0))(step)
         try:
-            found = SHAPE_RULES[name](step)
+            found = _RULES[name](step)
         except _BROKEN:
             _ask(step, node.output, self._note)
             return

@@ -1,0 +1,237 @@
+"""Small models with one kind of fused node each, between layers, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from builders import Net
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+Feed = dict[str, NDArray[Any]]
+Case = Callable[[], tuple[onnx.ModelProto, Feed]]
+MS = "com.microsoft"
+T, C, HEADS = 5, 12, 3
+
+
+class Fused(Net):
+    """A net with com.microsoft's operators."""
+
+    def ms(self, operator: str, *inputs: str, outputs: int = 1, **values: Any) -> Any:
+        return self.op(operator, *inputs, outputs=outputs, domain=MS, **values)
+
+    def done(self, *outputs: tuple[str, int]) -> onnx.ModelProto:
+        """The model; outputs with their ranks. ONNX's inference does not know the operators, so sizes are left open."""
+        tensors = [onnx.numpy_helper.from_array(value, name) for name, value in self.initializers.items()]
+        inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape, kind in self.inputs]
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in outputs]
+        graph = helper.make_graph(self.nodes, "fused", inputs, ends, tensors)
+        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MS, 1)]
+        model = helper.make_model(graph, opset_imports=imports, producer_name="tests")
+        model.ir_version = self.ir_version
+        return model
+
+    def vector(self, size: int = C) -> str:
+        return self.constant(self.rng.uniform(0.5, 1.5, size).astype(np.float32), "v")
+
+
+def image(build: Callable[[Fused, str], str], opset: int = 17) -> Case:
+    """3 channels of 8 x 8 pixels to 6 through a convolution, the fused node under test, and a last convolution of 6 channels."""
+
+    def make() -> tuple[onnx.ModelProto, Feed]:
+        net = Fused(seed=1, opset=opset)
+        x = net.input("N", 3, 8, 8)
+        first = net.op("Relu", net.op("Conv", x, net.weight(6, 3, 3, 3), net.bias(6), pads=[1] * 4))
+        y = net.op("Conv", build(net, first), net.weight(4, 6, 1, 1), net.bias(4))
+        return net.done((y, 4)), {x: net.rng.standard_normal((6, 3, 8, 8)).astype(np.float32)}
+
+    return make
+
+
+def tokens(build: Callable[[Fused, str], str], opset: int = 17, mask: str = "") -> Case:
+    """T tokens of 7 numbers to C through a layer, the fused node under test, and a last layer. mask: "lengths", "keys" or "pairs"."""
+
+    def make() -> tuple[onnx.ModelProto, Feed]:
+        net = Fused(seed=2, opset=opset)
+        x = net.input("N", T, 7)
+        feed: Feed = {x: net.rng.standard_normal((6, T, 7)).astype(np.float32)}
+        if mask:
+            shapes: Mapping[str, tuple[int | str, ...]] = {"lengths": ("N",), "keys": ("N", T), "pairs": ("N", T, T)}
+            net.inputs.append(("mask", shapes[mask], TensorProto.INT32))
+            lengths = net.rng.integers(2, T + 1, 6)
+            keys = np.arange(T) < lengths[:, None]
+            values = {"lengths": lengths, "keys": keys, "pairs": keys[:, None] & (net.rng.random((6, T, T)) < 0.8)}
+            feed["mask"] = values[mask].astype(np.int32)
+        first = dense(net, x, 7, C)
+        return net.done((dense(net, build(net, first), C, 3), 3)), feed
+
+    return make
+
+
+def dense(net: Net, x: str, inputs: int, out: int) -> str:
+    return str(net.op("Add", net.op("MatMul", x, net.weight(inputs, out)), net.bias(out)))
+
+
+def conv(activation: str, parameters: list[float] | None = None, summed: bool = False, bias: bool = True, **values: Any) -> Any:
+    def build(net: Fused, x: str) -> str:
+        given = {"activation": activation, **({"activation_params": parameters} if parameters else {}), **values}
+        inputs = [x, net.weight(6, 6 // values.get("group", 1), 3, 3), net.bias(6) if bias else "", *([x] if summed else [])]
+        return str(net.ms("FusedConv", *inputs, pads=[1] * 4, **given))
+
+    return build
+
+
+def gemm(net: Fused, x: str) -> str:
+    y = net.op("Reshape", x, net.ints(-1, C))
+    y = net.ms("FusedGemm", y, net.weight(C, C), net.bias(C), transB=1, alpha=0.5, activation="LeakyRelu", activation_alpha=0.1)
+    return str(net.op("Reshape", y, net.ints(-1, T, C)))
+
+
+def scaled_product(net: Fused, x: str) -> str:
+    return str(net.ms("FusedMatMul", x, net.weight(C, C), alpha=0.3, transB=1))
+
+
+def product_of_two(flip: int) -> Any:
+    def build(net: Fused, x: str) -> str:
+        y = net.op("Transpose", x, perm=[0, 2, 1]) if flip else x
+        square = net.ms("FusedMatMul", y, x, alpha=0.2, transA=1 - flip)
+        return str(net.op("MatMul", x, square))
+
+    return build
+
+
+def batch_in_rows(net: Fused, x: str) -> str:
+    """[T, N, C] of which the batch is brought to the front."""
+    turned = net.op("Transpose", x, perm=[1, 0, 2])
+    square = net.ms("FusedMatMul", turned, turned, transBatchA=1, transBatchB=1, transB=1, alpha=0.1)
+    return str(net.op("MatMul", square, x))
+
+
+def element(operator: str, bias: bool, **values: Any) -> Any:
+    return lambda net, x: str(net.ms(operator, x, *([net.bias(C)] if bias else []), **values))
+
+
+def skipped(simple: bool = False, bias: bool = False, total: bool = False) -> Any:
+    """A residual branch, then the sum and the norm in one node; `total`: the sum goes on too."""
+
+    def build(net: Fused, x: str) -> str:
+        y = net.op("MatMul", net.op("Relu", dense(net, x, C, 8)), net.weight(8, C))
+        extra = [net.bias(C)] if bias else []
+        scales = [net.vector()] if simple else [net.vector(), net.bias(C)]
+        name = "SkipSimplifiedLayerNormalization" if simple else "SkipLayerNormalization"
+        found = net.ms(name, y, x, *scales, *extra, outputs=4 if total else 1, epsilon=1e-5)
+        if not total:
+            return str(found)
+        net.nodes[-1].output[1] = net.nodes[-1].output[2] = ""
+        return str(net.op("Add", dense(net, found[0], C, C), found[3]))
+
+    return build
+
+
+def embedded(kinds: bool = True, mask: bool = False, places: bool = False, total: bool = False) -> Case:
+    def make() -> tuple[onnx.ModelProto, Feed]:
+        net = Fused(seed=3)
+        feed: Feed = {"ids": net.rng.integers(0, 20, (6, T)).astype(np.int32)}
+        net.inputs.append(("ids", ("N", T), TensorProto.INT32))
+        given = {"kinds": kinds, "mask": mask, "places": places}
+        limits = {"kinds": 2, "mask": 2, "places": 9}
+        for name in [name for name, wanted in given.items() if wanted]:
+            net.inputs.append((name, ("N", T), TensorProto.INT32))
+            feed[name] = net.rng.integers(0, limits[name], (6, T)).astype(np.int32)
+        if mask:
+            feed["mask"][:, 0] = 1
+        tables = [net.weight(20, C, prefix="table"), net.weight(9, C, prefix="table"), net.weight(2, C, prefix="table") if kinds else ""]
+        inputs = ["ids", "kinds" if kinds else "", *tables, net.vector(), net.bias(C), "mask" if mask else "", "places" if places else ""]
+        while not inputs[-1]:
+            inputs.pop()
+        found = net.ms("EmbedLayerNormalization", *inputs, outputs=3 if total else 2, epsilon=1e-6)
+        x = found[0]
+        if mask:
+            x = net.ms("Attention", x, net.weight(C, 3 * C), net.bias(3 * C), found[1], num_heads=HEADS)
+        if total:
+            x = net.op("Add", x, found[2])
+        return net.done((dense(net, x, C, 3), 3)), feed
+
+    return make
+
+
+def attention(mask: str = "", bias: bool = True, sizes: bool = False, added: bool = False, past: bool = False, **values: Any) -> Any:
+    def build(net: Fused, x: str) -> str:
+        inner = [C, C, 6] if sizes else [C] * 3
+        inputs = [x, net.weight(C, sum(inner)), net.bias(sum(inner)) if bias else "", "mask" if mask else ""]
+        if past:
+            batch = net.op("Gather", net.op("Shape", x), net.ints(0))
+            target = net.op("Concat", net.ints(2), batch, net.ints(HEADS, 2, C // HEADS), axis=0)
+            inputs.append(net.op("Expand", net.weight(2, 1, HEADS, 2, C // HEADS), target))
+        if added:
+            inputs += ["", net.weight(1, HEADS, T, T)]
+        while not inputs[-1]:
+            inputs.pop()
+        given = {"num_heads": HEADS, **({"qkv_hidden_sizes": inner} if sizes else {}), **values}
+        y = net.ms("Attention", *inputs, outputs=2 if past else 1, **given)
+        y = y[0] if past else y
+        return dense(net, y, inner[2], C) if sizes else str(y)
+
+    return build
+
+
+def many_heads(mask: str = "", bias: bool = True, **values: Any) -> Any:
+    def build(net: Fused, x: str) -> str:
+        parts = [net.op("MatMul", x, net.weight(C, C)) for _ in range(3)]
+        inputs = [*parts, net.bias(3 * C) if bias else "", "mask" if mask else ""]
+        while not inputs[-1]:
+            inputs.pop()
+        return str(net.ms("MultiHeadAttention", *inputs, num_heads=HEADS, **values))
+
+    return build
+
+
+CASES: Mapping[str, Case] = {
+    "conv relu": image(conv("Relu")),
+    "conv relu, no bias": image(conv("Relu", bias=False)),
+    "conv leaky": image(conv("LeakyRelu", [0.1])),
+    "conv clip": image(conv("Clip", [0.0, 6.0])),
+    "conv clip, opset 9": image(conv("Clip", [0.0, 6.0]), opset=9),
+    "conv hard sigmoid": image(conv("HardSigmoid", [0.2, 0.5])),
+    "conv sum": image(conv("Relu", summed=True)),
+    "conv sum, no bias": image(conv("Relu", summed=True, bias=False)),
+    "conv depthwise": image(conv("Relu", group=6)),
+    "gemm": tokens(gemm),
+    "scaled product": tokens(scaled_product),
+    "product of two": tokens(product_of_two(0)),
+    "product of two, turned": tokens(product_of_two(1)),
+    "batch in rows": tokens(batch_in_rows),
+    "gelu": tokens(element("Gelu", False)),
+    "fast gelu": tokens(element("FastGelu", False)),
+    "fast gelu, bias": tokens(element("FastGelu", True)),
+    "bias gelu": tokens(element("BiasGelu", True)),
+    "quick gelu": tokens(element("QuickGelu", False, alpha=1.5)),
+    **{f"skip, opset {opset}": tokens(skipped(), opset) for opset in (11, 13, 17, 18)},
+    "skip, bias": tokens(skipped(bias=True)),
+    "skip, bias, opset 13": tokens(skipped(bias=True), 13),
+    "skip, total": tokens(skipped(total=True, bias=True)),
+    "skip simple": tokens(skipped(simple=True)),
+    "skip simple, bias, opset 13": tokens(skipped(simple=True, bias=True), 13),
+    "embed": embedded(),
+    "embed, no kinds": embedded(kinds=False),
+    "embed, mask": embedded(mask=True),
+    "embed, places, total": embedded(places=True, total=True),
+    "attention": tokens(attention()),
+    "attention, opset 11": tokens(attention(), 11),
+    "attention, keys": tokens(attention("keys"), mask="keys"),
+    "attention, keys, opset 12": tokens(attention("keys"), 12, mask="keys"),
+    "attention, lengths": tokens(attention("lengths"), mask="lengths"),
+    "attention, pairs": tokens(attention("pairs", mask_filter_value=-3.0), mask="pairs"),
+    "attention, sizes": tokens(attention(sizes=True)),
+    "attention, added": tokens(attention(added=True)),
+    "attention, causal": tokens(attention("keys", unidirectional=1), mask="keys"),
+    "attention, scale": tokens(attention(scale=0.3)),
+    "attention, past": tokens(attention(past=True, unidirectional=1)),
+    "heads": tokens(many_heads()),
+    "heads, no bias": tokens(many_heads(bias=False)),
+    "heads, keys": tokens(many_heads("keys"), mask="keys"),
+    "heads, causal": tokens(many_heads(unidirectional=1, scale=0.4)),
+}

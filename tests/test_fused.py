@@ -1,0 +1,100 @@
+"""Files that onnxruntime's optimisers wrote: fused nodes are laid open, pruned like the model before, and put back."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from fused_cases import CASES, Feed
+from laws import assert_same_outputs, masked_and_cut, units_switched_off
+
+import relief_onnx
+from relief_onnx.errors import NothingPrunedError
+from relief_onnx.fused import lay_open
+from relief_onnx.graph import Graph
+from relief_onnx.lowering import lower
+from relief_onnx.surgery import operate
+
+
+def operators(model: onnx.ModelProto) -> Counter[tuple[str, str]]:
+    return Counter((node.domain, node.op_type) for node in model.graph.node)
+
+
+def lost(before: onnx.ModelProto, after: onnx.ModelProto) -> Counter[tuple[str, str]]:
+    """Operators of `before` that `after` has fewer of."""
+    return operators(before) - operators(after)
+
+
+def samples(feed: Feed) -> list[Feed]:
+    return [{name: value[i : i + 1] for name, value in feed.items()} for i in range(len(next(iter(feed.values()))))]
+
+
+# What the optimisers leave alone because the operator table has it as it is.
+AS_IT_IS = {"gelu", "fast gelu", "quick gelu"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_laid_open_it_computes_the_same(name: str) -> None:
+    """And nothing but standard operators is left, the sizes of every tensor are known, and the way back gives the same file."""
+    model, feed = CASES[name]()
+    opened = lay_open(model)
+    if name in AS_IT_IS:
+        assert opened is None
+        return
+    assert opened is not None
+    lowered, restore = opened
+    left = {node.op_type for node in lowered.graph.node if node.domain == "com.microsoft"}
+    assert left <= {"Gelu", "FastGelu", "QuickGelu"}
+    graph = Graph(lowered)
+    assert [name for name in graph.producer if graph.shape(name) is None] == []
+    assert_same_outputs(model, lowered, feed, 1e-5)
+    back = restore(lowered, {})
+    assert [node.SerializeToString() for node in back.graph.node] == [node.SerializeToString() for node in model.graph.node]
+    assert {item.name: item.SerializeToString() for item in back.graph.initializer} == {
+        item.name: item.SerializeToString() for item in model.graph.initializer
+    }
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel", "channel+weight"])
+@pytest.mark.parametrize("name", CASES)
+def test_pruned_it_keeps_its_operators(name: str, granularity: str) -> None:
+    """Every weight of a layer is scored, the cut model computes what the masked one does (`prune` verifies it), fused nodes stay."""
+    model, feed = CASES[name]()
+    if name.startswith("product of two") and granularity == "channel":
+        with pytest.raises(NothingPrunedError, match="it makes products of two kinds of channels"):
+            relief_onnx.prune(model, samples(feed), granularity=granularity, keep="60%", round_to=1, threads=1)
+        return
+    result = relief_onnx.prune(model, samples(feed), granularity=granularity, keep="60%", round_to=1, storage="dense", threads=1)
+    # A norm whose channels are cut is padded; the sum of tables has no fused node that says so.
+    allowed = {"EmbedLayerNormalization"} if granularity != "weight" else set()
+    assert {operator for domain, operator in lost(model, result.model) if domain} <= allowed
+    assert lost(model, result.masked) == Counter()
+    layers = [row for row in result.report["layers"] if row["op"] not in ("Gather", "Add", "Expand")]
+    assert layers
+    assert [row for row in layers if row["status"] == "skipped"] == []
+    assert_same_outputs(result.masked, result.model, feed, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - AS_IT_IS))
+def test_mask_is_surgery(name: str, seed: int) -> None:
+    """For random weights and random units, both written back: they compute the same, and the cut file is valid and can be cut again."""
+    model, feed = CASES[name]()
+    opened = lay_open(model)
+    assert opened is not None
+    lowered, restore = opened
+    for number, make in enumerate((masked_and_cut, units_switched_off)):
+        masked, operation, *_ = make(lowered, np.random.default_rng(100 * seed + number))
+        final = restore(operation.model, operation.kept)
+        assert_same_outputs(restore(masked, {}), final, feed, 1e-5)
+        if not name.endswith("opset 9"):
+            onnx.checker.check_model(final, full_check=True)
+        assert {item.domain for item in final.opset_import} == {"", "com.microsoft"}
+        unread = {item.name for item in final.graph.initializer} - {name for node in final.graph.node for name in node.input}
+        assert unread <= {item.name for item in operation.model.graph.initializer} - {
+            name for node in operation.model.graph.node for name in node.input
+        }
+        again = operate(lower(final).model)
+        assert again.units_removed == 0
