@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+from onnx import AttributeProto, TensorProto
 
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.nodes import taken_branch
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
 
@@ -276,10 +277,23 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
     return layer if bias is None else replace(layer, bias=bias, output=node.output[0])
 
 
+def _read_inside(graph: Graph, index: int) -> str:
+    """Why a weight that a body captures is left alone."""
+    node = graph.nodes[index]
+    if node.op_type != "If":
+        return f"the body of {node.op_type} node {graph.names[index]} reads it"
+    return f"a branch of If node {graph.names[index]} reads it{_OF_BRANCH.get(taken_branch(node), _NEVER)}"
+
+
+# What is known of the branches of an If, by what was noted of it (see `nodes.mark_taken`).
+_NEVER = ", which never ran on the calibration data"
+_OF_BRANCH = {"": ": whether it can be pruned depends on the data, which have not run", "both": ", and the data take both branches"}
+
+
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
-        return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
+        return Refusal(_read_inside(graph, use.node))
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None or use.slot not in row.slots:
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it, which is not a layer that can be pruned")
@@ -365,14 +379,16 @@ def _inner(graph: Graph) -> list[Skipped]:
     """Weights that live inside the bodies of control flow, as initializers or in Constant nodes."""
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
-        pending = list(subgraphs(node))
-        while pending:
-            body = pending.pop()
-            held = [(item.name, item) for item in body.initializer]
-            held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
-            reason = f"it lives inside a body of {node.op_type}"
-            found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
-            pending += [inner for child in body.node for inner in subgraphs(child)]
+        for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
+            where = f"the {name} of If node {graph.names[i]}" if node.op_type == "If" else f"a body of {node.op_type}"
+            reason = f"it lives inside {where}" + (_OF_BRANCH.get(taken_branch(node), _NEVER) if node.op_type == "If" else "")
+            pending = [item.g for item in node.attribute if item.name == name]
+            while pending:
+                body = pending.pop()
+                held = [(item.name, item) for item in body.initializer]
+                held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
+                found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
+                pending += [inner for child in body.node for inner in subgraphs(child)]
     return found
 
 

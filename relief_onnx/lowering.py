@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx
 
 from relief_onnx.datatypes import Kept
+from relief_onnx.lifting import fixed_branches
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -21,7 +22,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = ()
+PASSES: tuple[Pass, ...] = (fixed_branches,)
 
 
 @dataclass(frozen=True)

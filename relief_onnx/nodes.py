@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-__all__ = ["STANDARD", "attributes", "captured", "subgraphs"]
+__all__ = ["STANDARD", "attributes", "captured", "handed_on", "mark_taken", "subgraphs", "taken_branch"]
 
 # The two names of the domain of standard operators.
 STANDARD = ("", "ai.onnx")
@@ -38,3 +38,23 @@ def captured(body: onnx.GraphProto) -> set[str]:
         for inner in subgraphs(node):
             read |= captured(inner)
     return read - own
+
+
+# Stands in the documentation of an If while a model is worked on: which branch the calibration data take.
+_MARK = "relief-onnx/taken/1 "
+
+
+def mark_taken(node: onnx.NodeProto, taken: str) -> None:
+    """Note on an If which branch ran on the calibration data: "then_branch", "else_branch" or "both"."""
+    node.doc_string = _MARK + taken
+
+
+def taken_branch(node: onnx.NodeProto) -> str:
+    """What was noted with `mark_taken`; empty where nothing was."""
+    return str(node.doc_string.removeprefix(_MARK)) if node.doc_string.startswith(_MARK) else ""
+
+
+def handed_on(node: onnx.NodeProto) -> list[str]:
+    """Of an If whose branch was moved before it, the tensors that its outputs are; of any other node nothing."""
+    taken = taken_branch(node)
+    return [item.input[0] for own in node.attribute if own.name == taken for item in own.g.node]

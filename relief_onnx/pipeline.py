@@ -17,6 +17,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice, relevance
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
+from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
@@ -24,13 +25,13 @@ from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, po
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
+from relief_onnx.inner_weights import pack_with_inner
 from relief_onnx.layers import Plan, find, select
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import improve
 from relief_onnx.obs_units import improve_units
 from relief_onnx.options import Options, idle, resolve
-from relief_onnx.pack import pack
 from relief_onnx.paper import Gate, PaperRules, both_gates
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.prepared import Prepared, prepare
@@ -71,11 +72,15 @@ def score(
 ) -> Scores:
     """Measure every layer once. Takes the same options as `prune`. Raises NothingPrunedError where there is no layer."""
     ready, options = prepare(source), resolve(None, {}, given)
-    if not ready.plan.layers:
+    if not ready.plan.layers and not branching(ready.graph):
         raise _nothing(ready.plan, {})
     _check_outputs(ready.graph, options)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
+        if branching(ready.graph):
+            ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
+            if not ready.plan.layers:
+                raise _nothing(ready.plan, {})
         return measure_scores(ready, dataset, options, None, progress, None)
 
 
@@ -116,10 +121,16 @@ def prune(
                 files.check_target(Path(path), force=True)
         _check_outputs(ready.graph, options)
         weights, reasons = select(ready.plan, options.only, options.skip)
-        if not weights:
+        if not weights and not branching(ready.graph):
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
         folder = work_folder(work_dir)
+    if branching(ready.graph):
+        with clock("branches"), _named(ready.path):
+            ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
+            weights, reasons = select(ready.plan, options.only, options.skip)
+            if not weights:
+                raise _nothing(ready.plan, reasons)
     job = _Job(ready, options, weights, dataset, folder, clock, progress)
     if options.trains:
         retrained: Mapping[str, Any] | None
@@ -137,7 +148,8 @@ def prune(
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
         final = ready.restored(operation.model, operation.kept)
     with clock("pack"):
-        shipped, packed = pack(final, _packable(final)) if options.storage == "auto" else (final, ())
+        inner = ready.plan.by_weight()  # of which some are back in the branch that they came from
+        shipped, packed = pack_with_inner(final, _packable(final), inner) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.exchanged, retrained,

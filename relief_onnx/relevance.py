@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
+from relief_onnx.nodes import handed_on
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent import initial_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
@@ -424,6 +425,9 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
     if index in adds and values[0] is not None:
         inner = graph.nodes[adds[index].node].output[0]
         return [(inner, values[0])]
+    sources = handed_on(at.node)
+    if sources:
+        return [(name, own) for name, own in zip(sources, values, strict=True) if own is not None]
     lead = [name for name in dict.fromkeys(graph.read_by(index)) if name in walk.fed]
     passed: Passed = []
     try:
