@@ -202,11 +202,9 @@ def _handing_on(body: onnx.GraphProto, made: set[str]) -> list[onnx.NodeProto]:
 def _drop_copies(model: onnx.ModelProto, record: Lift) -> None:
     """The branch that never ran reads the weight itself again where that is what it was."""
     stored = {item.name: item for item in model.graph.initializer}
-    alike = {
-        copy: name
-        for copy, name in record.copies.items()
-        if copy in stored and name in stored and numpy_helper.to_array(stored[copy]).tobytes() == numpy_helper.to_array(stored[name]).tobytes()
-    }
+    content = {name: numpy_helper.to_array(stored[name]).tobytes() for pair in record.copies.items() for name in pair if name in stored}
+    pairs = ((copy, name) for copy, name in record.copies.items() if copy in stored and name in stored)
+    alike = {copy: name for copy, name in pairs if content[copy] == content[name] and stored[copy].dims == stored[name].dims}
     for item in model.graph.node:
         for inner in subgraphs(item):
             _rename_in(inner, alike)
@@ -307,7 +305,9 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _same(node: onnx.NodeProto) -> onnx.NodeProto:
-    return onnx.NodeProto.FromString(node.SerializeToString())
+    result = onnx.NodeProto()
+    result.CopyFrom(node)
+    return result
 
 
 def _keep(field: Any, flags: Sequence[bool]) -> None:
