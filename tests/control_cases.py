@@ -17,15 +17,8 @@ BODY = ("w2", "b2", "w3")
 
 def weights(seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
-    shapes = {
-        "w1": (X, HIDDEN),
-        "b1": (HIDDEN,),
-        "w2": (HIDDEN, INNER),
-        "b2": (INNER,),
-        "w3": (INNER, JOINT),
-        "w4": (JOINT, OUT),
-        "v": (X, JOINT),
-    }
+    shapes = {"w1": (X, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, INNER), "b2": (INNER,), "w3": (INNER, JOINT), "w4": (JOINT, OUT)}
+    shapes["v"] = (X, JOINT)
     return {name: rng.normal(0, 1 / np.sqrt(shape[0]), shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -79,15 +72,12 @@ def plain(given: Arrays) -> onnx.ModelProto:
 def condition(kind: str) -> list[onnx.NodeProto]:
     """A bool `c`: "always" true on any sample, "never", or "sign" of the first sample's first number."""
     limit = {"always": -1.0, "never": 1e9, "sign": 0.0}[kind]
-    source = (
-        [node("ReduceSum", "a", "s", keepdims=0)]
-        if kind != "sign"
-        else [node("Gather", "a zero", "row", axis=0), node("Gather", "row zero", "s", axis=0)]
-    )
-    start = [node("Abs", "x", "a")] if kind != "sign" else [node("Identity", "x", "a")]
+    source = [node("Abs", "x", "a"), node("ReduceSum", "a", "s", keepdims=0)]
+    if kind == "sign":
+        source = [node("Gather", "x zero", "a", axis=0), node("Gather", "a zero", "s", axis=0)]
     zero = helper.make_node("Constant", [], ["zero"], value=numpy_helper.from_array(np.int64(0)))
     edge = helper.make_node("Constant", [], ["edge"], value=numpy_helper.from_array(np.float32(limit)))
-    return [zero, edge, *start, *source, node("Greater", "s edge", "c")]
+    return [zero, edge, *source, node("Greater", "s edge", "c")]
 
 
 def held(nodes: list[onnx.NodeProto], stored: Arrays, storage: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
