@@ -135,7 +135,9 @@ def _add(
     """One batch into every statistic. A function of its own, so that the activations are gone before the next batch runs."""
     if grouping is not None:
         grouping.look(values, batch.size)
-    jobs = (item.statistic.jobs(values[probe.taps[item.tensor]], batch.weight) for item in measurements)
+    found = ((item.statistic, values[probe.taps[item.tensor]]) for item in measurements)
+    # What is empty comes from a body that did not run.
+    jobs = (statistic.jobs(value, batch.weight) for statistic, value in found if value.size)
     for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
         pass
 

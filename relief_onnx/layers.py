@@ -15,7 +15,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto
 
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
-from relief_onnx.nodes import taken_branch
+from relief_onnx.nodes import home_of, taken_branch
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 from relief_onnx.views import View
 
@@ -63,7 +63,10 @@ class Bias:
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with a prunable weight. Axes are those of the activation tensors."""
+    """One node with a prunable weight. Axes are those of the activation tensors.
+
+    inside: the node in whose body it runs; `node` is then its mirror in the main graph (see `loops`).
+    """
 
     node: int
     name: str
@@ -78,6 +81,7 @@ class Layer:
     geometry: Geometry | None = None
     scale: float = 1.0
     bias: Bias | None = None
+    inside: int | None = None
 
     @property
     def is_convolution(self) -> bool:
@@ -251,7 +255,8 @@ def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> 
     )
     if not per_unit:
         return None
-    shared = any(len(graph.uses.get(name, ())) != 1 for name in (source.name, *source.path)) or graph.is_output(source.name)
+    uses = [[use for use in graph.uses.get(name, ()) if use.slot >= 0 or use.node != layer.inside] for name in (source.name, *source.path)]
+    shared = any(len(own) != 1 for own in uses) or graph.is_output(source.name)
     return Bias(source.name, source.view.reshape(layer.out_channels), factor, node, shared)
 
 
@@ -280,14 +285,13 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
 def _read_inside(graph: Graph, index: int) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]
-    if node.op_type != "If":
-        return f"the body of {node.op_type} node {graph.names[index]} reads it"
-    return f"a branch of If node {graph.names[index]} reads it{_OF_BRANCH.get(taken_branch(node), _NEVER)}"
+    body = "a branch" if node.op_type == "If" else "the body"
+    return f"{body} of {node.op_type} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
 
 
-# What is known of the branches of an If, by what was noted of it (see `nodes.mark_taken`).
+# What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
-_OF_BRANCH = {"": ": whether it can be pruned depends on the data, which have not run", "both": ", and the data take both branches"}
+_OF_BODY = {"": ": whether it can be pruned depends on the data, which have not run", "both": ", as no layer that can be pruned"}
 
 
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
@@ -307,7 +311,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     shape = graph.shape(found.input)
     if shape is not None and found.input_axis >= len(shape):
         return Refusal(f"its input has {len(shape)} axes, too few for the operator")
-    layer = replace(found, weight=source.name)
+    layer = replace(found, weight=source.name, inside=graph.producer.get(home_of(node)))
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
 
 
@@ -325,7 +329,7 @@ def find(graph: Graph) -> Plan:
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     for name in graph.initializers:
-        found_readers = readers(graph, name)
+        found_readers = _without_mirrored(graph, readers(graph, name))
         rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
         if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
@@ -342,6 +346,12 @@ def find(graph: Graph) -> Plan:
             layers += [item for item in found if isinstance(item, Layer)]
     skipped += _without_initializer(graph) + _inner(graph)
     return Plan(tuple(sorted(layers, key=lambda layer: layer.node)), tuple(skipped))
+
+
+def _without_mirrored(graph: Graph, found: list[tuple[Use, str]]) -> list[tuple[Use, str]]:
+    """Without the bodies whose layers have mirrors in the main graph (see `loops`)."""
+    homes = {graph.producer.get(home_of(graph.nodes[use.node]), -1) for use, _ in found if use.slot >= 0}
+    return [(use, name) for use, name in found if use.slot >= 0 or use.node not in homes]
 
 
 def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
@@ -380,8 +390,9 @@ def _inner(graph: Graph) -> list[Skipped]:
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
         for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
-            where = f"the {name} of If node {graph.names[i]}" if node.op_type == "If" else f"a body of {node.op_type}"
-            reason = f"it lives inside {where}" + (_OF_BRANCH.get(taken_branch(node), _NEVER) if node.op_type == "If" else "")
+            known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
+            where = f"it lives inside the {name} of {node.op_type} node {graph.names[i]}"
+            reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
             pending = [item.g for item in node.attribute if item.name == name]
             while pending:
                 body = pending.pop()

@@ -18,12 +18,15 @@ from onnx import helper, numpy_helper
 
 from relief_onnx import model as files
 from relief_onnx.graph import FLOATS, Graph
-from relief_onnx.nodes import captured, mark_taken, subgraphs, taken_branch
+from relief_onnx.nodes import captured, mark_taken, subgraphs, taken_branch, unmark
 
 if TYPE_CHECKING:
     from relief_onnx.lowering import Restore
 
-__all__ = ["BRANCHES", "Lift", "body_of", "fixed_branches", "inline", "inlined", "lift", "names_in", "sink"]
+__all__ = [
+    "BRANCHES", "Lift", "body_of", "constant_of", "fixed_branches", "inline", "inlined", "lift", "names_in", "rename_in", "sink",
+    "unused_name",
+]  # fmt: skip
 
 BRANCHES = ("then_branch", "else_branch")
 
@@ -101,7 +104,7 @@ def inline(model: onnx.ModelProto, output: str, taken: str) -> onnx.ModelProto:
     inner = [info.name for info in body.output]
     for source, name in zip(inner, names, strict=True):
         if name and source in made and inner.count(source) == 1:
-            _rename_in(graph, {source: name})
+            rename_in(graph, {source: name})
         elif name:
             graph.node.insert(place, helper.make_node("Identity", [source], [name], name=name))
             place += 1
@@ -116,8 +119,8 @@ def _moved_out(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> onnx
     body_of(node, taken).Clear()
     own, others = set(_stored_or_made(body)), names_in(graph)
     every = others | names_in(body)
-    new = {name: _unused(f"{node.name or _key(node)}/{name}", every) for name in sorted(own & others)}
-    _rename_in(body, new)
+    new = {name: unused_name(f"{node.name or _key(node)}/{name}", every) for name in sorted(own & others)}
+    rename_in(body, new)
     place = _place(graph, _key(node))
     for number, item in enumerate(body.node):
         graph.node.insert(place + number, item)
@@ -140,7 +143,7 @@ def _own_copies(model: onnx.ModelProto, other: onnx.GraphProto) -> dict[str, str
         copy = model.graph.initializer.add()
         copy.CopyFrom(item)
         copy.name = copies[item.name]
-    _rename_in(other, copies)
+    rename_in(other, copies)
     return {copy: name for name, copy in copies.items()}
 
 
@@ -152,7 +155,7 @@ def sink(model: onnx.ModelProto, record: Lift) -> onnx.ModelProto:
     node = _find(result, record.outputs)
     if node is None:
         return result  # nothing reads the If any more, so it went
-    node.doc_string = record.documentation
+    unmark(node, record.documentation)
     body = onnx.GraphProto()
     body.CopyFrom(body_of(node, record.taken))
     body_of(node, record.taken).Clear()
@@ -160,7 +163,7 @@ def sink(model: onnx.ModelProto, record: Lift) -> onnx.ModelProto:
     left = [item for item in graph.node if _key(item) not in moved]
     read = _reads(left) | {info.name for info in graph.output}
     stored = [item for item in graph.initializer if item.name not in record.outside | read]
-    constants = [_constant(record.constants[item.name], item) for item in stored if item.name in record.constants]
+    constants = [constant_of(record.constants[item.name], item) for item in stored if item.name in record.constants]
     made = {name for item in (*constants, *moved.values()) for name in item.output}
     nodes = [*constants, *moved.values(), *_handing_on(body, made)]
     del body.node[:]
@@ -207,11 +210,11 @@ def _drop_copies(model: onnx.ModelProto, record: Lift) -> None:
     alike = {copy: name for copy, name in pairs if content[copy] == content[name] and stored[copy].dims == stored[name].dims}
     for item in model.graph.node:
         for inner in subgraphs(item):
-            _rename_in(inner, alike)
+            rename_in(inner, alike)
     _keep(model.graph.initializer, [item.name not in alike for item in model.graph.initializer])
 
 
-def _constant(node: onnx.NodeProto, value: onnx.TensorProto) -> onnx.NodeProto:
+def constant_of(node: onnx.NodeProto, value: onnx.TensorProto) -> onnx.NodeProto:
     """The Constant node with another value; its tensor keeps the name that it had."""
     result = _same(node)
     for item in result.attribute:
@@ -257,7 +260,7 @@ def _reads(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     return found
 
 
-def _rename_in(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
+def rename_in(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
     """Rename tensors in a graph and all its bodies."""
     if not new:
         return
@@ -269,7 +272,7 @@ def _rename_in(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
             for slot, name in enumerate(field):
                 field[slot] = new.get(name, name)
         for inner in subgraphs(node):
-            _rename_in(inner, new)
+            rename_in(inner, new)
 
 
 def _find(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.NodeProto | None:
@@ -285,7 +288,8 @@ def _place(graph: onnx.GraphProto, output: str) -> int:
     return next(number for number, item in enumerate(graph.node) if output in item.output)
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused_name(name: str, taken: set[str]) -> str:
+    """That name, with a number where it is taken."""
     return name if name not in taken else next(f"{name}/{number}" for number in count(1) if f"{name}/{number}" not in taken)
 
 
@@ -293,7 +297,7 @@ def _free_names(model: onnx.ModelProto, wanted: Sequence[str]) -> list[str]:
     """Names that nothing in the model has."""
     taken, found = names_in(model.graph), list[str]()
     for name in wanted:
-        found.append(_unused(name, taken))
+        found.append(unused_name(name, taken))
         taken.add(found[-1])
     return found
 

@@ -347,7 +347,7 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
 
 def _fed(graph: Graph, plan: Plan) -> set[str]:
     """Tensors that some layer leads to; sizes do not count."""
-    layers = {layer.node for layer in plan.layers}
+    layers = {layer.node for layer in plan.layers} | {layer.inside for layer in plan.layers if layer.inside is not None}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
         row = row_of(node)
@@ -381,6 +381,10 @@ def propagate(
         track = tracks.of.get(name, (1,) * len(graph.shape(name) or ()))
         walk.add(name, np.full(track, weights.get(name, 1.0) / total / max(int(np.prod(track)), 1)))
     outputs: dict[str, Doubles] = {}
+    inside: dict[int, list[Layer]] = {}
+    for layer in plan.layers:
+        if layer.inside is not None:
+            inside.setdefault(layer.inside, []).append(layer)
     for index in reversed(range(len(graph.nodes))):
         node = graph.nodes[index]
         values = [walk.of(name) if name else None for name in node.output]
@@ -404,6 +408,9 @@ def propagate(
         else:
             for name, given in _passed(walk, index, values, adds):
                 walk.add(name, given)
+        # All that a node carries passes through each layer of its body.
+        carried = sum(float(own.sum()) for own in values if own is not None)
+        outputs |= {layer.name: np.full(layer.out_channels, carried / layer.out_channels) for layer in inside.get(index, ())}
     evenly = tuple(Even(graph.names[index], graph.nodes[index].op_type, why) for index, why in sorted(walk.evenly.items()))
     return Relevance(walk.tensors, outputs, evenly)
 
