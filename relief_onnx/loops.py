@@ -297,7 +297,11 @@ def _inward(graph: onnx.GraphProto, node: onnx.NodeProto, bodies: Mapping[str, o
         if constant is None:
             bodies[where].initializer.insert(place, stored[name])
         else:
-            bodies[where].node.insert(place, constant_of(constant, stored[name]))
+            nodes = bodies[where].node
+            readers = (
+                number for number, item in enumerate(nodes) if name in item.input or any(name in captured(i) for i in subgraphs(item))
+            )
+            nodes.insert(min(place, next(readers, place)), constant_of(constant, stored[name]))
     _keep_only(graph.initializer, lambda item: item.name not in back)
 
 
