@@ -24,7 +24,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.lifting import BRANCHES, Lift, inlined, lift, sink
 from relief_onnx.loops import BODIES, Exposed, conceal, expose
-from relief_onnx.lowering import Lowered, Restore
+from relief_onnx.lowering import Lowered, Restore, lower
 from relief_onnx.nodes import STANDARD, mark_taken, subgraphs, taken_branch, unmark
 from relief_onnx.prepared import Prepared
 from relief_onnx.session import Session
@@ -43,7 +43,8 @@ def branching(graph: Graph) -> bool:
 def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int, threads: int) -> Prepared:
     """A model with the weights laid open that are in bodies which run on the calibration data. Raises DataError, ModelError."""
     draws: dict[str, Any] = {"samples": samples, "seed": seed, "threads": threads}
-    model, restores = ready.graph.model, list[Restore]()
+    # From the file itself: what the passes of `lowering` know may be inside a branch that is lifted first.
+    model, restores = inlined(files.prepare(ready.original)), list[Restore]()
     notes: dict[str, str] = {}
     while pending := [node for node in model.graph.node if node.op_type == "If" and _has_bodies(node) and not taken_branch(node)]:
         conditions = {_key(node): node.input[0] for node in pending}
@@ -55,6 +56,10 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
             else:
                 model, notes[output] = _marked(model, output, "both")
         model = inlined(files.hoist(model))
+    known = model
+    lowered = lower(files.prepare(model))
+    restores += [lambda edited, kept: files.share_again(edited, known), *lowered.restores]
+    model = lowered.model
     for output in [_key(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
         found = expose(model, output)
         if found is not None and _runs(found[0], found[1].outputs, dataset, **draws):
@@ -63,12 +68,8 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
         else:
             model, before = _marked(model, output, "both" if found is None else "none")
             notes.setdefault(output, before)
-    known = model
-    opened = files.prepare(model)
-    restores = [partial(_unmarked, notes=notes), *restores, lambda edited, kept: files.share_again(edited, known)]
-    before_it = ready.lowered.restores if ready.lowered is not None else ()
-    graph = Graph(opened)
-    return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(opened, (*before_it, *restores)))
+    graph = Graph(model)
+    return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(model, (partial(_unmarked, notes=notes), *restores)))
 
 
 def _has_bodies(node: onnx.NodeProto) -> bool:

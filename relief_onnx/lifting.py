@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from relief_onnx.lowering import Restore
 
 __all__ = [
-    "BRANCHES", "Lift", "body_of", "constant_of", "fixed_branches", "inline", "inlined", "lift", "names_in", "rename_in", "sink",
+    "BRANCHES", "Lift", "body_of", "constant_of", "fixed_branches", "inline", "inlined", "lift", "names_in", "reads", "rename_in", "sink",
     "unused_name",
 ]  # fmt: skip
 
@@ -161,7 +161,7 @@ def sink(model: onnx.ModelProto, record: Lift) -> onnx.ModelProto:
     body_of(node, record.taken).Clear()
     moved = _movable(graph, record)
     left = [item for item in graph.node if _key(item) not in moved]
-    read = _reads(left) | {info.name for info in graph.output}
+    read = reads(left) | {info.name for info in graph.output}
     stored = [item for item in graph.initializer if item.name not in record.outside | read]
     constants = [constant_of(record.constants[item.name], item) for item in stored if item.name in record.constants]
     made = {name for item in (*constants, *moved.values()) for name in item.output}
@@ -186,7 +186,7 @@ def _movable(graph: onnx.GraphProto, record: Lift) -> dict[str, onnx.NodeProto]:
         if needed.isdisjoint(item.output) and record.outside.isdisjoint(item.output):
             found[_key(item)] = _same(item)
         else:
-            needed |= _reads([item])
+            needed |= reads([item])
     return dict(reversed(found.items()))
 
 
@@ -250,7 +250,7 @@ def _stored_or_made(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (name for node in graph.node for name in node.output if name)
 
 
-def _reads(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+def reads(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """What nodes and their bodies read from the graph around them."""
     found: set[str] = set()
     for node in nodes:

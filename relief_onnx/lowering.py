@@ -14,6 +14,7 @@ import onnx
 
 from relief_onnx.datatypes import Kept
 from relief_onnx.lifting import fixed_branches
+from relief_onnx.rearranged import rearranged
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -22,7 +23,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (fixed_branches,)
+PASSES: tuple[Pass, ...] = (fixed_branches, rearranged)
 
 
 @dataclass(frozen=True)

@@ -347,7 +347,7 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
 
 def _fed(graph: Graph, plan: Plan) -> set[str]:
     """Tensors that some layer leads to; sizes do not count."""
-    layers = {layer.node for layer in plan.layers} | {layer.inside for layer in plan.layers if layer.inside is not None}
+    layers = {number for layer in plan.layers for number in (layer.node, layer.inside)}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
         row = row_of(node)
@@ -381,10 +381,7 @@ def propagate(
         track = tracks.of.get(name, (1,) * len(graph.shape(name) or ()))
         walk.add(name, np.full(track, weights.get(name, 1.0) / total / max(int(np.prod(track)), 1)))
     outputs: dict[str, Doubles] = {}
-    inside: dict[int, list[Layer]] = {}
-    for layer in plan.layers:
-        if layer.inside is not None:
-            inside.setdefault(layer.inside, []).append(layer)
+    inside = {layer.inside: [own for own in plan.layers if own.inside == layer.inside] for layer in plan.layers}
     for index in reversed(range(len(graph.nodes))):
         node = graph.nodes[index]
         values = [walk.of(name) if name else None for name in node.output]

@@ -190,6 +190,32 @@ def test_onnxruntime_folds_what_rebuilds_a_packed_weight(tmp_path: Path) -> None
     assert {row["weight"]: row for row in again.report["layers"]}["w2"]["status"] == "pruned"
 
 
+def gates(read_twice: bool = False) -> onnx.ModelProto:
+    """A Gemm whose weight is stored with its parts in another order, as PyTorch stores the gates of an LSTM."""
+    given = cases.weights()
+    rows = given["w1"].T.copy()
+    stored = {"weight": np.concatenate([rows[8:], rows[:8]]), "b1": given["b1"], "zero": np.array([0]), "four": np.array([4])}
+    stored |= {"end": np.array([12]), "w4": np.random.default_rng(1).normal(0, 1, (cases.HIDDEN, cases.OUT)).astype(np.float32)}
+    nodes = [
+        cases.node("Slice", "weight zero four zero", "last"), cases.node("Slice", "weight four end zero", "first"),
+        cases.node("Concat", "first last", "whole", axis=0), cases.node("Gemm", "x whole b1", "h", transB=1),
+        cases.node("MatMul", "h w4", "y"),
+    ]  # fmt: skip
+    if read_twice:
+        nodes[3:3] = [cases.node("Gemm", "x weight", "unread", transB=1)]
+    return cases.model(nodes, stored)
+
+
+def test_weights_stored_in_another_order() -> None:
+    model = gates()
+    found = relief_onnx.prune(model, cases.samples(), keep="50%", storage="dense", mean_shift="off")
+    assert set(found.masks.keep) == {"weight", "w4"}
+    assert not {"Slice", "Concat"} & {node.op_type for node in found.model.graph.node}
+    assert found.masks.keep["weight"].mean() < 1
+    assert {layer["weight"] for layer in overview(gates(read_twice=True))["layers"]} == {"w4"}
+    np.testing.assert_array_equal(outputs(prepare(model).graph.model, cases.samples()[0])[0], outputs(model, cases.samples()[0])[0])
+
+
 @pytest.mark.parametrize("name", ["silero_vad_op18_ifless", "silero_vad_v6", "silero_vad_16k_op15"])
 def test_speech_detectors(name: str) -> None:
     path = ZOO / f"{name}.onnx"
