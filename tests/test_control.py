@@ -18,7 +18,9 @@ from relief_onnx.data import open_dataset
 from relief_onnx.lifting import body_of, lift, sink
 from relief_onnx.model import input_specs
 from relief_onnx.overview import overview
+from relief_onnx.pack import unpack
 from relief_onnx.prepared import prepare
+from relief_onnx.scoring import write_scores
 
 ZOO = Path(__file__).parents[1] / "build" / "zoo"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -134,6 +136,23 @@ def test_a_weight_that_the_other_branch_reads_too() -> None:
     assert "never ran" in rows["w2/unrun"]["reason"]
 
 
+def test_names_that_both_branches_have() -> None:
+    given = cases.weights()
+    model = cases.branched(given, "constant")
+    other = body_of(the_if(model), "else_branch")
+    other.initializer[0].name = "w2"
+    other.node[0].input[1] = "w2"
+    other.node[0].output[0] = other.output[0].name = "k1"
+    onnx.checker.check_model(model, full_check=True)
+    found = relief_onnx.prune(model, cases.samples(), keep="50%", mean_shift="off")
+    assert {row["weight"]: row["status"] for row in found.report["layers"]}["choice/w2"] == "pruned"
+    wanted = relief_onnx.prune(cases.plain(given), cases.samples(), keep="50%", mean_shift="off")
+    np.testing.assert_array_equal(found.masks.keep["choice/w2"], wanted.masks.keep["w2"])
+    assert body_of(the_if(found.model), "else_branch") == other
+    feed = cases.samples(seed=9)[0]
+    np.testing.assert_allclose(outputs(found.model, feed)[0], outputs(wanted.model, feed)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_what_never_ran_is_listed() -> None:
     found = relief_onnx.prune(cases.branched(cases.weights(), kind="never"), cases.samples(), keep="50%")
     rows = {row["weight"]: row for row in found.report["layers"]}
@@ -188,6 +207,45 @@ def test_onnxruntime_folds_what_rebuilds_a_packed_weight(tmp_path: Path) -> None
     # It is unpacked where it is pruned again, and the branch reads it all the same.
     again = relief_onnx.prune(found.model, cases.samples(), granularity="weight", keep="10%")
     assert {row["weight"]: row for row in again.report["layers"]}["w2"]["status"] == "pruned"
+
+
+@pytest.mark.parametrize("storage", ["constant", "captured"])
+def test_training(storage: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    model = cases.branched(cases.weights(), storage, nested=True, swapped=True)
+    onnx.save(cases.branched(cases.weights(seed=3), storage, nested=True, swapped=True), tmp_path / "first.onnx")
+    training = {"repair": "distill", "epochs": 2, "batch": 32, "keep": "50%", "iterations": 2}
+    for more in ({}, {"rewind": str(tmp_path / "first.onnx")}):
+        found = relief_onnx.prune(model, cases.samples(128), **training, **more)
+        rows = {row["weight"]: row for row in found.report["layers"]}
+        assert rows["w2"]["status"] == "pruned"
+        assert body_of(the_if(found.model), "then_branch") == body_of(the_if(model), "then_branch")
+        again = relief_onnx.retrain(found.model, cases.samples(128), teacher=model, epochs=1, batch=32)
+        before, after = (_all_weights(item) for item in (unpack(found.model), unpack(again.model)))
+        assert (before["w2"] != 0).tolist() == (after["w2"] != 0).tolist()
+        assert (before["w2"] != after["w2"]).any()
+
+
+def _all_weights(model: onnx.ModelProto) -> dict[str, Any]:
+    """Of the main graph and of all bodies."""
+    found = {}
+    pending = [model.graph]
+    while pending:
+        graph = pending.pop()
+        found |= {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+        held = [node for node in graph.node if node.op_type == "Constant"]
+        found |= {node.output[0]: numpy_helper.to_array(node.attribute[0].t) for node in held}
+        pending += [item.g for node in graph.node for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
+    return found
+
+
+def test_scores_from_a_file(tmp_path: Path) -> None:
+    model = cases.branched(cases.weights(), "constant")
+    write_scores(relief_onnx.score(model, cases.samples()), tmp_path / "scores.npz")
+    found = relief_onnx.prune(model, cases.samples(), scores=tmp_path / "scores.npz", keep="50%")
+    wanted = relief_onnx.prune(model, cases.samples(), keep="50%")
+    assert found.model == wanted.model
+    assert {"w2/score", "w3/flow"} <= set(np.load(tmp_path / "scores.npz").files)
 
 
 def gates(read_twice: bool = False) -> onnx.ModelProto:

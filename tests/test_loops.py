@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
 
 import relief_onnx
 from relief_onnx.control import settle
@@ -137,3 +138,111 @@ def test_a_late_sample_that_takes_the_other_branch_is_noticed() -> None:
     assert {layer.weight for layer in every.plan.layers} == {"w1", "w2", "w3", "w4", "v"}
     few = settle(ready, open_dataset(feeds[:19], input_specs(model)), samples=None, seed=0, threads=1)
     assert {layer.weight for layer in few.plan.layers} == {"w1", "w2", "w3", "w4"}
+
+
+def convolved(looped: bool) -> onnx.ModelProto:
+    """A convolution and a product with a transposed weight and with the weight on the left, at every step of x [5, N, 8]."""
+    rng = np.random.default_rng(0)
+    stored = {
+        "k": rng.normal(0, 1, (6, 1, 3)).astype(np.float32), "kb": rng.normal(0, 1, 6).astype(np.float32),
+        "left": rng.normal(0, 1, (7, 6)).astype(np.float32), "t": rng.normal(0, 1, (cases.OUT, 8)).astype(np.float32),
+        "one": np.array([1]), "ends": np.array([2]),
+    }  # fmt: skip
+    step = [
+        cases.node("Unsqueeze", "h one", "u"), cases.node("Conv", "u k kb", "conv", pads=[1, 1]), cases.node("Relu", "conv", "r"),
+        cases.node("MatMul", "left r", "l"), cases.node("Transpose", "t", "tt", perm=[1, 0]), cases.node("MatMul", "l tt", "m"),
+        cases.node("ReduceSum", "m one", "out", keepdims=0),
+    ]  # fmt: skip
+    if looped:
+        body = helper.make_graph(step, "body", [cases.value("h", "N", 8)], [cases.value("out", "N", cases.OUT)])
+        return loops.model([helper.make_node("Scan", ["x"], ["y"], name="again", body=body, num_scan_inputs=1)], stored)
+    start = cases.node("Reshape", "x rows", "h")
+    step[-1].output[0] = "flat"
+    end = cases.node("Reshape", "flat back", "y")
+    sizes = {"rows": np.array([-1, 8]), "back": np.array([loops.STEPS, -1, cases.OUT])}
+    return loops.model([start, *step, end], stored | sizes)
+
+
+@pytest.mark.parametrize("granularity", ["connection", "weight"])
+@pytest.mark.parametrize("criterion", ["relief", "wanda"])
+def test_other_layers(granularity: str, criterion: str) -> None:
+    options = {"criterion": criterion, "alpha": 0.8, "mean_shift": "off", "granularity": granularity}
+    found = relief_onnx.prune(convolved(True), loops.samples(), **options)
+    wanted = relief_onnx.prune(convolved(False), loops.samples(), **options)
+    assert set(found.masks.keep) == set(wanted.masks.keep) == {"k", "left", "t"}
+    for weight, keep in wanted.masks.keep.items():
+        np.testing.assert_array_equal(found.masks.keep[weight], keep)
+    assert found.report["input"]["macs"] == wanted.report["input"]["macs"]
+    feed = loops.samples(seed=5)[0]
+    np.testing.assert_allclose(outputs(found.model, feed)[0], outputs(wanted.model, feed)[0], rtol=1e-4, atol=1e-5)
+    relief_onnx.prune(convolved(True), loops.samples(), keep="50%", granularity=granularity)
+
+
+def test_a_state_that_goes_round() -> None:
+    """R of a recurrent network in a Loop: both weights are pruned, and the first one's mean goes into the bias that only it has."""
+    rng = np.random.default_rng(0)
+    stored = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in (("wx", (8, 10)), ("wh", (10, 10)), ("wo", (10, 4)))}
+    step = [
+        cases.node("Gather", "x i", "xi", axis=0), cases.node("Gemm", "xi wx b", "a"), cases.node("MatMul", "s wh", "c"),
+        cases.node("Add", "a c", "d"), cases.node("Tanh", "d", "s_next"), cases.node("Identity", "going", "again"),
+        cases.node("Identity", "s_next", "row"),
+    ]  # fmt: skip
+    inputs = [cases.value("i", kind=onnx.TensorProto.INT64), cases.value("going", kind=onnx.TensorProto.BOOL), cases.value("s", None, 10)]
+    outs = [cases.value("again", kind=onnx.TensorProto.BOOL), cases.value("s_next", None, 10), cases.value("row", None, 10)]
+    body = helper.make_graph(step, "body", inputs, outs)
+    nodes = [
+        cases.node("Gather", "x zero", "x0", axis=0), cases.node("MatMul", "x0 wz", "z"),
+        helper.make_node("Loop", ["steps", "", "z"], ["last", "rows"], name="again", body=body), cases.node("MatMul", "rows wo", "y"),
+    ]  # fmt: skip
+    more = {"b": rng.normal(0, 1, 10).astype(np.float32), "wz": np.zeros((8, 10), np.float32) + 0.1, "zero": np.array(0)}
+    model = loops.model(nodes, stored | more | {"steps": np.array(loops.STEPS)})
+    found = relief_onnx.prune(model, loops.samples(), keep="75%")
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert all(rows[weight]["status"] == "pruned" for weight in ("wx", "wh", "wo"))
+    assert found.report["quality"]["agreement"]["y"]["cosine"] > 0.8
+    assert "node_a" in found.report["mean_shift"]["moved"]
+    left = {row["node"]: row["reason"] for row in found.report["mean_shift"]["left"]}
+    assert "no stored bias" in left["node_c"]
+
+
+def test_bodies_in_bodies() -> None:
+    """A Loop in a branch that runs is measured; a branch in a Loop is left, with the reason."""
+    given = cases.weights()
+    inner = loops.looped(given, "Scan", "constant")
+    scan = with_body(inner)
+    wrap = helper.make_graph([scan], "then", [], [cases.value("j", loops.STEPS, "N", cases.JOINT)])
+    other = helper.make_graph(
+        [cases.node("MatMul", "x v", "j_else")], "else", [], [cases.value("j_else", loops.STEPS, "N", cases.JOINT)],
+        [onnx.numpy_helper.from_array(given["v"], "v")],
+    )  # fmt: skip
+    choice = helper.make_node("If", ["c"], ["j_if"], name="choice", then_branch=wrap, else_branch=other)
+    nodes = [node for node in inner.graph.node if node.name != "again"]
+    nodes[-2].input[0] = "j_if"
+    nodes[3:3] = [cases.node("ReduceMax", "x", "m", keepdims=0), cases.node("Greater", "m low", "c"), choice]
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in inner.graph.initializer} | {"low": np.array(-100, np.float32)}
+    model = loops.model(nodes, stored)
+    options = {"criterion": "relief", "alpha": 0.9, "mean_shift": "off"}
+    found = relief_onnx.prune(model, loops.samples(), **options)
+    wanted = relief_onnx.prune(loops.plain(given), loops.samples(), **options)
+    for weight, keep in wanted.masks.keep.items():
+        np.testing.assert_array_equal(found.masks.keep[weight], keep)
+    assert with_body(found.model).name == "choice"
+    body = helper.make_graph(
+        [helper.make_node("If", ["flag"], ["o"], name="in_loop", then_branch=_branch("wa"), else_branch=_branch("wb"))], "body",
+        [cases.value("h", "N", 8)], [cases.value("o", "N", 4)],
+    )  # fmt: skip
+    turned = loops.model(
+        [
+            cases.node("ReduceMax", "x", "m", keepdims=0), cases.node("Greater", "m low", "flag"),
+            helper.make_node("Scan", ["x"], ["q"], name="again", body=body, num_scan_inputs=1), cases.node("MatMul", "q last", "y"),
+        ],
+        {"low": np.array(-100, np.float32), "last": np.eye(4, dtype=np.float32) + 0.1},
+    )  # fmt: skip
+    rows = {row["weight"]: row for row in relief_onnx.prune(turned, loops.samples(), keep="60%").report["layers"]}
+    assert rows["wa"]["reason"] == "it lives inside the body of Scan node again, and no layer that can be pruned reads it there"
+
+
+def _branch(name: str) -> onnx.GraphProto:
+    weight = np.random.default_rng(0).normal(0, 1, (8, 4)).astype(np.float32)
+    made = cases.node("MatMul", f"h {name}", f"o_{name}")
+    return helper.make_graph([made], name, [], [cases.value(f"o_{name}", "N", 4)], [onnx.numpy_helper.from_array(weight, name)])
