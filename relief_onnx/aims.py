@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
+from relief_onnx.nodes import handed_on
 
 __all__ = ["Aim", "aim_of"]
 
@@ -32,8 +33,14 @@ def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
     aim = Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
     if layer.output not in original.producer:
         return Aim(graph.nodes[layer.node].output[0], aim.scale, aim.shift)
-    while len(uses := original.uses.get(aim.tensor, [])) == 1 and uses[0].slot >= 0 and not original.is_output(aim.tensor):
+    while len(uses := original.uses.get(aim.tensor, [])) == 1 and not original.is_output(aim.tensor):
         node = original.nodes[uses[0].node]
+        outside = dict(zip(handed_on(node), node.output, strict=False)).get(aim.tensor, "") if uses[0].slot < 0 else ""
+        if outside:
+            aim = replace(aim, tensor=outside)  # from a branch of an If to the graph around it
+            continue
+        if uses[0].slot < 0:
+            break
         step = _STEPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         found = step(original, graph, layer, aim, node, uses[0].slot) if step is not None else None
         if found is None:

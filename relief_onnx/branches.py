@@ -19,7 +19,7 @@ from relief_onnx.coupling import Coupling
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
-from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.nodes import captured, home_of, subgraphs
 from relief_onnx.ops import row_of
 from relief_onnx.walk import trace
 
@@ -113,7 +113,7 @@ def _sweep(model: onnx.ModelProto) -> None:
     needed = {item.name for item in model.graph.output}
     kept = []
     for node in reversed(model.graph.node):
-        if needed & set(node.output):
+        if needed & set(node.output) or home_of(node):
             kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
             needed |= set(node.input) | {name for body in subgraphs(node) for name in captured(body)}
     if len(kept) == len(model.graph.node):

@@ -136,7 +136,9 @@ def _add(
     if grouping is not None:
         grouping.look(values, batch.size)
     tensors = {name: probe.value(name, values) for name in {item.tensor for item in measurements}}
-    jobs = (item.statistic.jobs(tensors[item.tensor], batch.weight) for item in measurements)
+    found = ((item.statistic, tensors[item.tensor]) for item in measurements)
+    # What is empty comes from a body that did not run.
+    jobs = (statistic.jobs(value, batch.weight) for statistic, value in found if value.size)
     for _ in pool.map(lambda job: job(), chain.from_iterable(jobs)):
         pass
 

@@ -106,6 +106,8 @@ def _refusal(graph: Graph, layer: Layer) -> str:
     """Why a layer's bias cannot take anything over; empty where it can."""
     if layer.recurrent is not None and (layer.bias is None or layer.bias.shared):
         return "its bias is computed" if layer.bias is None else "several nodes read its bias"
+    if layer.inside is not None and (layer.bias is None or layer.bias.shared):
+        return "it runs inside a body of control flow and has no stored bias of its own"
     if layer.bias is not None:
         return "its bias is multiplied by 0" if layer.bias.factor == 0 else ""
     node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot

@@ -87,7 +87,8 @@ class FlowMeasure:
         self.measurements += self._tables.measurements
         self._channels: dict[str, Activity] = {}
         shared: dict[tuple[str, int], Activity] = {}
-        for layer in plan.layers if self._groups > 1 else ():
+        # Rows of what runs in a body cannot be told apart by sample.
+        for layer in [layer for layer in plan.layers if layer.inside is None] if self._groups > 1 else ():
             key = (layer.reads, layer.input_axis)
             if key not in shared:
                 shared[key] = Activity(key[1:], rule.moments, self._grouping)
@@ -194,7 +195,7 @@ class FlowMeasure:
 
     def _shares(self, layer: Layer, part: Doubles, group: int | None) -> tuple[Doubles, Doubles, Doubles]:
         """(share of each weight [out, in per group, *kernel], of the bias [out], their sum [out]), in a group of samples or over all."""
-        if group is not None:
+        if group is not None and layer.name in self._channels:
             channels = self._channels[layer.name]
             every = self._activity(channels, None).reshape(-1)
             own = self._activity(channels, group).reshape(-1)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
 from relief_onnx.geometry import Geometry
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.nodes import home_of, taken_branch
 from relief_onnx.reasons import TABLE_REASON, why_no_layer
 from relief_onnx.recurrent_layers import Recurrent, describe, is_bias, is_recurrent, made, own_half
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
@@ -51,6 +52,7 @@ class Layer:
     """One node with a prunable weight. Axes are those of the activation tensors.
 
     A recurrent node is two layers, W and R (`recurrent`). What R reads is no tensor of the graph; `input` names it all the same.
+    inside: the node in whose body it runs; `node` is then its mirror in the main graph (see `loops`).
     """
 
     node: int
@@ -77,6 +79,7 @@ class Layer:
     def reads(self) -> str:
         """What statistics listen to: the input, of a recurrent node the steps that count (see `recurrent_reads`)."""
         return self.input if self.recurrent is None else f"{self.output}/{self.recurrent.part}/reads"
+    inside: int | None = None
 
     @property
     def is_convolution(self) -> bool:
@@ -329,7 +332,8 @@ def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> 
     )
     if not per_unit:
         return None
-    shared = any(len(graph.uses.get(name, ())) != 1 for name in (source.name, *source.path)) or graph.is_output(source.name)
+    uses = [[use for use in graph.uses.get(name, ()) if use.slot >= 0 or use.node != layer.inside] for name in (source.name, *source.path)]
+    shared = any(len(own) != 1 for own in uses) or graph.is_output(source.name)
     return Bias(source.name, source.view.reshape(layer.out_channels), factor, node, shared)
 
 
@@ -364,12 +368,22 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
 
 # What else a recurrent node stores, by its slot: a number or three for each hidden unit, which go with it.
 _KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
+def _read_inside(graph: Graph, index: int) -> str:
+    """Why a weight that a body captures is left alone."""
+    node = graph.nodes[index]
+    body = "a branch" if node.op_type == "If" else "the body"
+    return f"{body} of {node.op_type} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
+
+
+# What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
+_NEVER = ", which never ran on the calibration data"
+_OF_BODY = {"": ": whether it can be pruned depends on the data, which have not run", "both": ", as no layer that can be pruned"}
 
 
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
-        return Refusal(f"the body of {node.op_type} node {graph.names[use.node]} reads it")
+        return Refusal(_read_inside(graph, use.node))
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None and _looks_up(node, use.slot):
         table = _table(graph, use.node, source.view)
@@ -389,7 +403,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     shape = graph.shape(found.input)
     if shape is not None and found.input_axis >= len(shape):
         return Refusal(f"its input has {len(shape)} axes, too few for the operator")
-    layer = replace(found, weight=source.name)
+    layer = replace(found, weight=source.name, inside=graph.producer.get(home_of(node)))
     if layer.recurrent is not None:
         return layer
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
@@ -414,7 +428,7 @@ def find(graph: Graph) -> Plan:
     skipped: list[Skipped] = []
     tables: list[Layer] = []
     for name in graph.initializers:
-        found_readers = _real(graph, readers(graph, name))
+        found_readers = _without_mirrored(graph, _real(graph, readers(graph, name)))
         rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
         if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
@@ -456,6 +470,12 @@ def _real(graph: Graph, found: list[tuple[Use, str]]) -> list[tuple[Use, str]]:
     return [item for item in found if graph.nodes[item[0].node].op_type not in ("Shape", "Size")] or found
 
 
+def _without_mirrored(graph: Graph, found: list[tuple[Use, str]]) -> list[tuple[Use, str]]:
+    """Without the bodies whose layers have mirrors in the main graph (see `loops`)."""
+    homes = {graph.producer.get(home_of(graph.nodes[use.node]), -1) for use, _ in found if use.slot >= 0}
+    return [(use, name) for use, name in found if use.slot >= 0 or use.node not in homes]
+
+
 def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
     source = trace_constant(graph, tensor)
     if isinstance(source, Source):
@@ -494,12 +514,15 @@ def _inner(graph: Graph) -> list[Skipped]:
     """Weights that live inside the bodies of control flow, as initializers or in Constant nodes."""
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
-        pending = list(subgraphs(node))
-        while pending:
-            body = pending.pop()
-            held = [(item.name, item) for item in body.initializer]
-            held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
-            reason = f"it lives inside a body of {node.op_type}"
-            found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
-            pending += [inner for child in body.node for inner in subgraphs(child)]
+        for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
+            known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
+            where = f"it lives inside the {name} of {node.op_type} node {graph.names[i]}"
+            reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
+            pending = [item.g for item in node.attribute if item.name == name]
+            while pending:
+                body = pending.pop()
+                held = [(item.name, item) for item in body.initializer]
+                held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
+                found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
+                pending += [inner for child in body.node for inner in subgraphs(child)]
     return found

@@ -89,6 +89,9 @@ class _Liveness:
         for name, uses in self.graph.uses.items():
             if any(use.slot < 0 for use in uses):
                 self._read_all(name)
+        for layer in self.plan.layers:
+            if layer.inside is not None:
+                self._read_all(self.graph.nodes[layer.node].output[0])
         for index in range(len(self.graph.nodes) - 1, -1, -1):
             node, row = self.graph.nodes[index], row_of(self.graph.nodes[index])
             if index in self.coupling.constants:

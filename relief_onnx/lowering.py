@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from relief_onnx.datatypes import Kept
 from relief_onnx.fills import lay_open_fills
 from relief_onnx.fused import lay_open
+from relief_onnx.lifting import fixed_branches
 from relief_onnx.quantised import lower_quantised
 from relief_onnx.quantised_restore import Requantise
+from relief_onnx.rearranged import rearranged
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -27,7 +29,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (lay_open_fills, lower_quantised, lay_open)
+PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, lower_quantised, lay_open, rearranged)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
+from relief_onnx.nodes import subgraphs
 from relief_onnx.scoring import LayerScore, Scores
 
 __all__ = [
@@ -204,10 +205,20 @@ def insert(graph: Graph, flags: Mapping[str, Flags]) -> onnx.ModelProto:
         for slot, name in enumerate(node.input):
             if name in renamed:
                 node.input[slot] = renamed[name]
+        for body in subgraphs(node):
+            _rename_captured(body, renamed)
     old = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *old])
     return model
+
+
+def _rename_captured(body: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    for node in body.node:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = renamed.get(name, name)
+        for inner in subgraphs(node):
+            _rename_captured(inner, renamed)
 
 
 def applied(graph: Graph, flags: Mapping[str, Flags]) -> dict[str, NDArray[Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-__all__ = ["STANDARD", "attributes", "captured", "subgraphs"]
+__all__ = ["STANDARD", "attributes", "captured", "handed_on", "home_of", "mark_mirror", "mark_taken", "subgraphs", "taken_branch", "unmark"]
 
 # The two names of the domain of standard operators.
 STANDARD = ("", "ai.onnx")
@@ -38,3 +38,47 @@ def captured(body: onnx.GraphProto) -> set[str]:
         for inner in subgraphs(node):
             read |= captured(inner)
     return read - own
+
+
+# Stands in the documentation of an If while a model is worked on: which branch the calibration data take.
+_MARK = "relief-onnx/taken/1 "
+
+
+def mark_taken(node: onnx.NodeProto, taken: str) -> None:
+    """Note on an If which branch ran on the calibration data: "then_branch", "else_branch", "both" or "none".
+
+    Of a Loop or Scan "both" says that its body runs.
+    """
+    node.doc_string = _MARK + taken
+
+
+def unmark(node: onnx.NodeProto, documentation: str) -> None:
+    """Give a node its documentation back."""
+    node.ClearField("doc_string")
+    if documentation:
+        node.doc_string = documentation
+
+
+def taken_branch(node: onnx.NodeProto) -> str:
+    """What was noted with `mark_taken`; empty where nothing was."""
+    return str(node.doc_string.removeprefix(_MARK)) if node.doc_string.startswith(_MARK) else ""
+
+
+def handed_on(node: onnx.NodeProto) -> list[str]:
+    """Of an If whose branch was moved before it, the tensors that its outputs are; of any other node nothing."""
+    taken = taken_branch(node)
+    return [item.input[0] for own in node.attribute if own.name == taken for item in own.g.node]
+
+
+# Stands in the documentation of a node in the main graph that mirrors one inside a body, before the first output of the body's node.
+_MIRROR = "relief-onnx/mirror/1 "
+
+
+def mark_mirror(node: onnx.NodeProto, home: str) -> None:
+    """Note that a node mirrors one inside a body of the node whose first output is `home` (see `loops`)."""
+    node.doc_string = _MIRROR + home
+
+
+def home_of(node: onnx.NodeProto) -> str:
+    """What was noted with `mark_mirror`; empty where nothing was."""
+    return str(node.doc_string.removeprefix(_MIRROR)) if node.doc_string.startswith(_MIRROR) else ""

@@ -17,6 +17,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice, relevance
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
+from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
@@ -24,6 +25,7 @@ from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, po
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
+from relief_onnx.inner_weights import pack_with_inner
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.leftovers import training_notes
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
@@ -31,7 +33,6 @@ from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import Improved, improve
 from relief_onnx.obs_units import improve_units
 from relief_onnx.options import Options, idle, resolve
-from relief_onnx.pack import pack
 from relief_onnx.paper import Gate, PaperRules, both_gates
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.prepared import Prepared, prepare
@@ -74,11 +75,15 @@ def score(
 ) -> Scores:
     """Measure every layer once. Takes the same options as `prune`. Raises NothingPrunedError where there is no layer."""
     ready, options = prepare(source), resolve(None, {}, given)
-    if not (ready.plan.layers or ready.plan.tables):
+    if not (ready.plan.layers or ready.plan.tables) and not branching(ready.graph):
         raise _nothing(ready.plan, {})
     _check_outputs(ready.graph, options)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
+        if branching(ready.graph):
+            ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
+            if not ready.plan.layers:
+                raise _nothing(ready.plan, {})
         return measure_scores(ready, dataset, options, None, progress, None, ready.plan.tables)
 
 
@@ -121,10 +126,16 @@ def prune(
         weights, reasons = select(ready.plan, options.only, options.skip)
         reasons |= unranked(ready.plan, options, weights)
         weights -= reasons.keys()
-        if not weights:
+        if not weights and not branching(ready.graph):
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
         folder = work_folder(work_dir)
+    if branching(ready.graph):
+        with clock("branches"), _named(ready.path):
+            ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
+            weights, reasons = select(ready.plan, options.only, options.skip)
+            if not weights:
+                raise _nothing(ready.plan, reasons)
     job = _Job(ready, options, weights, dataset, folder, clock, progress)
     if options.trains:
         retrained: Mapping[str, Any] | None
@@ -143,7 +154,9 @@ def prune(
         final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
-        shipped, packed = pack(final, _packable(operation.model, final, masks)) if options.storage == "auto" else (final, ())
+        inner = ready.plan.by_weight()  # of which some are back in the branch that they came from
+        names = _packable(operation.model, final, masks)
+        shipped, packed = pack_with_inner(final, names, inner) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained,

@@ -31,6 +31,7 @@ from relief_onnx.attending import attended
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
+from relief_onnx.nodes import handed_on
 from relief_onnx.ops import OperatorRow, passing_row_of
 from relief_onnx.recurrent import around, looped, of_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
@@ -335,7 +336,7 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
 
 def _fed(graph: Graph, plan: Plan) -> set[str]:
     """Tensors that some layer leads to; sizes do not count."""
-    layers = {layer.node for layer in plan.layers}
+    layers = {number for layer in plan.layers for number in (layer.node, layer.inside)}
     found: set[str] = set()
     for index, node in enumerate(graph.nodes):
         row = passing_row_of(node)
@@ -371,6 +372,7 @@ def propagate(
         track = tracks.of.get(name, (1,) * len(graph.shape(name) or ()))
         walk.add(name, np.full(track, weights.get(name, 1.0) / total / max(int(np.prod(track)), 1)))
     outputs: dict[str, Doubles] = {}
+    inside = {layer.inside: [own for own in plan.layers if own.inside == layer.inside] for layer in plan.layers}
     for index in reversed(range(len(graph.nodes))):
         node = graph.nodes[index]
         values = [walk.of(name) if name else None for name in node.output]
@@ -403,6 +405,9 @@ def propagate(
         else:
             for name, given in _passed(walk, index, values, adds):
                 walk.add(name, given)
+        # All that a node carries passes through each layer of its body.
+        carried = sum(float(own.sum()) for own in values if own is not None)
+        outputs |= {layer.name: np.full(layer.out_channels, carried / layer.out_channels) for layer in inside.get(index, ())}
     evenly = tuple(Even(graph.names[index], graph.nodes[index].op_type, why) for index, why in sorted(walk.evenly.items()))
     return Relevance(walk.tensors, outputs, evenly)
 
@@ -424,6 +429,9 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
     if index in adds and values[0] is not None:
         inner = graph.nodes[adds[index].node].output[0]
         return [(inner, values[0])]
+    sources = handed_on(at.node)
+    if sources:
+        return [(name, own) for name, own in zip(sources, values, strict=True) if own is not None]
     lead = [name for name in dict.fromkeys(graph.read_by(index)) if name in walk.fed]
     passed: Passed = []
     try:

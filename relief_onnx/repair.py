@@ -120,4 +120,6 @@ def refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:
         return "not chosen"
     if len(plan.by_weight()[layer.weight]) > 1:
         return "several nodes read its weight"
+    if layer.inside is not None:
+        return "it runs inside a body of control flow, which runs as a whole"
     return ""

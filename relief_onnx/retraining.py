@@ -15,13 +15,15 @@ import onnx
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.compare import compare_models
+from relief_onnx.control import branching, settle
 from relief_onnx.data import ImageOptions, open_dataset
 from relief_onnx.errors import ModelError, RecipeError
 from relief_onnx.graph import Graph
+from relief_onnx.inner_weights import pack_with_inner
 from relief_onnx.measure import measure
 from relief_onnx.measuring import work_folder
 from relief_onnx.options import resolve
-from relief_onnx.pack import pack, unpack
+from relief_onnx.pack import unpack
 from relief_onnx.pipeline import Data
 from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.ranks import is_first
@@ -79,6 +81,8 @@ def retrain(
     original = ready.original if teacher is None else unpack(files.load(teacher))
     _check_teacher(ready, original)
     dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+    if branching(ready.graph):
+        ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
     rounds = Rounds(original, dataset, options, work_folder(work_dir), progress)
     flags = _zeros(ready)
     draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed, "threads": options.threads, "progress": progress}
@@ -93,7 +97,8 @@ def retrain(
     rounds.count(ready.plan, kept)
     settled, ready = ready.settled(Graph(apply_weights(first, arrays)), flags)
     dense = files.share_again(ready.restored(settled.model), ready.original)
-    shipped, _ = pack(dense, sorted([*kept, *tables])) if options.storage == "auto" else (dense, ())
+    stored = {*kept, *tables} & {item.name for item in dense.graph.initializer}
+    shipped, _ = pack_with_inner(dense, sorted(stored), kept) if options.storage == "auto" else (dense, ())
     checked = verify(ready.original, dense, shipped, dataset, seed=options.seed, threads=options.threads)
     quality = compare_models(
         original, shipped, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress

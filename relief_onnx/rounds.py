@@ -12,12 +12,13 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx import model as files
+from relief_onnx.control import branching, settle
 from relief_onnx.dataset import Dataset
 from relief_onnx.errors import RecipeError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.layers import Plan
 from relief_onnx.options import Options, Share
-from relief_onnx.pack import unpack
+from relief_onnx.prepared import prepare
 from relief_onnx.ranks import is_first
 from relief_onnx.surgery import apply_weights
 from relief_onnx.trainer import open_loop
@@ -36,7 +37,7 @@ class Rounds:
         self._options, self._training = options, options.training
         self._folder = folder if dataset.fingerprint is not None else None
         self._inputs = dataset.fingerprint or ""
-        self._start = _stored(self._training.rewind)
+        self._start = _stored(self._training.rewind, dataset, options)
         self._trainer = open_loop().Trainer(
             original, dataset, self._training, label_weight=self._training.labels_count(options.repair), seed=options.seed,
             threads=options.threads, progress=progress,
@@ -127,9 +128,12 @@ class Rounds:
         }  # fmt: skip
 
 
-def _stored(path: str | None) -> dict[str, NDArray[Any]]:
-    """All initializers of a model file."""
+def _stored(path: str | None, dataset: Dataset, options: Options) -> dict[str, NDArray[Any]]:
+    """All initializers of a model file, those in branches that run among them."""
     if path is None:
         return {}
-    graph = Graph(files.prepare(unpack(files.load(path))))
+    ready = prepare(path)
+    if branching(ready.graph):
+        ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
+    graph = ready.graph
     return {name: graph.array(name) for name, item in graph.initializers.items() if item.data_type in FLOATS}

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.dims import ZERO, Dim, Symbols, product
 from relief_onnx.fused_shapes import FUSED_RULES
-from relief_onnx.nodes import STANDARD, captured, subgraphs
+from relief_onnx.nodes import STANDARD, captured, subgraphs, taken_branch
 from relief_onnx.shape_rules import SHAPE_RULES, ShapeRule
 from relief_onnx.shape_scope import BOOLS, FLOATING, INTEGERS, LARGEST_CONTENT, Content, Dims, Scope, Step, known
 from relief_onnx.shape_values import VALUE_RULES
@@ -179,8 +179,10 @@ class _Walk:
 
     def branches(self, step: Step) -> None:
         """If: the branch that is taken, or what both have in common."""
-        condition = known(step.content())
-        names = ("then_branch", "else_branch") if condition is None else ("then_branch",) if condition[0] else ("else_branch",)
+        condition, taken = known(step.content()), taken_branch(step.node)
+        names: tuple[str, ...] = ("then_branch", "else_branch")
+        if condition is not None or taken in names:
+            names = (taken,) if taken in names else ("then_branch",) if condition is not None and condition[0] else ("else_branch",)
         ends = []
         for name in names:
             inner = Scope(step.symbols, step.scope.opsets, step.scope)

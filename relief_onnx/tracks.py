@@ -18,6 +18,7 @@ from relief_onnx.contractions import LABELS
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.moves import Barrier, Together, reduced_axes
+from relief_onnx.nodes import handed_on
 from relief_onnx.ops import OperatorRow, passing_row_of
 
 __all__ = ["Moved", "Track", "Tracks", "follow", "labels_of", "moved"]
@@ -101,6 +102,9 @@ def follow(graph: Graph, plan: Plan) -> Tracks:
                 _FOLLOW[row.flow](graph, index, node, row, found, widths)
             except Barrier as barrier:
                 found.dropped[index] = str(barrier)
+        for name, source in zip(node.output, handed_on(node), strict=False):
+            own = found.of.get(source, ())
+            found.of[name] = own if len(own) == len(found.of[name]) else found.of[name]
     return found
 
 

@@ -1,0 +1,125 @@
+"""Weights that a file stores in another order than its layers read them (PyTorch's gates of an LSTM): stored as they are read.
+
+A chain of nodes that only moves entries of stored numbers (Slice, Concat ...) is computed once, and the result stored in place of what it
+was made from. Chains that are mere changes of layout stay: every later step reads through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from relief_onnx.datatypes import Kept
+from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.layers import LAYER_OPERATORS
+from relief_onnx.nodes import STANDARD
+from relief_onnx.session import Session
+
+__all__ = ["rearranged"]
+
+_MOVES = frozenset({"Slice", "Concat", "Split", "Gather"})
+_VIEWS = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose"})
+_READERS = frozenset({*LAYER_OPERATORS, "LSTM", "GRU", "RNN"})
+
+
+def rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto, Kept], onnx.ModelProto]] | None:
+    """A pass (see `lowering`). What it does is not undone: the file computes the same with fewer nodes."""
+    graph = Graph(model)
+    chains = {name: chain for name in _parameters(graph) if (chain := _chain(graph, name)) is not None}
+    chosen = _complete(graph, chains)
+    if not chosen or model.ir_version < 4:
+        return None
+    nodes = sorted(set().union(*(chains[name][0] for name in chosen)))
+    sources = set().union(*(chains[name][1] for name in chosen))
+    values = _computed(graph, nodes, chosen)
+    if sum(value.size for value in values.values()) > sum(graph.array(name).size for name in sources):
+        return None
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    new = {name: next(iter(chains[name][1])) if len(chains[name][1]) == 1 else name for name in chosen}
+    new = {name: wanted if list(new.values()).count(wanted) == 1 else name for name, wanted in new.items()}
+    for number in reversed(nodes):
+        del result.graph.node[number]
+    for node in result.graph.node:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = new.get(name, name)
+    kept = [item for item in model.graph.initializer if item.name not in sources]
+    made = [numpy_helper.from_array(value, new[name]) for name, value in values.items()]
+    del result.graph.initializer[:]
+    result.graph.initializer.extend([*kept, *made])
+    gone = {name for number in nodes for name in graph.nodes[number].output} | set(new.values())
+    notes = [info for info in model.graph.value_info if info.name not in gone]
+    del result.graph.value_info[:]
+    result.graph.value_info.extend(notes)
+    return result, _as_it_is
+
+
+def _as_it_is(model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
+    return model
+
+
+def _parameters(graph: Graph) -> list[str]:
+    """What layers read that nodes make, but for their first input."""
+    readers = (node for node in graph.nodes if node.op_type in _READERS and node.domain in STANDARD)
+    return sorted({name for node in readers for name in node.input[1:] if name in graph.producer})
+
+
+def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
+    """The nodes that make a tensor from stored floats by moving their entries, and these floats; None where that is not so."""
+    nodes, sources, pending = set[int](), set[str](), [tensor]
+    while pending:
+        name = pending.pop()
+        if name in graph.initializers:
+            sources |= {name} if graph.is_float(name) else set()
+            continue
+        number = graph.producer.get(name)
+        node = None if number is None else graph.nodes[number]
+        if node is None or number is None or node.domain not in STANDARD or node.op_type not in _MOVES | _VIEWS | {"Constant"}:
+            return None
+        if node.op_type != "Constant":
+            nodes.add(number)
+            pending += [item for item in node.input if item]
+    moves = any(graph.nodes[number].op_type in _MOVES for number in nodes)
+    return (nodes, sources) if sources and moves else None
+
+
+def _complete(graph: Graph, chains: dict[str, tuple[set[int], set[str]]]) -> list[str]:
+    """Tensors whose chains serve nothing else, so that nothing is stored twice."""
+    chosen = dict(chains)
+    while True:
+        nodes = set[int]().union(*(own for own, _ in chosen.values()))
+        ends = set(chosen)
+
+        def serves(name: str, nodes: set[int] = nodes, ends: Collection[str] = ends) -> bool:
+            inner = all(use.node in nodes for use in graph.uses.get(name, ()))
+            return not graph.is_output(name) and (inner or (name in ends and all(use.slot >= 0 for use in graph.uses[name])))
+
+        bad = {
+            end
+            for end, (own, sources) in chosen.items()
+            if not all(serves(name) for number in own for name in graph.nodes[number].output if name)
+            or any(use.node not in nodes or use.slot < 0 for name in sources for use in graph.uses[name])
+            or any(graph.is_output(name) for name in sources)
+        }
+        if not bad:
+            return sorted(chosen)
+        chosen = {end: chain for end, chain in chosen.items() if end not in bad}
+
+
+def _computed(graph: Graph, nodes: Collection[int], names: list[str]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    """The tensors, computed from what is stored."""
+    chosen = [graph.nodes[number] for number in sorted(nodes)]
+    read = {name for node in chosen for name in node.input}
+    held = [node for node in graph.nodes if node.op_type == "Constant" and node.output[0] in read]
+    stored = [graph.initializers[name] for name in sorted(read & graph.initializers.keys())]
+    kinds = {item.name: item.data_type for item in stored}
+    floats = next(kind for kind in kinds.values() if kind in FLOATS)
+    outputs = [helper.make_tensor_value_info(name, graph.types.get(name, (floats, None))[0], None) for name in names]
+    model = helper.make_model(
+        helper.make_graph([*held, *chosen], "chain", [], outputs, stored), opset_imports=graph.model.opset_import
+    )  # fmt: skip
+    model.ir_version = graph.model.ir_version
+    return dict(zip(names, Session(model, 1, "the stored weights").run({}, names), strict=True))
