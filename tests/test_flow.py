@@ -164,7 +164,7 @@ def test_a_file_of_a_local_score_is_cut_locally(tmp_path: Path) -> None:
     assert (document["options"]["criterion"], document["flow"]) == ("relief", None)
 
 
-@pytest.mark.parametrize("name", ["LRN", "Gather"])
+@pytest.mark.parametrize("name", ["Det", "Gather"])
 def test_the_report_names_what_was_passed_on_evenly(name: str) -> None:
     net = Net(seed=9)
     model = net.model(EVENLY[name](net))
