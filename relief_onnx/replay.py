@@ -104,12 +104,26 @@ class Replay:
         made = {name for node in nodes for name in node.output if name}
         read = {name for index in run for name in graph.read_by(index)}
         stored = [graph.initializers[name] for name in sorted(read & graph.initializers.keys())]
-        inputs = [_described(name, self._values[0][name]) for name in sorted(read - made - graph.initializers.keys())]
+        inputs = [self._described(name) for name in sorted(read - made - graph.initializers.keys())]
         body = helper.make_graph(nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], stored)
         model = helper.make_model(body, opset_imports=graph.model.opset_import, functions=graph.model.functions)
         model.ir_version = max(graph.model.ir_version, 4)
         changed = {name: weights[name] for name in read & weights.keys()}
         return (apply_weights(model, changed) if changed else model), outputs
+
+    def _described(self, name: str) -> onnx.ValueInfoProto:
+        """The type of a value that a piece reads, and its rank; its sizes are left open, they may differ from batch to batch."""
+        values = [values[name] for values in self._values]
+        if isinstance(values[0], list):
+            item = values[0][0] if values[0] else np.zeros(0, np.float32)
+            element = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(item.dtype), None)
+            return helper.make_value_info(name, helper.make_sequence_type_proto(element))
+        arrays = [self._read(value) for value in values]
+        element_type = onnx.TensorProto.STRING if arrays[0].dtype.kind == "O" else helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+        # Without ranks onnxruntime may take sizes that are computed from shapes for empty ones.
+        ranks = {array.ndim for array in arrays}
+        shape = [None] * ranks.pop() if len(ranks) == 1 else None
+        return helper.make_value_info(name, helper.make_tensor_type_proto(element_type, shape))
 
     def _kept(self, value: Any) -> Any:
         """The value, or the file that holds it."""
@@ -142,14 +156,3 @@ def _constant_nodes(graph: Graph) -> dict[str, int]:
         if (read or node.op_type == "Constant") and not by_chance and all(name in found or name in graph.initializers for name in read):
             found |= {name: index for name in node.output if name and not graph.is_output(name)}
     return found
-
-
-def _described(name: str, value: Any) -> onnx.ValueInfoProto:
-    """The type of a value that a piece reads; its shape is left open."""
-    if isinstance(value, list):
-        item = value[0] if value else np.zeros(0, np.float32)
-        element = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(item.dtype), None)
-        return helper.make_value_info(name, helper.make_sequence_type_proto(element))
-    dtype = np.dtype(value.dtype) if not isinstance(value, Path) else np.load(value, mmap_mode="r").dtype
-    element_type = onnx.TensorProto.STRING if dtype.kind == "O" else helper.np_dtype_to_tensor_dtype(dtype)
-    return helper.make_value_info(name, helper.make_tensor_type_proto(element_type, None))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from builders import Net
 from helpers import LENET, SAMPLES, digits
 from numpy.typing import NDArray
 
@@ -21,6 +22,8 @@ from relief_onnx.layers import Layer, find
 from relief_onnx.masks import Masks
 from relief_onnx.model import input_specs, prepare
 from relief_onnx.obs import FLOOR_OF_FLOW, TRUST, Pool
+from relief_onnx.replay import Replay
+from relief_onnx.session import Session
 from relief_onnx.solve import LEAST_BLOCK, SOLVE_FLOPS
 
 Array = NDArray[Any]
@@ -135,8 +138,6 @@ def test_layers_keep_half_of_what_flow_leaves_and_fall_slowly(share: float) -> N
 
 
 def wide(count: int = 4) -> list[Layer]:
-    from builders import Net
-
     net = Net(seed=1)
     x = net.input("N", 1024)
     for _ in range(count):
@@ -178,3 +179,27 @@ def test_what_is_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("keep flow's mask" in line for line in usual.report["warnings"])
     kept = [sum(int(keep.sum()) for keep in result.masks.keep.values()) for result in (bounded, flow)]
     assert kept[0] == pytest.approx(kept[1], rel=0.01)
+
+
+def test_sizes_made_from_shapes_of_an_earlier_piece() -> None:
+    """A table of positions resized to the grid of the image, as in vision transformers: the walk gives what the model gives."""
+    net = Net(seed=4)
+    x = net.input("N", 3, 8, 8)
+    height = net.op("Gather", net.op("Shape", x), net.constant(np.asarray(2, np.int64)))
+    y = net.op("Conv", x, net.weight(4, 3, 2, 2), strides=[2, 2])
+    rows = net.op("Unsqueeze", net.op("Div", height, net.constant(np.asarray(2, np.int64))), net.ints(0))
+    table = net.op("Transpose", net.op("Reshape", net.weight(1, 9, 4), net.ints(1, 3, 3, 4)), perm=[0, 3, 1, 2])
+    first = net.op("Slice", net.op("Shape", table), net.ints(0), net.ints(2), net.ints(0))
+    sizes = net.op("Concat", first, net.op("Concat", rows, rows, axis=0), axis=0)
+    placed = net.op("Add", y, net.op("Resize", table, "", "", sizes, mode="nearest"))
+    model = net.model(net.op("Conv", placed, net.weight(2, 4, 1, 1)))
+    feeds = [{x: net.rng.standard_normal((rows, 3, 8, 8)).astype(np.float32)} for rows in (3, 2)]
+    graph = Graph(prepare(model))
+    with Replay(graph, feeds, graph.outputs) as walk:
+        for layer in find(graph).layers:
+            walk.advance(layer.node)
+        walk.advance(len(graph.nodes))
+        for batch, feed in enumerate(feeds):
+            found = walk.value(graph.outputs[0], batch)
+            assert found is not None
+            np.testing.assert_allclose(found, Session(model).run(feed)[0], rtol=1e-5, atol=1e-5)
