@@ -313,7 +313,8 @@ def _fit_lifted(value: NDArray[Any], shape: tuple[int, ...]) -> Values:
 
 def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]], row: OperatorRow) -> Values | None:
     if row.kind == "quantise":
-        made = carried(node, *(feeds[name] for name in node.input[:2]), feeds[node.input[2]] if len(node.input) > 2 else None)
+        x, scale, *zero = (feeds[name] for name in node.input if name)
+        made = carried(node, x, scale, zero[0] if zero else None)
         return None if made is None else made.astype(np.float64)
     copy = onnx.NodeProto.FromString(node.SerializeToString())
     opset = graph.opset

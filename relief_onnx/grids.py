@@ -126,7 +126,7 @@ class Grid:
         return found.astype(self.integers.dtype)
 
     def fitted(self, values: Array) -> Grid:
-        """The same grid, but for new scales where values lie outside and clipping them would lose more (in squares) than the coarser scale."""
+        """The same grid, but for new scales where values lie outside and clipping them loses more, in squares, than coarser scales do."""
         low, high = self.limits
         scale = self.scale.astype(np.float64)
         wide = values.astype(np.float64)
@@ -164,9 +164,8 @@ class Grid:
         for axis in unknown:
             if axis not in own:
                 grid = grid._taken(axis, np.arange(values.shape[axis]))  # any: all places share their scales
-        if len(own) > 1 or (own and (found := grid._matched(own[0], values)) is None):
-            return None
-        return grid._taken(own[0], found) if own else grid
+        found = grid._matched(own[0], values) if len(own) == 1 else None
+        return grid if not own else None if found is None else grid._taken(own[0], found)
 
     def _taken(self, axis: int, places: NDArray[np.intp]) -> Grid:
         block = self.block

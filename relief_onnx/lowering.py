@@ -19,8 +19,8 @@ from relief_onnx.fills import lay_open_fills
 from relief_onnx.fused import lay_open
 from relief_onnx.lifting import fixed_branches
 from relief_onnx.quantised import lower_quantised
-from relief_onnx.quantised_restore import Requantise
 from relief_onnx.rearranged import rearranged
+from relief_onnx.requantise import Requantise
 
 __all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
 

@@ -21,8 +21,8 @@ from relief_onnx.graph import Graph
 from relief_onnx.grids import RANGES, Grid
 from relief_onnx.layers import find
 from relief_onnx.nodes import captured, subgraphs
-from relief_onnx.quantised_restore import Axes, Requantise, Standing
 from relief_onnx.quantised_rows import Chain, Claim, Place, chains, is_quantising, places
+from relief_onnx.requantise import Axes, Requantise, Standing
 
 __all__ = ["lower_quantised"]
 
@@ -48,13 +48,13 @@ def _claims(item: Chain | Place) -> tuple[Claim, ...]:
 
 def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     """Integers in Constant nodes that a node multiplies with as initializers of the same name."""
-    held = {}
+    held: dict[str, onnx.TensorProto] = {}
     outputs = {item.name for item in model.graph.output}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.output[0] not in outputs:
-            held |= {
-                node.output[0]: item.t for item in node.attribute if item.name == "value" and item.t.data_type in RANGES and item.t.dims
-            }
+            value = next((item.t for item in node.attribute if item.name == "value"), onnx.TensorProto())
+            if value.data_type in RANGES and value.dims:
+                held[node.output[0]] = value
     if not held or model.ir_version < 4:
         return model
     read = {node.input[slot] for node in model.graph.node if is_quantising(node, frozenset(held)) for slot in range(len(node.input))}

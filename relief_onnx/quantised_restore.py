@@ -1,10 +1,8 @@
-"""From floats back to the integers of the file: the way back of `quantised`."""
+"""A float model, cut or not, with the integers and the nodes of the quantised file that it came from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -15,116 +13,22 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
 from relief_onnx.grids import Grid
-from relief_onnx.layers import Layer, find
 from relief_onnx.nodes import captured, subgraphs
 from relief_onnx.quantised_rows import Claim, Place
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["Axes", "Requantise", "Standing"]
+if TYPE_CHECKING:
+    from relief_onnx.requantise import Requantise, Standing
 
-Axes = Mapping[int, tuple[str, int]]  # of a stored tensor: which axes are the rows (0) or columns (1) of which weight
-Chains = Mapping[str, Sequence[tuple[str, tuple[onnx.NodeProto, ...]]]]
-# From these on DequantizeLinear has scales per channel, and per block.
-_PER_CHANNEL, _PER_BLOCK = 13, 21
+__all__ = ["PER_CHANNEL", "write_back"]
 
-
-@dataclass(frozen=True)
-class Standing:
-    """What a float node stands for: the nodes of the file, `main` among them the one that computes."""
-
-    place: Place
-    nodes: tuple[onnx.NodeProto, ...]
-    main: int
+# From this opset on DequantizeLinear has scales per channel.
+PER_CHANNEL = 13
 
 
-@dataclass(frozen=True)
-class Requantise:
-    """The way back; `notes` say what changed besides values.
-
-    source: the model before. grids: of the float initializers. standing: by name of the float node. chains: by initializer, what made floats
-    of it: (output, nodes). readers: which of these outputs (first output of a node, slot) read. made: tensors that only the float form has.
-    copies: whose integers initializers hold that have a name of their own only in the float form.
-    """
-
-    source: onnx.ModelProto = field(repr=False)
-    grids: Mapping[str, Grid]
-    axes: Mapping[str, Axes]
-    standing: Mapping[str, Standing]
-    chains: Chains
-    readers: Mapping[tuple[str, int], str]
-    made: set[str]
-    copies: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-
-    def settled(self, model: onnx.ModelProto, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[onnx.ModelProto, Requantise]:
-        """The float model with values that the integers can hold, and the way back with its scales.
-
-        flags: by initializer, what stays: what goes has no say in a scale.
-        """
-        graph = Graph(model)
-        grids, notes = dict(self.grids), []
-        layers = {layer.weight: layer for layer in find(graph).layers if layer.weight in grids}
-        new: dict[str, Any] = {}
-        for name, grid in self.grids.items():
-            if name not in graph.initializers or graph.array(name).shape != grid.shape:
-                continue
-            values = graph.array(name)
-            if grid.type != TensorProto.INT32:
-                grids[name] = grid.fitted(np.where(flags[name], values, 0) if name in flags else values)
-                notes += [f"{name}: scales are larger now: its values no longer fit the old ones"] if grids[name] is not grid else []
-        for name, layer in layers.items():
-            self._follow(layer, grids, name)
-        for bias, grid in {**self._new_biases(graph, grids), **grids}.items():
-            if bias in graph.initializers and graph.array(bias).shape == grid.shape:
-                near = grid.nearest(graph.array(bias))
-                if not np.array_equal(near, graph.array(bias)):
-                    new[bias] = near
-        return (apply_weights(model, new) if new else model), replace(self, grids=grids, notes=tuple(notes))
-
-    def _follow(self, layer: Layer, grids: dict[str, Grid], name: str) -> None:
-        """A bias of int32 counts in units of the weight's scales; where these cannot follow, they stay."""
-        before, after = self.grids[name], grids[name]
-        if after is before or layer.bias is None or (bias := grids.get(layer.bias.name)) is None or bias.type != TensorProto.INT32:
-            return
-        ratio = (after.scale.astype(np.float64) / before.scale).reshape(-1)
-        if ratio.size != bias.scale.size:
-            grids[name] = before
-            return
-        grids[layer.bias.name] = replace(bias, scale=(bias.scale * ratio).astype(bias.scale.dtype))
-
-    def _new_biases(self, graph: Graph, grids: Mapping[str, Grid]) -> dict[str, Grid]:
-        """The grids of biases that layers did not have in the file: int32 in units of both scales, as their kernels want them."""
-        found = {}
-        known = {item.name for item in self.source.graph.initializer}
-        for layer in find(graph).layers:
-            bias, weight = layer.bias, grids.get(layer.weight)
-            if bias is None or weight is None or bias.node != layer.node or bias.name in grids or bias.name in known or bias.factor != 1:
-                continue
-            maker = graph.nodes[graph.producer[layer.input]] if layer.input in graph.producer else None
-            factor = graph.constant(maker.input[1]) if maker is not None and maker.op_type == "DequantizeLinear" else None
-            array = graph.array(bias.name)
-            scale = weight.scale.reshape(-1)
-            if (
-                factor is None
-                or factor.size != 1
-                or scale.size not in (1, array.size)
-                or array.ndim != 1
-                or layer.view.source_axis(0) is None
-            ):
-                continue
-            if scale.size > 1 and (graph.opset < _PER_CHANNEL or weight.scale.shape[layer.view.source_axis(0) or 0] != scale.size):
-                continue
-            unit = (scale * factor.reshape(()) * np.float32(layer.scale)).astype(scale.dtype)
-            found[bias.name] = Grid(bias.name, TensorProto.INT32, np.zeros(array.shape, np.int32), unit, np.zeros(1, np.int64), fresh=True)
-        return found
-
-    def __call__(self, model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
-        return _Back(self, model, kept).run()
-
-    def cut(self, name: str, values: NDArray[Any], kept: Kept) -> Grid | None:
-        """The grid of what surgery left of a stored tensor."""
-        places = {axis: kept[weight][side] for axis, (weight, side) in self.axes.get(name, {}).items() if weight in kept}
-        return self.grids[name].cut(values, places)
+def write_back(rules: Requantise, model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
+    """The model in the form of the file. kept: rows and columns that surgery left of each weight."""
+    return _Back(rules, model, kept).run()
 
 
 class _Back:
@@ -137,7 +41,7 @@ class _Back:
         cut = {name: rules.cut(name, graph.array(name), kept) for name in rules.grids if name in graph.initializers}
         self.lost = {name for name, grid in cut.items() if grid is None}
         self.grids = {name: grid for name, grid in cut.items() if grid is not None}
-        self.grids |= rules._new_biases(graph, self.grids)
+        self.grids |= rules.new_biases(graph, self.grids)
         self.originals = {item.name: item for item in rules.source.graph.initializer}
         self.arrays: dict[str, NDArray[Any]] = {}
         self.names: dict[str, dict[str, str]] = {}
@@ -171,11 +75,11 @@ class _Back:
         for node in graph.nodes:
             name = node.input[0] if len(node.input) == 2 else ""
             mask = f"{name}/mask"
-            if node.op_type == "Mul" and node.output[0] == f"{name}/masked" and node.input[1] == mask and name not in known:
-                if name in graph.initializers and mask in graph.initializers:
-                    keep = graph.array(mask) != 0
-                    new[name] = np.where(keep, graph.array(name), np.zeros((), graph.array(name).dtype))
-                    renamed[node.output[0]] = name
+            masks = node.op_type == "Mul" and node.output[0] == f"{name}/masked" and node.input[1] == mask
+            if masks and name not in known and name in graph.initializers and mask in graph.initializers:
+                keep = graph.array(mask) != 0
+                new[name] = np.where(keep, graph.array(name), np.zeros((), graph.array(name).dtype))
+                renamed[node.output[0]] = name
         if not new:
             return
         self.model = apply_weights(self.model, new)
@@ -226,60 +130,29 @@ class _Back:
 
     def _fused(self, index: int, standing: Standing) -> tuple[int, set[int], list[onnx.NodeProto]] | None:
         """Where the nodes of the file go, what goes for them, and they themselves; None where what stands there is another thing now."""
-        graph, place, node = self.graph, standing.place, self.graph.nodes[index]
+        place, node = standing.place, self.graph.nodes[index]
         if node.op_type != place.operator:
             return None
         nodes = [onnx.NodeProto.FromString(item.SerializeToString()) for item in standing.nodes]
-        main = nodes[standing.main]
-        given = list(main.input)
-        inputs = list(node.input)
+        main, inputs = nodes[standing.main], list(node.input)
         count = len(place.inputs) - (1 if place.added is not None and len(place.inputs) > 2 else 0)
-        extra = inputs[count:] if len(inputs) > count else []
+        extra = inputs[count:]
         if len(inputs) < count or len(extra) > 1 or (extra and place.bias is None and not place.dynamic):
             return None
+        given = list(main.input)
         for name, item, slots in zip(inputs, place.inputs, place.slots, strict=False):
-            if isinstance(item, Claim):
-                if name not in self.grids:
-                    return None
-                renamed = self.names.get(name, {})
-                given = [renamed.get(old, old) for old in given]
-                for other in nodes:
-                    if other is not main:
-                        other.input[:] = [renamed.get(old, old) for old in other.input]
-                given[item.slot] = name
-            elif isinstance(item, tuple):
-                made = self._maker(name, "DequantizeLinear")
-                if made is None or (not place.dynamic and list(made.input)[1:] != [part for part in item[1:] if part]):
-                    return None
-                given[slots[0]] = made.input[0]
-                if place.dynamic and len(made.input) > 2:
-                    given[2] = made.input[2]
-                if place.dynamic:
-                    for other in nodes:
-                        if other is not main:
-                            other.input[:] = [made.input[1] if old == item[1] else old for old in other.input]
-            elif place.dynamic:
-                made = self._maker(name, "DequantizeLinear")
-                measured = self._maker(made.input[0], "DynamicQuantizeLinear") if made is not None else None
-                if measured is None:
-                    return None
-                given[slots[0]] = measured.input[0]
-            else:
-                given[slots[0]] = name
-        if extra and place.bias is not None:
-            if extra[0] not in self.grids:
+            if not self._given(name, item, slots, place, given, [other for other in nodes if other is not main]):
                 return None
-            given += [""] * (place.bias + 1 - len(given))
-            given[place.bias] = extra[0]
         end = self._end(index, place)
-        if end is None:
+        if end is None or (extra and place.bias is not None and extra[0] not in self.grids):
             return None
         at, gone, output, bias = end
-        if place.added is not None:
-            given += [""] * (place.added + 1 - len(given))
-            given[place.added] = bias
-            while given and not given[-1]:
-                given.pop()
+        for slot, name in ((place.bias, extra[0] if extra else ""), (place.added, bias)):
+            if slot is not None and (name or slot < len(given)):
+                given += [""] * (slot + 1 - len(given))
+                given[slot] = name or (given[slot] if slot == place.bias else "")
+        while given and not given[-1]:
+            given.pop()
         main.input[:] = given
         del main.attribute[:]
         main.attribute.extend(item for item in node.attribute)
@@ -288,6 +161,38 @@ class _Back:
         if extra and place.bias is None:
             self._add(extra[0], nodes)
         return at, gone, nodes
+
+    def _given(
+        self, name: str, item: str | tuple[str, str, str] | Claim, slots: tuple[int, ...], place: Place, given: list[str],
+        others: list[onnx.NodeProto],
+    ) -> bool:  # fmt: skip
+        """Put one input of the float node into those of the integer node and its neighbours; whether that can be done."""
+        renamed: dict[str, str] = {}
+        if isinstance(item, Claim):
+            if name not in self.grids:
+                return False
+            renamed = self.names.get(name, {})
+            given[:] = [renamed.get(old, old) for old in given]
+            given[item.slot] = name
+        elif isinstance(item, tuple):
+            made = self._maker(name, "DequantizeLinear")
+            if made is None or (not place.dynamic and list(made.input)[1:] != [part for part in item[1:] if part]):
+                return False
+            given[slots[0]] = made.input[0]
+            if place.dynamic:
+                renamed = {item[1]: made.input[1]}
+                given[2:3] = [made.input[2]] if len(made.input) > 2 else given[2:3]
+        elif place.dynamic:
+            made = self._maker(name, "DequantizeLinear")
+            measured = self._maker(made.input[0], "DynamicQuantizeLinear") if made is not None else None
+            if measured is None:
+                return False
+            given[slots[0]] = measured.input[0]
+        else:
+            given[slots[0]] = name
+        for other in others:
+            other.input[:] = [renamed.get(old, old) for old in other.input]
+        return True
 
     def _add(self, bias: str, nodes: list[onnx.NodeProto]) -> None:
         """A bias of floats behind a convolution of integers, in a shape of its own."""
@@ -365,8 +270,8 @@ class _Back:
             scale = f"{name}/scale"
             self.arrays[scale] = grid.scale.reshape(-1) if axes else grid.scale.reshape(())
         plain = self._held_now(scale).ndim <= 1 and (not zero or self._held_now(zero).shape == self._held_now(scale).shape)
-        if plain and len(axes) <= 1 and (not axes or self.graph.opset >= _PER_CHANNEL) and grid.block is None:
-            values = {"axis": axes[0]} if axes else {}
+        if plain and len(axes) <= 1 and (not axes or self.graph.opset >= PER_CHANNEL) and grid.block is None:
+            values: dict[str, Any] = {"axis": axes[0]} if axes else {}
             return output, [helper.make_node("DequantizeLinear", [name, scale, *([zero] if zero else [])], [output], name=output, **values)]
         kind = helper.np_dtype_to_tensor_dtype(grid.scale.dtype)
         wide = f"{name}/wide"

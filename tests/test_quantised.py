@@ -132,7 +132,8 @@ def test_what_was_not_changed_comes_back_bit_for_bit(name: str, form: str, per_c
         item.name: item.SerializeToString() for item in model.graph.initializer
     }
     assert np.array_equal(outputs(back), outputs(model))
-    assert back.metadata_props == model.metadata_props and back.opset_import == model.opset_import
+    assert back.metadata_props == model.metadata_props
+    assert back.opset_import == model.opset_import
 
 
 @pytest.mark.parametrize("kind", ["QInt8", "QUInt8"])
@@ -146,7 +147,8 @@ def test_the_masked_model_computes_what_the_cut_one_does(name: str, form: str, k
         onnx.checker.check_model(cut, full_check=True)
         assert np.abs(outputs(masked) - outputs(cut)).max() <= 1e-5 * np.abs(outputs(masked)).max()
         # A bias that is new is an integer with its DequantizeLinear, or an Add behind a product.
-        assert set(operators(cut)) <= set(before) and set(operators(cut) - before) <= {"DequantizeLinear", "Add"}
+        assert set(operators(cut)) <= set(before)
+        assert set(operators(cut) - before) <= {"DequantizeLinear", "Add"}
         # As many scales as there are channels left.
         sizes = {item.name: item.dims for item in cut.graph.initializer}
         for weight, (rows, _) in kept.items():
@@ -154,8 +156,7 @@ def test_the_masked_model_computes_what_the_cut_one_does(name: str, form: str, k
         assert len(cut.SerializeToString()) < len(ready.original.SerializeToString())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["lenet5", "resnet8"])
+@pytest.mark.parametrize(("name", "form"), [*(("lenet5", form) for form in FORMS), ("resnet8", "QOperator")])
 def test_pruned_like_the_float_model_and_zero_is_the_zero_point(name: str, form: str) -> None:
     choices: dict[str, Any] = {"granularity": "weight", "keep": "50%", "samples": 48, "threads": 1}
     reference = prune(floats(name), CALIB, **choices).report
@@ -187,7 +188,8 @@ def test_repaired_values_are_rounded_to_scales_that_hold_them(form: str) -> None
     )
     before, after = values(model), values(result.model)
     changed = [name for name in before if name.endswith("weight_quantized") and not np.array_equal(before[name], after.get(name))]
-    assert changed and all(after[name].dtype == before[name].dtype for name in changed)
+    assert changed
+    assert all(after[name].dtype == before[name].dtype for name in changed)
     assert next(iter(result.report["quality"]["agreement"].values()))["cosine"] > 0.99
     assert set(operators(result.model)) <= set(operators(model))
 
@@ -196,7 +198,7 @@ def test_repaired_values_are_rounded_to_scales_that_hold_them(form: str) -> None
 @pytest.mark.parametrize("form", FORMS)
 def test_every_granularity(form: str, granularity: str) -> None:
     model = quantised("resnet8", form)
-    result = prune(model, CALIB, granularity=granularity, keep="60%", samples=32, threads=1, storage="dense")
+    result = prune(model, CALIB, granularity=granularity, keep="60%", samples=16, threads=1, storage="dense")
     assert set(operators(result.model)) <= set(operators(model))
     assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
     if granularity == "channel":
@@ -212,11 +214,13 @@ def test_every_local_criterion(criterion: str) -> None:
     assert set(operators(result.model)) <= set(operators(model))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["QOperator", "dynamic"])
 def test_training_brings_integers_back(form: str) -> None:
     pytest.importorskip("torch")
     model = quantised("lenet5", form)
-    result = prune(model, CALIB, granularity="weight", keep="40%", repair="distill", epochs=1, samples=32, threads=1, storage="dense")
+    result = prune(
+        model, CALIB, granularity="weight", keep="40%", repair="distill", epochs=1, batch=16, samples=16, threads=1, storage="dense"
+    )
     before, after = values(model), values(result.model)
     assert all(after[name].dtype == array.dtype for name, array in before.items() if name in after)
     assert any(name.endswith("weight_quantized") and not np.array_equal(array, after.get(name)) for name, array in before.items())
@@ -227,13 +231,15 @@ def test_inspect_compare_and_masks_name_the_stored_integers(tmp_path: Path) -> N
     path, target = tmp_path / "int8.onnx", tmp_path / "out.onnx"
     onnx.save(quantised("lenet5", "QOperator"), path)
     shown = run("inspect", path)
-    assert shown.exit_code == 0 and "features.0.weight_quantized" in shown.output
+    assert shown.exit_code == 0
+    assert "features.0.weight_quantized" in shown.output
     done = run("prune", path, "--data", CALIB, "--samples", 32, "-o", target, "--save-masks", tmp_path / "masks.npz")
     assert done.exit_code == 0
     with np.load(tmp_path / "masks.npz") as masks:
         assert "features.0.weight_quantized/keep" in masks.files
     compared = run("compare", path, target, "--data", CALIB, "--samples", 32)
-    assert compared.exit_code == 0 and "MACs" in compared.output
+    assert compared.exit_code == 0
+    assert "MACs" in compared.output
 
 
 # -- weights that nodes make floats -----------------------------------------------------------------------------------------
@@ -295,7 +301,9 @@ def test_scores_are_those_of_the_numbers_that_integers_stand_for(form: str) -> N
     assert [item.weight for item in found] == [item.name for item in integers.graph.initializer if item.name.startswith("q")]
     for one, other in zip(found, wanted, strict=True):
         assert np.allclose(one.score, other.score, rtol=1e-5)
-        assert one.relevance is not None and other.relevance is not None and np.allclose(one.relevance, other.relevance, rtol=1e-4)
+        assert one.relevance is not None
+        assert other.relevance is not None
+        assert np.allclose(one.relevance, other.relevance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", CHAINS)
@@ -304,7 +312,8 @@ def test_stored_weights_are_cut_with_their_scales(form: str) -> None:
     ready = prepare(model)
     assert not [node for node in ready.graph.nodes if node.op_type in ("Cast", "DequantizeLinear")]
     back = ready.restored(ready.graph.model)
-    assert operators(back) == operators(model) and all(np.array_equal(array, values(model)[name]) for name, array in values(back).items())
+    assert operators(back) == operators(model)
+    assert all(np.array_equal(array, values(model)[name]) for name, array in values(back).items())
     x = np.random.default_rng(2).standard_normal((8, 20)).astype(np.float32)
     for seed in range(3):
         masked, cut, _ = masked_and_cut(ready, seed)
@@ -322,7 +331,8 @@ def test_our_own_int8_weights_are_pruned_and_packed() -> None:
     assert result.report["totals"]["kept_percent"] == pytest.approx(20, abs=1)
     assert result.report["output"]["bytes"] < 0.6 * result.report["input"]["bytes"]
     names = packed_names(result.model)
-    assert names and all(values(unpack(result.model))[name].dtype == np.int8 for name in names)
+    assert names
+    assert all(values(unpack(result.model))[name].dtype == np.int8 for name in names)
     assert {row["storage"] for row in result.report["layers"]} - {"dense"}
 
 
@@ -332,12 +342,14 @@ def test_what_others_read_too_stays_and_says_why() -> None:
     model.graph.node.append(helper.make_node("Shape", [name], ["size"]))
     model.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, [2]))
     ready = prepare(model)
-    assert [row.weight for row in ready.plan.skipped] == [name] and len(ready.plan.layers) == 1
+    assert [row.weight for row in ready.plan.skipped] == [name]
+    assert len(ready.plan.layers) == 1
 
 
 def test_models_without_integers_are_left_alone() -> None:
     model = floats("lenet5")
-    assert lower(model).restores == () and lower(model).model is model
+    assert lower(model).restores == ()
+    assert lower(model).model is model
 
 
 def test_equal_integers_that_mean_different_numbers_get_a_copy_each() -> None:
@@ -352,7 +364,8 @@ def test_equal_integers_that_mean_different_numbers_get_a_copy_each() -> None:
     back = ready.restored(ready.graph.model)
     assert len(back.graph.initializer) == len(model.graph.initializer)
     feed = np.ones((2, 8), np.float32)
-    assert np.array_equal(outputs(back, feed), outputs(model, feed)) and np.allclose(outputs(ready.graph.model, feed), outputs(model, feed))
+    assert np.array_equal(outputs(back, feed), outputs(model, feed))
+    assert np.allclose(outputs(ready.graph.model, feed), outputs(model, feed))
 
 
 @pytest.mark.parametrize("kind", ["QInt8", "QUInt8"])
@@ -370,7 +383,8 @@ def test_a_table_of_integers_is_floats_that_gather_reads(kind: str) -> None:
     ready = prepare(model)
     assert ready.graph.is_float(next(node.input[0] for node in ready.graph.nodes if node.op_type == "Gather"))
     back = ready.restored(ready.graph.model)
-    assert operators(back) == operators(model) and all(np.array_equal(array, values(model)[name]) for name, array in values(back).items())
+    assert operators(back) == operators(model)
+    assert all(np.array_equal(array, values(model)[name]) for name, array in values(back).items())
     feed = np.arange(12).reshape(2, 6)
     masked, cut, _ = masked_and_cut(ready, 0)
     assert np.allclose(outputs(masked, feed), outputs(cut, feed), atol=1e-5)
@@ -384,10 +398,12 @@ def test_values_that_no_longer_fit_get_the_scale_that_loses_less() -> None:
     integers = np.array([[127, -50], [100, 90]], np.int8)
     grid = Grid("w", TensorProto.INT8, integers, np.array([[0.1, 0.01]], np.float32), np.zeros((1, 1), np.int64))
     values = grid.floats()
-    assert grid.fitted(values) is grid and np.array_equal(grid.stored(values), integers)
+    assert grid.fitted(values) is grid
+    assert np.array_equal(grid.stored(values), integers)
     values[0, 0] *= 2  # far outside: clipping loses 12.7 of 25.4
     fitted = grid.fitted(values)
-    assert fitted.scale[0, 0] == pytest.approx(0.2) and fitted.scale[0, 1] == grid.scale[0, 1]
+    assert fitted.scale[0, 0] == pytest.approx(0.2)
+    assert fitted.scale[0, 1] == grid.scale[0, 1]
     assert np.abs(fitted.nearest(values) - values).max() <= fitted.scale.max() / 2
     assert np.array_equal(fitted.stored(fitted.nearest(values))[:, 1], integers[:, 1])
     slightly = grid.floats()
@@ -405,7 +421,8 @@ def test_a_grid_follows_cuts_by_place_or_by_what_its_numbers_are() -> None:
     left = np.array([0, 2, 3, 7])
     for kept in ({1: left}, {}):
         found = grid.cut(grid.floats()[:4, left], kept)
-        assert found is not None and np.array_equal(found.scale, scale[:, left])
+        assert found is not None
+        assert np.array_equal(found.scale, scale[:, left])
         assert np.array_equal(found.stored(grid.floats()[:4, left]), integers[:4, left])
     assert grid.cut(rng.standard_normal((6, 5)).astype(np.float32), {}) is None
 
@@ -413,7 +430,8 @@ def test_a_grid_follows_cuts_by_place_or_by_what_its_numbers_are() -> None:
 def test_scales_are_spread_over_a_tensor() -> None:
     assert spread(np.float32(3), (2, 3), 1).shape == (1, 1)  # type: ignore[union-attr, arg-type]
     assert spread(np.ones(3), (2, 3), 1).shape == (1, 3)  # type: ignore[union-attr]
-    assert spread(np.ones(3), (2, 3), 0) is None and spread(np.ones((2, 2)), (4, 3), None) is None
+    assert spread(np.ones(3), (2, 3), 0) is None
+    assert spread(np.ones((2, 2)), (4, 3), None) is None
     assert spread(np.arange(4.0).reshape(2, 2), (4, 2), 0, 2)[:, 0].tolist() == [0, 0, 2, 2]  # type: ignore[index]
 
 
