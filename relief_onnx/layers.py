@@ -79,6 +79,7 @@ class Layer:
     def reads(self) -> str:
         """What statistics listen to: the input, of a recurrent node the steps that count (see `recurrent_reads`)."""
         return self.input if self.recurrent is None else f"{self.output}/{self.recurrent.part}/reads"
+
     inside: int | None = None
 
     @property
@@ -368,6 +369,8 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
 
 # What else a recurrent node stores, by its slot: a number or three for each hidden unit, which go with it.
 _KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
+
+
 def _read_inside(graph: Graph, index: int) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]

@@ -20,6 +20,7 @@ from relief_onnx import model as files
 from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
 from relief_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
+from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
 from relief_onnx.int8 import Stored, kept_axes, store
 from relief_onnx.layers import Plan, find
@@ -102,13 +103,15 @@ def quantize(
         model = unpack(loaded)
         _check_floats(model, name)
         dataset = open_dataset(data, files.input_specs(model), images=images or ImageOptions())
-        base = files.hoist(model)
+        opened = lay_open(files.hoist(model))
+        base, put_back = opened or (files.hoist(model), lambda edited, kept: edited)
     notes: list[str] = []
     fine = _fit_version(base, name, per_channel, notes) if activations != "none" else per_channel
     found = _candidates(base, run, per_channel)
     base, folded = fold_norms(base)
     found = _Candidates(Graph(base), find(Graph(base)), found.axes, found.reasons) if folded else found
-    only_weights, stored, too_small = store(base, found.axes)
+    stored_as_int8, stored, too_small = store(base, found.axes)
+    only_weights = put_back(stored_as_int8, {})
     dense, integers = only_weights, False
     nodes = _nodes(found) if activations != "none" else frozenset()
     if nodes:
@@ -119,7 +122,7 @@ def quantize(
             )  # fmt: skip
         with_activations = _with_activations(dense, names)
         dense, rest, too_small = store(dense, {weight: axes for weight, axes in found.axes.items() if weight not in with_activations})
-        stored, integers = {**with_activations, **rest}, bool(with_activations)
+        dense, stored, integers = put_back(dense, {}), {**with_activations, **rest}, bool(with_activations)
     elif activations != "none":
         notes.append("no layer has kernels for int8 activations; the weights alone are int8")
     reasons = {**found.reasons, **too_small}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 import pytest
-from fused_cases import CASES, Feed
+from fused_cases import CASES, Feed, Fused, attention, tokens
 from laws import assert_same_outputs, masked_and_cut, units_switched_off
 
 import relief_onnx
@@ -15,6 +16,7 @@ from relief_onnx.errors import NothingPrunedError
 from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
 from relief_onnx.lowering import lower
+from relief_onnx.prepared import prepare
 from relief_onnx.surgery import operate
 
 
@@ -98,3 +100,86 @@ def test_mask_is_surgery(name: str, seed: int) -> None:
         }
         again = operate(lower(final).model)
         assert again.units_removed == 0
+
+
+def edited(name: str, edit: Callable[[onnx.ModelProto], None]) -> tuple[onnx.ModelProto, onnx.ModelProto, Feed]:
+    """A laid open model after an edit by hand, and what it is written back as."""
+    model, feed = CASES[name]()
+    opened = lay_open(model)
+    assert opened is not None
+    lowered, restore = opened
+    edit(lowered)
+    return lowered, restore(lowered, {}), feed
+
+
+def part(model: onnx.ModelProto, end: str) -> onnx.NodeProto:
+    (found,) = (node for node in model.graph.node if node.name.endswith(end))
+    return found
+
+
+def rescaled(model: onnx.ModelProto) -> None:
+    name = part(model, "/scaled").input[1]
+    (item,) = (item for item in model.graph.initializer if item.name == name)
+    item.CopyFrom(onnx.numpy_helper.from_array(np.asarray(0.01, np.float32), name))
+
+
+def read_inside(model: onnx.ModelProto) -> None:
+    model.graph.output.append(onnx.helper.make_tensor_value_info(part(model, "/softmax").output[0], onnx.TensorProto.FLOAT, [None] * 4))
+
+
+def without_activation(model: onnx.ModelProto) -> None:
+    part(model, "/act").op_type = "Abs"
+
+
+def more_than_a_bias(model: onnx.ModelProto) -> None:
+    part(model, "/bias").op_type = "Mul"
+
+
+EDITS = [
+    ("attention", rescaled, "Attention"), ("attention", read_inside, "Attention"), ("heads", rescaled, "MultiHeadAttention"),
+    ("conv relu", without_activation, "FusedConv"), ("bias gelu", more_than_a_bias, "BiasGelu"),
+    ("skip, bias", more_than_a_bias, "SkipLayerNormalization"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "edit", "operator"), EDITS)
+def test_what_it_cannot_say_stays(name: str, edit: Callable[[onnx.ModelProto], None], operator: str) -> None:
+    """A place that was edited beyond what the fused node can say keeps its standard operators and computes the same."""
+    lowered, back, feed = edited(name, edit)
+    assert operator not in {node.op_type for node in back.graph.node}
+    assert_same_outputs(lowered, back, feed, 1e-5)
+
+
+def test_norms_are_spelled_out_where_the_opset_has_none() -> None:
+    """Without the sum before it, a norm below opset 17 stands for itself, in steps that are standard."""
+    for name in ("skip, opset 13", "skip simple"):
+        lowered, back, feed = edited(name, lambda model: setattr(part(model, "/sum"), "op_type", "Sub"))
+        assert not {node.op_type for node in back.graph.node} & {"LayerNormalization", "SimplifiedLayerNormalization"}
+        assert_same_outputs(lowered, back, feed, 1e-5)
+        onnx.checker.check_model(back, full_check=True)
+
+
+def test_a_form_that_is_not_known_says_why() -> None:
+    """Nothing is laid open, the weight is left alone, and the reason names node, operator and form."""
+    model, _ = tokens(attention(do_rotary=1))()
+    assert lay_open(model) is None
+    (row,) = (row for row in prepare(model).plan.skipped if row.op == "Attention")
+    reads = "Attention node Attention_11 reads it, which is not a layer that can be pruned"
+    assert row.reason == f"{reads}: it rotates or shares its past, which is not known here"
+
+
+def heads_apart(net: Fused, x: str) -> str:
+    """Keys and values come as heads already."""
+    shape = net.ints(0, 0, 3, 4)
+    keys, values = (net.op("Transpose", net.op("Reshape", net.op("MatMul", x, net.weight(12, 12)), shape), perm=[0, 2, 1, 3]) for _ in "kv")
+    return str(net.ms("MultiHeadAttention", net.op("MatMul", x, net.weight(12, 12)), keys, values, num_heads=3))
+
+
+def test_a_closed_node_is_a_barrier() -> None:
+    """Weights around it are pruned; channels that it reads stay, and the report says why."""
+    model, feed = tokens(heads_apart)()
+    result = relief_onnx.prune(model, samples(feed), granularity="channel+weight", keep="60%", round_to=1, threads=1, storage="dense")
+    assert lost(model, result.model) == Counter()
+    assert result.report["totals"]["kept_percent"] < 60
+    reasons = {group["reason"] for group in result.report["groups"]}
+    assert any("MultiHeadAttention node" in reason for reason in reasons)

@@ -194,6 +194,17 @@ def test_packed(tmp_path: Path) -> None:
     assert_same_outputs(again.graph.model, result.model, feed, 1e-5)
 
 
+def test_quantised(tmp_path: Path) -> None:
+    """Weights of fused nodes become int8, and with floats between layers the nodes stay fused."""
+    model, feed = model_and_data("lenet5")
+    file = optimised(model, "extended", tmp_path)
+    for activations, status, left in (("none", "int8 weights", {"FusedConv", "FusedGemm"}), ("uint8", "int8", set())):
+        result = relief_onnx.quantize(file, samples(feed), activations=activations, threads=1, storage="dense")
+        assert {row["weight"] for row in result.report["layers"] if row["status"] == status} == set(prepare(file).plan.by_weight())
+        assert {node.op_type for node in result.model.graph.node if node.domain == "com.microsoft"} == left
+        assert_same_outputs(file, result.model, feed, 0.05)
+
+
 def test_all_is_refused(tmp_path: Path) -> None:
     """A file in the layout of one processor: one sentence that says what to do."""
     file = optimised(model_and_data("lenet5")[0], "all", tmp_path)
