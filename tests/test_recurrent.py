@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from builders import Net
+from helpers import ROOT
 from laws import assert_same_outputs, check_mask_is_surgery, check_units_go
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -19,6 +21,7 @@ from relief_onnx.flow import DEFAULT_RULE
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.model import input_specs, prepare, share_again
+from relief_onnx.pack import unpack
 from relief_onnx.recurrent_equations import Loop
 from relief_onnx.recurrent_reads import cell_of, steps_of
 from relief_onnx.repair import repair
@@ -347,3 +350,57 @@ def test_exported_layers_get_narrower(directions: str, start: str) -> None:
     assert len(sizes) == 2
     assert min(sizes) < 8
     assert all(size % 2 == 0 for size in sizes)
+
+
+# -- training, and a real model ------------------------------------------------------------------------------------------
+
+
+def test_training_holds_the_masks() -> None:
+    pytest.importorskip("torch")
+    node = made("LSTM", "fb", hidden=6)
+    found = relief_onnx.prune(
+        model(node, layers=True), smooth_feeds(node, 8), criterion="flow", keep="60%", repair="distill", epochs=2, only="loop"
+    )
+    stored = {item.name: numpy_helper.to_array(item) for item in unpack(found.model).graph.initializer}
+    for weight in "wr":
+        keep = found.masks.keep[weight]
+        assert not stored[weight].reshape(keep.shape)[~keep].any()
+        assert np.abs(stored[weight] - getattr(node, weight)).reshape(keep.shape)[keep].max() > 1e-4, "nothing was trained"
+    assert np.abs(stored["b"] - node.b).max() > 1e-4
+
+
+def test_a_pattern_holds_in_each_row() -> None:
+    node = made("GRU", "fb", True, features=8, hidden=8)
+    found = relief_onnx.prune(model(node), [{"x": feed_of(node)["x"]}], pattern="2:4")
+    for weight in "wr":
+        assert (found.masks.keep[weight].reshape(2 * 24, 2, 4).sum(2) == 2).all()
+
+
+DTLN = ROOT / "build" / "zoo" / "dtln_1.onnx"
+
+
+@pytest.mark.skipif(not DTLN.exists(), reason="build/zoo/dtln_1.onnx is missing: make bench-zoo gathers it")
+def test_dtln_at_half_of_its_weights(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shape = np.exp(rng.normal(size=(8, 257)))  # a few spectra, mixed
+    state = rng.uniform(-0.5, 0.5, (6, 2, 128, 2))
+    feeds = [
+        {
+            "input_2": (rng.random(8) @ shape).reshape(1, 1, 257).astype(np.float32),
+            "input_3": np.tensordot(rng.dirichlet(np.ones(6)), state, 1)[None].astype(np.float32),
+        }
+        for _ in range(64)
+    ]
+    target, masks = tmp_path / "half.onnx", tmp_path / "masks.npz"
+    found = relief_onnx.prune(
+        DTLN, feeds[:48], criterion="flow", keep="50%", repair="least-squares", output=target, save_masks=masks, threads=1
+    )
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert {rows[name]["op"] for name in ("lstm_4_W", "lstm_4_R", "lstm_5_W", "lstm_5_R")} == {"LSTM"}
+    assert {rows[name]["node"] for name in ("lstm_4_W", "lstm_4_R")} == {"lstm_4"}
+    assert found.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.1)
+    assert target.stat().st_size < 0.6 * DTLN.stat().st_size
+    assert np.load(masks)["lstm_4_R/keep"].shape == (512, 128)
+    unseen = open_dataset(feeds[48:], input_specs(onnx.load(DTLN)))
+    agreement = relief_onnx.compare_models(onnx.load(DTLN), onnx.load(target), unseen, threads=1).outputs
+    assert min(item.cosine for item in agreement.values()) > 0.99
