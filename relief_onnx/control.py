@@ -33,11 +33,13 @@ __all__ = ["branching", "settle"]
 
 # Samples in a batch at the second look: a condition may depend on the size of the batch.
 BATCH = 32
+# The first opset whose operators `loops` uses.
+OPSET = 11
 
 
 def branching(graph: Graph) -> bool:
     """Whether a model has bodies, of which the data decide what runs."""
-    return graph.model.ir_version >= 4 and graph.opset >= 11 and any(_has_bodies(node) for node in graph.nodes)
+    return any(_has_bodies(node) for node in graph.nodes)
 
 
 def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int, threads: int) -> Prepared:
@@ -46,6 +48,9 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     # From the file itself: what the passes of `lowering` know may be inside a branch that is lifted first.
     model, restores = inlined(files.prepare(ready.original)), list[Restore]()
     notes: dict[str, str] = {}
+    if model.ir_version < 4:  # where every initializer is an input of the model: left alone
+        for output in [_key(node) for node in model.graph.node if _has_bodies(node)]:
+            model, notes[output] = _marked(model, output, "old")
     while pending := [node for node in model.graph.node if node.op_type == "If" and _has_bodies(node) and not taken_branch(node)]:
         conditions = {_key(node): node.input[0] for node in pending}
         seen = _observed(model, sorted(set(conditions.values())), dataset, **draws)
@@ -61,19 +66,22 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     restores += [lambda edited, kept: files.share_again(edited, known), *lowered.restores]
     model = lowered.model
     for output in [_key(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
-        found = expose(model, output)
-        if found is not None and _runs(found[0], found[1].outputs, dataset, **draws):
+        found = expose(model, output) if ready.graph.opset >= OPSET else None
+        exposed, ran = found is not None, set[str]() if found is None else _running(found[0], found[1], dataset, **draws)
+        if found is not None and ran < set(found[1].sources):
+            found = expose(model, output, ran)
+        if found is not None:
             model = found[0]
             restores.append(partial(_concealed, record=found[1]))
         else:
-            model, before = _marked(model, output, "both" if found is None else "none")
+            model, before = _marked(model, output, "none" if exposed and not taken_branch(_node(model, output)) else "both")
             notes.setdefault(output, before)
     graph = Graph(model)
     return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(model, (partial(_unmarked, notes=notes), *restores)))
 
 
 def _has_bodies(node: onnx.NodeProto) -> bool:
-    return node.op_type in BODIES and node.domain in STANDARD
+    return node.op_type in BODIES and node.domain in STANDARD and bool(_key(node))
 
 
 def _key(node: onnx.NodeProto) -> str:
@@ -108,22 +116,31 @@ def _session(model: onnx.ModelProto, names: Sequence[str], element: int, threads
     return Session(probe, threads, "the model")
 
 
-def _runs(model: onnx.ModelProto, outputs: Sequence[str], dataset: Dataset, samples: int | None, seed: int, threads: int) -> bool:
-    """Whether any of the outputs ever holds a number: then the body that emits it ran."""
+def _running(model: onnx.ModelProto, record: Exposed, dataset: Dataset, samples: int | None, seed: int, threads: int) -> set[str]:
+    """The bodies that run on any sample: what they emit is then not empty."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    sizes = [f"{name}/size" for name in outputs]
-    probe.graph.node.extend(helper.make_node("Size", [name], [size], name=size) for name, size in zip(outputs, sizes, strict=True))
+    sizes = [f"{name}/size" for name in record.outputs]
+    probe.graph.node.extend(helper.make_node("Size", [name], [size], name=size) for name, size in zip(record.outputs, sizes, strict=True))
     session = _session(probe, sizes, TensorProto.INT64, threads)
-    batches = dataset.batches(1, limit=samples, seed=seed)
-    return any(any(int(size) for size in session.run(batch.feed, sizes, batch.source)) for batch in batches)
+    found: set[str] = set()
+    for batch in dataset.batches(1, limit=samples, seed=seed):
+        found |= {body for body, size in zip(record.sources, session.run(batch.feed, sizes, batch.source), strict=True) if int(size)}
+        if found >= set(record.sources):
+            break
+    return found
+
+
+def _node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
+    found: onnx.NodeProto = next(item for item in model.graph.node if output in item.output)
+    return found
 
 
 def _marked(model: onnx.ModelProto, output: str, taken: str) -> tuple[onnx.ModelProto, str]:
     """A copy in which it is noted which body of a node runs, and the node's documentation."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    node = next(item for item in result.graph.node if output in item.output)
+    node = _node(result, output)
     documentation = node.doc_string
     mark_taken(node, taken)
     return result, documentation

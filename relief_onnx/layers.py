@@ -380,7 +380,11 @@ def _read_inside(graph: Graph, index: int) -> str:
 
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
-_OF_BODY = {"": ": whether it can be pruned depends on the data, which have not run", "both": ", as no layer that can be pruned"}
+_OF_BODY = {
+    "": ": whether it can be pruned depends on the data, which have not run",
+    "both": ", as no layer that can be pruned",
+    "old": ", which is not looked into below IR version 4",
+}
 
 
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
@@ -519,6 +523,7 @@ def _inner(graph: Graph) -> list[Skipped]:
     for i, node in enumerate(graph.nodes):
         for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
             known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
+            known += " on samples one by one" if known and node.op_type == "If" else ""
             where = f"it lives inside the {name} of {node.op_type} node {graph.names[i]}"
             reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
             pending = [item.g for item in node.attribute if item.name == name]

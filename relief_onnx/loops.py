@@ -7,7 +7,7 @@ body share, so that scores, masks and zeros reach it like any other. `conceal` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,20 +33,25 @@ _MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 class Exposed:
     """What was added to a model: outputs of one node and of its bodies (all at the end), nodes and initializers of the main graph.
 
-    moved: by the name of a weight, the body that it is from, its place there and, where it was one, its Constant node.
+    sources: the body that each of the outputs is from. moved: by the name of a weight, the body that it is from, its place there and,
+    where it was one, its Constant node.
     """
 
     output: str
     documentation: str = ""
     outputs: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     nodes: set[str] = field(default_factory=set)
     initializers: set[str] = field(default_factory=set)
     moved: dict[str, tuple[str, int, onnx.NodeProto | None]] = field(default_factory=dict)
 
 
-def expose(model: onnx.ModelProto, output: str) -> tuple[onnx.ModelProto, Exposed] | None:
-    """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer."""
-    return _Work(_unique_bodies(model, output), output).run()
+def expose(model: onnx.ModelProto, output: str, bodies: Collection[str] | None = None) -> tuple[onnx.ModelProto, Exposed] | None:
+    """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer.
+
+    bodies: those to look at, by attribute; None: all.
+    """
+    return _Work(_unique_bodies(model, output), output).run(bodies)
 
 
 class _Work:
@@ -63,7 +68,7 @@ class _Work:
         self.places = {item.name: place for own in self.bodies.values() for place, item in enumerate(own.initializer)}
         self.places |= {item.output[0]: place for own in self.bodies.values() for place, item in enumerate(own.node) if item.output}
 
-    def run(self) -> tuple[onnx.ModelProto, Exposed] | None:
+    def run(self, bodies: Collection[str] | None) -> tuple[onnx.ModelProto, Exposed] | None:
         inner = {name: Graph(files.hoist(_as_model(self.graph, body))) for name, body in self.bodies.items()}
         plans = {name: find(graph) for name, graph in inner.items()}
         refused = {row.weight for plan in plans.values() for row in plan.skipped}
@@ -71,7 +76,12 @@ class _Work:
         for name, plan in plans.items():
             for weight, layers in plan.by_weight().items():
                 elsewhere = any(weight in graph.initializers and weight not in plans[other].by_weight() for other, graph in inner.items())
-                if weight in refused or elsewhere or not all(self._possible(inner[name], layer) for layer in layers):
+                if (
+                    weight in refused
+                    or elsewhere
+                    or (bodies is not None and name not in bodies)
+                    or not all(self._possible(inner[name], layer) for layer in layers)
+                ):
                     refused.add(weight)
         for name, plan in plans.items():
             chosen += [(name, layer) for layer in plan.layers if layer.weight not in refused]
@@ -132,6 +142,7 @@ class _Work:
         self.node.output.extend(self._name(f"{outer}/unread") for _ in range(expected - len(self.node.output)))
         self.node.output.append(outer)
         self.record.outputs.append(outer)
+        self.record.sources.append(body)
         for item in self.node.attribute:
             if item.name in ("scan_output_axes", "scan_output_directions"):
                 item.ints.append(0)

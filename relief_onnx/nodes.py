@@ -45,7 +45,7 @@ _MARK = "relief-onnx/taken/1 "
 
 
 def mark_taken(node: onnx.NodeProto, taken: str) -> None:
-    """Note on an If which branch ran on the calibration data: "then_branch", "else_branch", "both" or "none".
+    """Note on an If which branch ran on the calibration data: "then_branch", "else_branch", "both", "none" or "old" (not known).
 
     Of a Loop or Scan "both" says that its body runs.
     """

@@ -163,6 +163,38 @@ def test_what_never_ran_is_listed() -> None:
     assert "branches" not in relief_onnx.prune(cases.plain(cases.weights()), cases.samples(), keep="50%").report["timing"]
 
 
+def test_old_files() -> None:
+    """Below IR version 4 every initializer is an input of the model."""
+    model = cases.branched(cases.weights(), "captured")
+    other = body_of(the_if(model), "else_branch")
+    model.graph.initializer.extend(other.initializer)
+    del other.initializer[:]
+    model.ir_version = 3
+    model.graph.input.extend(cases.value(item.name, *item.dims) for item in model.graph.initializer)
+    onnx.checker.check_model(model, full_check=True)
+    rows = {row["weight"]: row for row in relief_onnx.prune(model, cases.samples(), keep="50%").report["layers"]}
+    assert rows["w2"]["reason"].endswith("which is not looked into below IR version 4")
+    assert rows["w1"]["status"] == "pruned"
+
+
+def test_a_condition_on_the_size_of_the_batch() -> None:
+    """One by one the samples take one branch, in batches the other: none is moved."""
+    model = cases.branched(cases.weights())
+    for node in model.graph.node:
+        if node.output[0] == "a":
+            node.op_type = "Shape"
+        if node.output[0] == "s":
+            node.CopyFrom(cases.node("Gather", "a zero", "s", axis=0))
+        if node.output[0] == "edge":
+            node.attribute[0].t.CopyFrom(numpy_helper.from_array(np.int64(1)))
+    onnx.checker.check_model(model, full_check=True)
+    opened = settle(prepare(model), open_dataset(cases.samples(), input_specs(model)), samples=None, seed=0, threads=1)
+    assert {layer.weight for layer in opened.plan.layers if layer.inside is not None} == {"v"}
+    rows = {row["weight"]: row for row in relief_onnx.prune(model, cases.samples(), keep="50%").report["layers"]}
+    assert rows["v"]["status"] == "pruned"
+    assert rows["w2"]["reason"].endswith("and no layer that can be pruned reads it there on samples one by one")
+
+
 def test_inspect_knows_no_data() -> None:
     rows = {row["weight"]: row for row in overview(cases.branched(cases.weights()))["skipped"]}
     assert rows["w2"]["reason"].endswith("whether it can be pruned depends on the data, which have not run")

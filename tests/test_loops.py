@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import control_cases as cases
@@ -246,3 +247,20 @@ def _branch(name: str) -> onnx.GraphProto:
     weight = np.random.default_rng(0).normal(0, 1, (8, 4)).astype(np.float32)
     made = cases.node("MatMul", f"h {name}", f"o_{name}")
     return helper.make_graph([made], name, [], [cases.value(f"o_{name}", "N", 4)], [onnx.numpy_helper.from_array(weight, name)])
+
+
+@pytest.mark.parametrize("operator", ["Scan", "Loop"])
+def test_onnxruntime_folds_what_rebuilds_a_packed_weight(operator: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    given = cases.weights() | {"w2": rng.normal(0, 1, (cases.HIDDEN, 600)).astype(np.float32), "b2": np.zeros(600, np.float32)}
+    given["w3"] = rng.normal(0, 1, (600, cases.JOINT)).astype(np.float32)
+    found = relief_onnx.prune(loops.looped(given, operator, "constant"), loops.samples(), granularity="weight", keep="20%")
+    assert {row["weight"]: row for row in found.report["layers"]}["w2"]["storage"] != "dense"
+    assert found.report["output"]["bytes"] < found.report["input"]["bytes"]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(found.model.SerializeToString(), options)
+    left = onnx.load(tmp_path / "optimised.onnx")
+    assert len(left.graph.node) <= 8, [node.op_type for node in left.graph.node]
+    assert "w2" in {item.name for item in left.graph.initializer}
