@@ -1,317 +1,28 @@
-"""Which weights can be pruned: a table of layer operators, and the search that fills it in for a graph.
+"""Which weights can be pruned: the search that fills in the table of layer operators for a graph.
 
 `find` walks the main graph once. Every float initializer that some tool could prune becomes either one `Layer` per node that
-reads it or a `Skipped` row with the reason: nothing is left out in silence. Embedding tables are layers too, but apart from the others
-(see `embeddings`).
+reads it or a `Skipped` row with the reason: nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
-from relief_onnx.geometry import Geometry
 from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
 from relief_onnx.nodes import home_of, taken_branch
-from relief_onnx.reasons import TABLE_REASON, why_no_layer
-from relief_onnx.recurrent_layers import Recurrent, describe, is_bias, is_recurrent, made, own_half
+from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
+from relief_onnx.reasons import why_no_layer
+from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
-from relief_onnx.views import View
 
-__all__ = [
-    "LAYER_OPERATORS",
-    "Bias",
-    "Geometry",
-    "Layer",
-    "Plan",
-    "Skipped",
-    "find",
-]
-
-
-@dataclass(frozen=True)
-class Bias:
-    """The constant that a layer adds. `factor` is Gemm's beta; `node` is the Add that holds it, or the layer's own number."""
-
-    name: str
-    view: View
-    factor: float
-    node: int
-    shared: bool
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One node with a prunable weight. Axes are those of the activation tensors.
-
-    A recurrent node is two layers, W and R (`recurrent`). What R reads is no tensor of the graph; `input` names it all the same.
-    inside: the node in whose body it runs; `node` is then its mirror in the main graph (see `loops`).
-    """
-
-    node: int
-    name: str
-    op: str
-    weight: str
-    view: View
-    groups: int
-    input: str
-    input_axis: int
-    output: str
-    output_axis: int
-    geometry: Geometry | None = None
-    scale: float = 1.0
-    bias: Bias | None = None
-    recurrent: Recurrent | None = None
-
-    @property
-    def key(self) -> int:
-        """A number of its own among all layers: the node's, of R of a recurrent node one below 0."""
-        return ~self.node if self.recurrent is not None and self.recurrent.part == "R" else self.node
-
-    @property
-    def reads(self) -> str:
-        """What statistics listen to: the input, of a recurrent node the steps that count (see `recurrent_reads`)."""
-        return self.input if self.recurrent is None else f"{self.output}/{self.recurrent.part}/reads"
-
-    inside: int | None = None
-
-    @property
-    def is_convolution(self) -> bool:
-        """Whether a unit of the mask is a whole kernel."""
-        return self.geometry is not None
-
-    @property
-    def is_table(self) -> bool:
-        """Whether the weight is an embedding table: a dense layer whose input is one-hot, given as the number of a row."""
-        return self.op == "Gather"
-
-    @property
-    def is_grouped_transposed(self) -> bool:
-        """Whether the weight is stored as a transposed convolution with groups has it: [in, out per group, *kernel]."""
-        transposed = self.geometry is not None and self.geometry.transposed
-        return transposed and self.groups > 1 and [kind for kind, _ in self.view.steps] == ["reshape", "transpose", "reshape"]
-
-    @property
-    def out_channels(self) -> int:
-        """Neurons or filters."""
-        return self.view.shape[0]
-
-    @property
-    def width(self) -> int:
-        """Channels of what it makes, of a recurrent layer in each direction."""
-        return self.out_channels if self.recurrent is None else self.recurrent.hidden
-
-    @property
-    def in_per_group(self) -> int:
-        """Inputs that each neuron or filter reads."""
-        return self.view.shape[1]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A weight that some tool could prune and that this one leaves alone, with the reason."""
-
-    node: str
-    op: str
-    weight: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What can be pruned in a model, and what cannot and why.
-
-    `tables` are the readers of embedding tables; where a dense layer shares the table (a tied head), that layer is among them.
-    """
-
-    layers: tuple[Layer, ...]
-    skipped: tuple[Skipped, ...]
-    tables: tuple[Layer, ...] = ()
-
-    def single(self) -> dict[int, Layer]:
-        """The layers that are all of their node, by its number."""
-        return {layer.node: layer for layer in self.layers if layer.recurrent is None}
-
-    def recurrent(self) -> dict[int, dict[str, Layer]]:
-        """Layers W and R of recurrent nodes, by its number; of some nodes one of them only."""
-        found: dict[int, dict[str, Layer]] = {}
-        for layer in self.layers:
-            if layer.recurrent is not None:
-                found.setdefault(layer.node, {})[layer.recurrent.part] = layer
-        return found
-
-    def by_weight(self) -> dict[str, tuple[Layer, ...]]:
-        """The layers that read each weight; more than one where it is shared."""
-        return _by_weight(self.layers)
-
-    def by_table(self) -> dict[str, tuple[Layer, ...]]:
-        """The readers of each embedding table."""
-        return _by_weight(self.tables)
-
-    @property
-    def unranked(self) -> tuple[Skipped, ...]:
-        """`skipped`, and the tables, which are only ranked where the user names them."""
-        rows = []
-        for weight, users in self.by_table().items():
-            first = next(layer for layer in users if layer.is_table)
-            rows.append(Skipped(first.name, first.op, weight, first.view.source, TABLE_REASON))
-        return (*self.skipped, *rows)
-
-
-def _by_weight(layers: tuple[Layer, ...]) -> dict[str, tuple[Layer, ...]]:
-    found: dict[str, tuple[Layer, ...]] = {}
-    for layer in layers:
-        found[layer.weight] = (*found.get(layer.weight, ()), layer)
-    return found
-
-
-Describe = Callable[[Graph, int, int, View], Layer | Refusal]
-
-
-def _layer(graph: Graph, index: int, view: View, **fields: Any) -> Layer:
-    node = graph.nodes[index]
-    return Layer(index, graph.names[index], node.op_type, "", view, output=node.output[0], **fields)
-
-
-def _geometry(values: Mapping[str, Any], kernel: tuple[int, ...], transposed: bool) -> Geometry:
-    ones = (1,) * len(kernel)
-    return Geometry(
-        kernel,
-        tuple(values.get("strides", ones)),
-        tuple(values.get("dilations", ones)),
-        tuple(values.get("pads", (0,) * 2 * len(kernel))),
-        str(values.get("auto_pad", "NOTSET")),
-        transposed,
-        tuple(values.get("output_padding", ())),
-        tuple(values.get("output_shape", ())),
-    )
-
-
-def _convolution(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
-    """W [out, in / group, *kernel]."""
-    if len(view.shape) < 3:
-        return Refusal(f"its weight has {len(view.shape)} axes; a convolution needs at least 3")
-    values = attributes(graph.nodes[index])
-    geometry = _geometry(values, view.shape[2:], transposed=False)
-    groups = values.get("group", 1)
-    return _layer(
-        graph, index, view, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
-        geometry=geometry,
-    )  # fmt: skip
-
-
-def _transposed_convolution(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
-    """W [in, out / group, *kernel]."""
-    if len(view.shape) < 3:
-        return Refusal(f"its weight has {len(view.shape)} axes; a transposed convolution needs at least 3")
-    values = attributes(graph.nodes[index])
-    groups = values.get("group", 1)
-    total, out, *kernel = view.shape
-    spatial = range(3, 3 + len(kernel))
-    canonical = (
-        view.reshape(groups, total // groups, out, *kernel).transpose(0, 2, 1, *spatial).reshape(groups * out, total // groups, *kernel)
-        if groups > 1
-        else view.transpose(1, 0, *(axis - 1 for axis in spatial))
-    )
-    return _layer(
-        graph, index, canonical, groups=groups, input=graph.nodes[index].input[0], input_axis=1, output_axis=1,
-        geometry=_geometry(values, tuple(kernel), transposed=True),
-    )  # fmt: skip
-
-
-def _gemm(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
-    """Y = alpha A' B' + beta C, with the constant on either side."""
-    values = attributes(graph.nodes[index])
-    flip = (values.get("transA", 0), values.get("transB", 0))
-    if len(view.shape) != 2:
-        return Refusal(f"its weight has {len(view.shape)} axes; Gemm needs 2")
-    # As B the weight is [in, out] unless transB; as A it is [out, in] unless transA.
-    canonical = view.transpose(1, 0) if bool(flip[slot]) != (slot == 1) else view
-    input_axis = (0 if flip[0] else 1) if slot == 1 else (1 if flip[1] else 0)
-    return _layer(
-        graph, index, canonical, groups=1, input=graph.nodes[index].input[1 - slot], input_axis=input_axis,
-        output_axis=slot, scale=float(values.get("alpha", 1.0)),
-    )  # fmt: skip
-
-
-def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
-    """A constant matrix on the right [in, out] or on the left [out, in]; leading axes of size 1 are dropped."""
-    if len(view.shape) < 2:
-        return Refusal("its weight is a vector, so there is one output and nothing to rank")
-    if any(size != 1 for size in view.shape[:-2]):
-        return Refusal(f"its weight {list(view.shape)} is a batch of matrices")
-    canonical = view.reshape(*view.shape[-2:])
-    if slot == 1:
-        canonical = canonical.transpose(1, 0)
-    return _layer(
-        graph, index, canonical, groups=1, input=graph.nodes[index].input[1 - slot],
-        input_axis=-1 if slot == 1 else -2, output_axis=-1 if slot == 1 else -2,
-    )  # fmt: skip
-
-
-# Row numbers are measured as float32, which counts up to here.
-_MOST_ROWS = 1 << 24
-
-
-def _table(graph: Graph, index: int, view: View) -> Layer | Refusal:
-    """A table [rows, dims] whose rows are picked by numbers that are computed at run time, or [dims, rows] along axis 1."""
-    node = graph.nodes[index]
-    axis = attributes(node).get("axis", 0)
-    if graph.constant(node.input[1]) is not None:
-        return Refusal(f"Gather node {graph.names[index]} picks fixed entries of it")
-    if len(view.shape) != 2:
-        return Refusal(f"Gather node {graph.names[index]} picks from a table of {len(view.shape)} axes; an embedding table has 2")
-    if view.shape[axis % 2] > _MOST_ROWS:
-        return Refusal(f"its table has more than {_MOST_ROWS:,} rows")
-    first = axis % 2 == 0
-    return _layer(
-        graph, index, view.transpose(1, 0) if first else view, groups=1, input=node.input[1], input_axis=0,
-        output_axis=-1 if first else 0,
-    )  # fmt: skip
-
-
-def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
-    """W [directions, gates * hidden, features] or R [directions, gates * hidden, hidden]."""
-    found = describe(graph, index, slot)
-    if isinstance(found, Refusal):
-        return found
-    part, view = found
-    node, name = graph.nodes[index], f"{graph.names[index]}/{found[0].part}"
-    source = node.input[0] if slot == 1 else f"{made(node)}/R/reads"
-    half = own_half(graph, index, part.part)
-    stored = View.of((part.directions, view.shape[0] // part.directions)).reshape(-1)
-    bias = None if half is None else Bias(half[0], stored, 1.0, index, half[1])
-    return Layer(index, name, node.op_type, "", view, part.groups, source, -1, made(node), -1, bias=bias, recurrent=part)
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer operator: which inputs may hold the weight, how to read it, and where its own bias sits (None: it has none).
-
-    `needs_weight`: input 1 is always a weight, never another activation.
-    """
-
-    slots: tuple[int, ...]
-    describe: Describe
-    bias_slot: int | None
-    needs_weight: bool = False
-
-
-LAYER_OPERATORS: Mapping[str, LayerRow] = {
-    "Conv": LayerRow((1,), _convolution, 2, needs_weight=True),
-    "ConvTranspose": LayerRow((1,), _transposed_convolution, 2, needs_weight=True),
-    "Gemm": LayerRow((1, 0), _gemm, 2),
-    "MatMul": LayerRow((1, 0), _matmul, None),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), LayerRow((1, 2), _recurrent, 3)),
-}
+__all__ = ["LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
 
 
 def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
@@ -393,7 +104,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
         return Refusal(_read_inside(graph, use.node))
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None and _looks_up(node, use.slot):
-        table = _table(graph, use.node, source.view)
+        table = embedding_table(graph, use.node, source.view)
         return table if isinstance(table, Refusal) else replace(table, weight=source.name)
     if use.slot in _KEPT and is_recurrent(node):
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
