@@ -16,6 +16,7 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.layers import LAYER_OPERATORS
 from relief_onnx.nodes import STANDARD
+from relief_onnx.recurrent_layers import is_bias, split_biases
 from relief_onnx.session import Session
 
 __all__ = ["rearranged"]
@@ -54,7 +55,7 @@ def rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.
     notes = [info for info in model.graph.value_info if info.name not in gone]
     del result.graph.value_info[:]
     result.graph.value_info.extend(notes)
-    return result, _as_it_is
+    return split_biases(result), _as_it_is
 
 
 def _as_it_is(model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
@@ -64,7 +65,8 @@ def _as_it_is(model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
 def _parameters(graph: Graph) -> list[str]:
     """What layers read that nodes make, but for their first input."""
     readers = (node for node in graph.nodes if node.op_type in _READERS and node.domain in STANDARD)
-    return sorted({name for node in readers for name in node.input[1:] if name in graph.producer})
+    made = {name for node in readers for name in node.input[1:] if name in graph.producer}
+    return sorted(name for name in made if not is_bias(graph, graph.nodes[graph.producer[name]]))
 
 
 def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
