@@ -10,8 +10,8 @@ from relief_onnx.solve import BLOCK, LEAST_BLOCK, SOLVE_FLOPS, operations
 
 __all__ = ["WORK", "Effort", "plan_effort"]
 
-# Floating point operations for all inverses and worths of a choice.
-WORK = 3e12
+# Floating point operations for all inverses and worths of a choice: five to ten minutes of one core.
+WORK = 2e12
 
 
 @dataclass(frozen=True)
