@@ -49,6 +49,7 @@ _DATA_TYPES: Mapping[int, _DataType] = {
     TensorProto.FLOAT16: _DataType("<u2", "<u2", "int32_data"),
     TensorProto.BFLOAT16: _DataType("<u2", "<u2", "int32_data", first_opset=13),
     TensorProto.INT8: _DataType("<u1", "<i1", "int32_data", has_sign_bit=False),
+    TensorProto.UINT8: _DataType("<u1", "<u1", "int32_data", has_sign_bit=False),
 }
 
 
@@ -155,10 +156,12 @@ def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], prefi
     bits = _bits(tensor)
     grids = [bits.reshape(-1, u) for u in sorted({1, unit})]
     has_sign_bit = _DATA_TYPES[tensor.data_type].has_sign_bit
-    kept = [_kept_blocks(grid, has_sign_bit) for grid in grids]
+    # Of 8 bit integers the byte that is there most often goes: the zero point, which need not be 0.
+    fill = 0 if has_sign_bit or not bits.size else int(np.bincount(bits).argmax())
+    kept = [_kept_blocks(grid ^ grid.dtype.type(fill), has_sign_bit) for grid in grids]
     width = 8 * bits.itemsize
     entropy = min(entropy_bound(len(k), len(g), g.shape[1] * width) for g, k in zip(grids, kept, strict=True))
-    candidates = [c for g, k in zip(grids, kept, strict=True) for c in _candidates(tensor, prefix, opset, g, k)]
+    candidates = [c for g, k in zip(grids, kept, strict=True) for c in _candidates(tensor, prefix, opset, g, k, fill)]
     if not candidates:
         return keep(f"opset {opset} cannot rebuild a weight of {bits.size} elements; opset 11 or newer can", entropy)
     best = min(candidates, key=lambda c: c.bytes)
@@ -194,17 +197,21 @@ def _largest_output(tensor: TensorProto) -> int:
     return elements * max(4, item)
 
 
-def _candidates(tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]) -> Iterator[_Candidate]:
+def _candidates(
+    tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64], fill: int
+) -> Iterator[_Candidate]:
     for codec in CODECS:
         if codec.usable(opset, len(grid)):
-            emitter = _encode(codec, tensor, prefix, opset, grid, kept)
+            emitter = _encode(codec, tensor, prefix, opset, grid, kept, fill)
             if emitter is not None:
                 storage = codec.name if grid.shape[1] == 1 else f"kernel-{codec.name}"
                 size = sum(map(_wire, emitter.initializers)) + sum(map(_wire, emitter.nodes))
                 yield _Candidate(storage, emitter, size)
 
 
-def _encode(codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64]) -> Emitter | None:
+def _encode(
+    codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: NDArray[Any], kept: NDArray[np.int64], fill: int
+) -> Emitter | None:
     """The decode graph of `tensor`, whose elements are `grid` [blocks, unit]; None where the codec cannot hold it."""
     blocks, unit = grid.shape
     block_bytes = unit * grid.itemsize
@@ -212,7 +219,7 @@ def _encode(codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: ND
     encoded = codec.encode(kept if len(kept) else np.zeros(1, np.int64), blocks, block_bytes)
     if encoded is None:
         return None
-    emitter = Emitter(prefix, opset, tensor.data_type, block_bytes)
+    emitter = Emitter(prefix, opset, tensor.data_type, block_bytes, fill)
     raw = grid[encoded.positions].tobytes()
     values = emitter.tensor("values", raw, (len(encoded.positions), unit))
     dense = codec.build(emitter, encoded, values, blocks, unit)
@@ -220,6 +227,8 @@ def _encode(codec: Codec, tensor: TensorProto, prefix: str, opset: int, grid: ND
     mark = {"format": _FORMAT, "codec": codec.name, "unit": unit}
     if encoded.base:
         mark["base"] = encoded.base
+    if fill:
+        mark["fill"] = fill
     emitter.nodes[-1].name = emitter.name(_MARK)
     emitter.nodes[-1].doc_string = json.dumps(mark, separators=(",", ":"))
     emitter.initializers[0].doc_string = tensor.doc_string
@@ -387,7 +396,7 @@ def _decode(node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, 
         pieces = {k: numpy_helper.to_array(index[prefix + k]) for k in labels if prefix + k in index}
         kind = _DATA_TYPES[values.data_type]
         blocks = math.prod(dims) // int(notes["unit"])
-        flat = np.zeros((blocks, int(notes["unit"])), kind.bits)
+        flat = np.full((blocks, int(notes["unit"])), int(notes.get("fill", 0)), kind.bits)
         flat[codec.decode(pieces, int(notes.get("base", 0)))] = _bits(values).reshape(-1, flat.shape[1])
     except (StopIteration, KeyError, IndexError, ValueError, TypeError) as cause:
         raise ModelError(

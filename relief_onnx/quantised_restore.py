@@ -42,6 +42,7 @@ class _Back:
         self.lost = {name for name, grid in cut.items() if grid is None}
         self.grids = {name: grid for name, grid in cut.items() if grid is not None}
         self.grids |= rules.new_biases(graph, self.grids)
+        self.before = Graph(rules.source)
         self.originals = {item.name: item for item in rules.source.graph.initializer}
         self.arrays: dict[str, NDArray[Any]] = {}
         self.names: dict[str, dict[str, str]] = {}
@@ -91,8 +92,9 @@ class _Back:
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
         for name in new:
-            item = next(item for item in self.model.graph.initializer if item.name == f"{name}/mask")
-            self.model.graph.initializer.remove(item)
+            for field in (self.model.graph.initializer, self.model.graph.input):
+                for item in [item for item in field if item.name == f"{name}/mask"]:
+                    field.remove(item)
 
     # -- scales and zero points -------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class _Back:
     def _held(self, name: str) -> NDArray[Any]:
         value = self.graph.constant(name)
         if value is None:
-            value = Graph(self.rules.source).constant(name)
+            value = self.before.constant(name)
         assert value is not None
         return value
 
@@ -314,9 +316,11 @@ class _Back:
                     stored[name].doc_string = said
             else:
                 self.model.graph.initializer.add().CopyFrom(tensor)
+                if self.model.ir_version < 4 and not any(info.name == name for info in self.model.graph.input):
+                    self.model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
             for info in self.model.graph.input:
                 if info.name == name:
-                    info.type.tensor_type.elem_type = tensor.data_type
+                    info.CopyFrom(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
 
     def _share(self, name: str, base: str, tensors: dict[str, TensorProto]) -> None:
         """A copy that holds the same integers as the tensor that it was made from is that one again."""
@@ -334,7 +338,6 @@ class _Back:
         """What only the float form had, or what nobody reads any more, goes; the order of initializers is that of the file."""
         graph = self.model.graph
         outputs = {item.name for item in graph.output}
-        before = Graph(self.rules.source)
         while True:
             read = {name for node in graph.node for name in node.input} | outputs
             read |= {name for node in graph.node for body in subgraphs(node) for name in captured(body)}
@@ -344,9 +347,12 @@ class _Back:
             if not idle:
                 break
         order = {item.name: number for number, item in enumerate(self.rules.source.graph.initializer)}
-        ours = set(before.uses) | set(self.rules.grids) | set(self.arrays) | set(self.grids) | set(self.graph.uses)
+        ours = set(self.before.uses) | set(self.rules.grids) | set(self.arrays) | set(self.grids) | set(self.graph.uses)
         kept = [item for item in graph.initializer if item.name in read or item.name not in ours]
         kept.sort(key=lambda item: order.get(item.name, len(order)))
+        gone = {item.name for item in graph.initializer} - {item.name for item in kept}
+        for info in [info for info in graph.input if info.name in gone]:
+            graph.input.remove(info)
         copies = [TensorProto.FromString(item.SerializeToString()) for item in kept]
         del graph.initializer[:]
         graph.initializer.extend(copies)

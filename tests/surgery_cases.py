@@ -83,6 +83,18 @@ def pooled(net: Net, x: str, operator: str) -> Any:
     return net.op("Add", x, reduced(net, operator, net.op("Exp", x) if "Log" in operator else x, 2, 3))
 
 
+def rounded(net: Net, x: str, per_channel: bool) -> Any:
+    """To int8 and back, with a scale and zero point for all channels or for each."""
+    size: tuple[int, ...] = (C,) if per_channel else ()
+    grid = net.constant(net.rng.uniform(0.02, 0.05, size).astype(np.float32)), net.constant(net.rng.integers(-3, 4, size).astype(np.int8))
+    return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *grid), *grid)
+
+
+def measured(net: Net, x: str) -> Any:
+    """To uint8 and back, by the range that is there; a channel without weights and bias is 0."""
+    return net.op("DequantizeLinear", *net.op("DynamicQuantizeLinear", net.op("Relu", x), outputs=3))
+
+
 SHUFFLE = (2, C // 2)
 CASES: dict[str, Case] = {
     **{
@@ -116,6 +128,9 @@ CASES: dict[str, Case] = {
         lambda net, x, layer: normalised(net, x, "BatchNormalization", 4),
     ),
     "InstanceNormalization": image(lambda net, x: normalised(net, x, "InstanceNormalization", 2)),
+    "QuantizeLinear": any_layer(lambda net, x, layer: rounded(net, x, False)),
+    "DequantizeLinear": image(lambda net, x: rounded(net, x, True)),
+    "DynamicQuantizeLinear": any_layer(lambda net, x, layer: measured(net, x)),
     "Identity": unary("Identity"),
     "Dropout": unary("Dropout"),
     "MaxPool": image(lambda net, x: net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], pads=[1, 1, 1, 1])),

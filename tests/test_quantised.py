@@ -336,6 +336,18 @@ def test_our_own_int8_weights_are_pruned_and_packed() -> None:
     assert {row["storage"] for row in result.report["layers"]} - {"dense"}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_whose_zero_is_another_byte_are_packed(form: str) -> None:
+    model = quantised("lenet5", form, False, "QUInt8")
+    choices: dict[str, Any] = {"granularity": "weight", "keep": "20%", "samples": 32, "threads": 1}
+    packed, dense = (prune(model, CALIB, storage=storage, **choices).model for storage in ("auto", "dense"))
+    assert packed_names(packed)
+    assert len(packed.SerializeToString()) < 0.7 * len(dense.SerializeToString())
+    assert values(unpack(packed)).keys() == values(dense).keys()
+    assert all(np.array_equal(array, values(dense)[name]) for name, array in values(unpack(packed)).items())
+    assert np.array_equal(outputs(packed), outputs(dense))
+
+
 def test_what_others_read_too_stays_and_says_why() -> None:
     model, _ = stored_as("dequantize-channel-int8")
     name = model.graph.initializer[0].name
@@ -366,6 +378,22 @@ def test_equal_integers_that_mean_different_numbers_get_a_copy_each() -> None:
     feed = np.ones((2, 8), np.float32)
     assert np.array_equal(outputs(back, feed), outputs(model, feed))
     assert np.allclose(outputs(ready.graph.model, feed), outputs(model, feed))
+
+
+def test_old_files_list_their_initializers_as_inputs() -> None:
+    net = Net(opset=10, ir_version=3)
+    x = net.input("n", 8)
+    for size in (12, 6):
+        integers = net.constant(net.rng.integers(-127, 127, (12 if size == 6 else 8, size)).astype(np.int8), "q")
+        weight = net.op("DequantizeLinear", integers, net.constant(np.float32(0.01), "s"))
+        x = net.op("Relu", net.op("Gemm", x, weight, net.bias(size)))
+    ready = prepare(net.model(x))
+    for seed in range(3):
+        masked, cut, _ = masked_and_cut(ready, seed)
+        assert {item.name for item in cut.graph.initializer} == {item.name for item in cut.graph.input[1:]}
+        onnx.checker.check_model(cut, full_check=True)
+        feed = np.random.default_rng(seed).standard_normal((4, 8)).astype(np.float32)
+        assert np.allclose(outputs(masked, feed), outputs(cut, feed), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["QInt8", "QUInt8"])

@@ -285,3 +285,24 @@ def test_the_command(tmp_path: Any) -> None:
     result = run("prune", LENET, "--data", CALIB, "-o", target, "--keep", "20%", "--repair", "least-squares", "--json", report)
     assert result.exit_code == 0, result.output
     assert '"method": "least-squares"' in report.read_text()
+
+
+def test_what_is_computed_of_weights_alone_follows_new_weights() -> None:
+    """A bias that is reshaped at the front of the graph, before any layer is repaired."""
+    net = Net(0)
+    x = net.input("n", 3, 6, 6)
+    bias = net.bias(4)
+    wide = net.op("Reshape", bias, net.ints(1, 4, 1, 1))
+    first = net.op("Add", net.op("Conv", x, net.weight(4, 3, 3, 3)), wide)
+    graph = Graph(net.model(net.op("Conv", first, net.weight(2, 4, 1, 1))))
+    feed = {x: np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}
+    with Replay(graph, [feed], ()) as replay:
+        replay.advance(1)
+        replay.advance(3, {bias: np.full(4, 5.0, np.float32)})
+        seen = replay.value(first, 0)
+    with Replay(graph, [feed], ()) as replay:
+        replay.advance(3)
+        before = replay.value(first, 0)
+    assert seen is not None
+    assert before is not None
+    np.testing.assert_allclose(seen - before, np.broadcast_to(5.0 - graph.array(bias)[:, None, None], seen.shape), rtol=1e-4)
