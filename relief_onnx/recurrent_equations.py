@@ -284,7 +284,7 @@ class Loop:
         found: tuple[_Weights, tuple[float, float]] = self._done[("solved",)]
         return found
 
-    def appraised(self, additions: bool, flops: float) -> tuple[_Weights, dict[str, Appraisal]]:
+    def appraised(self, additions: bool, flops: float = math.inf) -> tuple[_Weights, dict[str, Appraisal]]:
         """New weights, and what each weight of W and R is worth. flops: about what that may take for each of them."""
         key = ("appraised", additions)
         if key not in self._done:
