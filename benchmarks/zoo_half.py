@@ -29,14 +29,18 @@ CALIBRATION, FRESH = 128, 32
 
 
 def scored(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the report's weight parameters: the share that has scores, and the reasons of the largest weights that have none."""
-    rows = report["layers"]
+    """Of the report's weight parameters: the share that has scores, and the reasons of the largest weights that have none.
+
+    Constants that are no connections between units (anchors, positions that are added) are counted apart.
+    """
+    constants = [row for row in report["layers"] if row["status"] == "skipped" and row["reason"].startswith("a constant that")]
+    rows = [row for row in report["layers"] if row not in constants]
     every = sum(row["weights"] for row in rows)
-    left = [row for row in rows if "connections_kept_by_rule" not in row]
-    left.sort(key=lambda row: -row["weights"])
+    left = sorted((row for row in rows if row["status"] == "skipped"), key=lambda row: -row["weights"])
     return {
         "weights": every,
         "share": 1.0 - sum(row["weights"] for row in left) / every if every else None,
+        "constants": sum(row["weights"] for row in constants),
         "unexplained": [row["weight"] for row in left if not row["reason"]],
         "left": {row["weight"]: [row["weights"], row["op"], row["reason"][:160]] for row in left[:3]},
     }

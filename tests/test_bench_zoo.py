@@ -119,11 +119,13 @@ def test_agreement_is_one_for_the_same_file_and_less_for_another(tmp_path: Path)
 
 def test_the_share_scored_counts_weights_and_tells_reasons() -> None:
     rows = [
-        {"weight": "a", "op": "Conv", "weights": 75, "reason": "", "connections_kept_by_rule": 3},
-        {"weight": "b", "op": "If", "weights": 20, "reason": "it lives inside a body"},
-        {"weight": "c", "op": "Mul", "weights": 5, "reason": ""},
+        {"weight": "a", "op": "Conv", "weights": 75, "reason": "", "status": "pruned"},
+        {"weight": "b", "op": "If", "weights": 20, "reason": "it lives inside a body", "status": "skipped"},
+        {"weight": "c", "op": "Gather", "weights": 5, "reason": "", "status": "skipped"},
+        {"weight": "d", "op": "Mul", "weights": 7, "reason": "a constant that Mul node x multiplies with", "status": "skipped"},
     ]
     found = scored({"layers": rows})
     assert found["share"] == 0.75
+    assert found["constants"] == 7
     assert found["unexplained"] == ["c"]
     assert list(found["left"]) == ["b", "c"]
