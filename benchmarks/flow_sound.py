@@ -57,7 +57,7 @@ def _noise(rng: np.random.Generator, count: int, low: float, high: float) -> Sou
     return shaped * np.hanning(count) ** 0.5
 
 
-def utterance(rng: np.random.Generator, seconds: float) -> Sound:
+def _utterance(rng: np.random.Generator, seconds: float) -> Sound:
     """Syllables and pauses of one voice with background noise, peak about 0.5."""
     pitch, scale = rng.uniform(90, 230), rng.uniform(0.95, 1.2)
     sound = np.zeros(int(seconds * RATE))
@@ -94,7 +94,7 @@ def dtln_2(seed: int, count: int) -> dict[str, NDArray[Any]]:
     frames: list[NDArray[np.float32]] = []
     states: list[NDArray[np.float32]] = []
     while len(frames) < count:
-        sound = utterance(rng, 2.0)
+        sound = _utterance(rng, 2.0)
         mask_state = state = np.zeros((1, 2, 128, 2), np.float32)
         for number, start in enumerate(range(0, len(sound) - FRAME, SHIFT)):
             spectrum = np.fft.rfft(sound[start : start + FRAME])

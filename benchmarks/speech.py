@@ -103,7 +103,7 @@ def frames(model: onnx.ModelProto, kind: Speech, count: int, seed: int = CALIBRA
     """Some frames with the states that the model had there, out of as many utterances as that takes."""
     rng, found = np.random.default_rng(seed), list[Feed]()
     while len(found) < count:
-        run = [feed for feed, _ in stream(model, kind, utterance(rng, SECONDS))]
+        run = [feed for feed, _ in stream(model, kind, _utterance(rng, SECONDS))]
         found += run[EVERY - 1 :: EVERY]
     return found[:count]
 
@@ -113,7 +113,7 @@ def judge(original: onnx.ModelProto, pruned: onnx.ModelProto, kind: Speech) -> d
     rng, session = np.random.default_rng(JUDGE), Session(pruned, 1)
     runs: tuple[list[Array], list[Array], list[Array]] = ([], [], [])
     for _ in range(UTTERANCES):
-        sound = utterance(rng, SECONDS)
+        sound = _utterance(rng, SECONDS)
         for feed, outputs in stream(original, kind, sound):
             runs[0].append(outputs[0])
             runs[1].append(session.run(feed, [kind.output])[0])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks import flow_data
 from benchmarks.flow_inputs import lines, passages, scenes
-from benchmarks.flow_sound import FRAME, RATE, SHIFT, utterance
+from benchmarks.flow_sound import FRAME, RATE, SHIFT, _utterance
 from benchmarks.zoo_models import ZOO, feed
 
 __all__ = ["samples"]
@@ -93,7 +93,7 @@ def _running(
     session, rng, found = _session(name, folder), np.random.default_rng(SEEDS[split]), list[Feed]()
     while len(found) < count:
         now = dict(state)
-        for number, frame in enumerate(frames(utterance(rng, 2.0))):
+        for number, frame in enumerate(frames(_utterance(rng, 2.0))):
             whole = {**frame, **now}
             if number % EVERY == EVERY - 1:
                 found.append(whole)
@@ -134,7 +134,7 @@ def _silero(name: str, split: str, count: int, folder: Path) -> list[Feed]:
 def _pitch(name: str, split: str, count: int, folder: Path) -> list[Feed]:
     rng = np.random.default_rng(SEEDS[split])
     return [
-        {"serving_default_input_2:0": utterance(rng, 43844 / RATE)[:43844].reshape(1, 43844, 1).astype(np.float32)} for _ in range(count)
+        {"serving_default_input_2:0": _utterance(rng, 43844 / RATE)[:43844].reshape(1, 43844, 1).astype(np.float32)} for _ in range(count)
     ]
 
 
