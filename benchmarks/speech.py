@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import relief_onnx
 from benchmarks.flow_models import zoo_file
-from benchmarks.flow_sound import FRAME, SHIFT, Sound, utterance
+from benchmarks.flow_sound import FRAME, SHIFT, Sound, _utterance
 from benchmarks.zoo_models import ROOT
 from relief_onnx.session import Session
 
