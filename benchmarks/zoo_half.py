@@ -25,7 +25,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     "not repaired": ("--criterion", "flow", "--repair", "none"),
     "repaired": ("--repair", "least-squares"),
 }
-CALIBRATION, FRESH = 128, 32
+CALIBRATION, FRESH = 256, 32
 
 
 def scored(report: Mapping[str, Any]) -> dict[str, Any]:

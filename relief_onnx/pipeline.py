@@ -154,7 +154,7 @@ def prune(
         final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
-        inner = ready.plan.by_weight()  # of which some are back in the branch that they came from
+        inner = {*ready.plan.by_weight(), *ready.packed}  # of which some are back in the branch that they came from
         names = _packable(operation.model, final, masks)
         shipped, packed = pack_with_inner(final, names, inner) if options.storage == "auto" else (final, ())
     evidence = Evidence(

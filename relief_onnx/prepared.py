@@ -15,7 +15,7 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find
 from relief_onnx.lowering import Lowered, lower
-from relief_onnx.pack import unpack
+from relief_onnx.pack import packed_names, unpack
 
 __all__ = ["Prepared", "prepare"]
 
@@ -24,7 +24,7 @@ __all__ = ["Prepared", "prepare"]
 class Prepared:
     """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan.
 
-    lowered: what was rewritten in `graph`, and the way back.
+    lowered: what was rewritten in `graph`, and the way back. packed: weights that the file stores packed.
     """
 
     original: onnx.ModelProto
@@ -35,6 +35,7 @@ class Prepared:
     bytes: int
     gated: Graph | None = None
     lowered: Lowered | None = None
+    packed: tuple[str, ...] = ()
 
     @property
     def running(self) -> Graph:
@@ -71,4 +72,4 @@ def prepare(source: files.ModelSource) -> Prepared:
     original = unpack(loaded)
     lowered = lower(files.prepare(original))
     graph = Graph(lowered.model)
-    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content), lowered=lowered)
+    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content), lowered=lowered, packed=packed_names(loaded))

@@ -98,7 +98,7 @@ def retrain(
     settled, ready = ready.settled(Graph(apply_weights(first, arrays)), flags)
     dense = files.share_again(ready.restored(settled.model), ready.original)
     stored = {*kept, *tables} & {item.name for item in dense.graph.initializer}
-    shipped, _ = pack_with_inner(dense, sorted(stored), kept) if options.storage == "auto" else (dense, ())
+    shipped, _ = pack_with_inner(dense, sorted(stored), {*kept, *ready.packed}) if options.storage == "auto" else (dense, ())
     checked = verify(ready.original, dense, shipped, dataset, seed=options.seed, threads=options.threads)
     quality = compare_models(
         original, shipped, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress

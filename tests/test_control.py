@@ -18,7 +18,7 @@ from relief_onnx.data import open_dataset
 from relief_onnx.lifting import body_of, lift, sink
 from relief_onnx.model import input_specs
 from relief_onnx.overview import overview
-from relief_onnx.pack import unpack
+from relief_onnx.pack import packed_names, unpack
 from relief_onnx.prepared import prepare
 from relief_onnx.scoring import write_scores
 
@@ -107,8 +107,8 @@ def _turned(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the condition turned round."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    node = next(node for node in result.graph.node if node.op_type == "Greater")
-    node.op_type = "Less"
+    node = next(node for node in result.graph.node if node.op_type in ("Greater", "Less"))
+    node.op_type = "Less" if node.op_type == "Greater" else "Greater"
     return result
 
 
@@ -239,6 +239,19 @@ def test_onnxruntime_folds_what_rebuilds_a_packed_weight(tmp_path: Path) -> None
     # It is unpacked where it is pruned again, and the branch reads it all the same.
     again = relief_onnx.prune(found.model, cases.samples(), granularity="weight", keep="10%")
     assert {row["weight"]: row for row in again.report["layers"]}["w2"]["status"] == "pruned"
+
+
+def test_each_branch_with_data_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    given = cases.weights() | {"w2": rng.normal(0, 1, (cases.HIDDEN, 600)).astype(np.float32), "b2": np.zeros(600, np.float32)}
+    given["w3"] = rng.normal(0, 1, (600, cases.JOINT)).astype(np.float32)
+    first = relief_onnx.prune(cases.branched(given, "constant"), cases.samples(), granularity="weight", keep="20%")
+    feed = cases.samples(seed=9)[0]
+    second = relief_onnx.prune(_turned(first.model), cases.samples(), granularity="weight", keep="50%", only="^v$")
+    # What the first run packed is packed again, though its branch did not run, and computes what it did.
+    assert {"w2", "w3"} <= set(packed_names(first.model)) & set(packed_names(second.model))
+    assert {row["weight"]: row for row in second.report["layers"]}["v"]["status"] == "pruned"
+    np.testing.assert_array_equal(outputs(_turned(second.model), feed)[0], outputs(first.model, feed)[0])
 
 
 @pytest.mark.parametrize("storage", ["constant", "captured"])
