@@ -68,7 +68,9 @@ class Net:
             inputs += [helper.make_tensor_value_info(item.name, item.data_type, item.dims) for item in tensors]
         graph = helper.make_graph(self.nodes, "net", inputs, [onnx.ValueInfoProto(name=name) for name in wanted], tensors)
         graph.doc_string = "a graph with a doc string"
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], producer_name="tests")
+        domains = sorted({node.domain for node in self.nodes if node.domain})
+        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="tests")
         model.ir_version = self.ir_version
         model.domain, model.model_version, model.doc_string = "org.example", 7, "a model with a doc string"
         helper.set_model_props(model, {"author": "somebody", "labels": "a,b"})

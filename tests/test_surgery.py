@@ -18,7 +18,8 @@ AT_MOST = 24
 
 
 def test_every_row_of_the_operator_table_has_a_case() -> None:
-    assert {case.split("/")[0] for case in CASES} == set(OPERATORS)
+    # Onnxruntime's own operator in the standard's domain, which ONNX's checker refuses: its law is in tests/test_fused.py.
+    assert {case.split("/")[0] for case in CASES} | {"SimplifiedLayerNormalization"} == set(OPERATORS)
     assert {*LAYERS, *GATES} == set(LAYER_OPERATORS)  # recurrent layers have cases of their own, tests/test_recurrent.py
     assert {row.kind for row in OPERATORS.values()} == set(KINDS)
 
