@@ -23,7 +23,7 @@ from benchmarks.zoo_models import ZOO, feed
 __all__ = ["samples"]
 
 Feed = dict[str, NDArray[Any]]
-SEEDS = {"calib_a": 21, "test": 23}
+SEEDS = {"calib_a": 21, "calib_b": 22, "test": 23}
 EVERY = 4  # of neighbouring frames, which are much alike, one is kept
 
 

@@ -280,10 +280,15 @@ def overview(document: Mapping[str, Any]) -> None:
 
 def _next(document: Mapping[str, Any]) -> str:
     """The command that makes sense after this look at a model."""
-    if not document["layers"]:
+    open_weights, undecided = document["totals"]["open_weights"], ""
+    if open_weights:
+        undecided = (
+            f"{open_weights:,} of those left alone are in branches or loops: the data that you prune with decide which of them run. "
+        )
+    elif not document["layers"]:
         return "There is nothing to prune in this model."
     channels = " [--granularity channel]" if document["totals"]["coupled_params"] else ""
-    return f"Next: relief-onnx prune {document['input']['path']} --data FOLDER{channels}"
+    return f"{undecided}Next: relief-onnx prune {document['input']['path']} --data FOLDER{channels}"
 
 
 def _layers(rows: Sequence[Mapping[str, Any]], narrow: bool) -> Table:

@@ -22,7 +22,7 @@ from relief_onnx.reasons import why_no_layer
 from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 
-__all__ = ["LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
+__all__ = ["DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
 
 
 def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
@@ -89,10 +89,12 @@ def _read_inside(graph: Graph, index: int) -> str:
     return f"{body} of {node.op_type} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
 
 
+# What is said of a body where no data were run.
+DATA_DECIDE = "whether it can be pruned depends on the data, which have not run"
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
 _OF_BODY = {
-    "": ": whether it can be pruned depends on the data, which have not run",
+    "": f": {DATA_DECIDE}",
     "both": ", as no layer that can be pruned",
     "old": ", which is not looked into below IR version 4",
 }

@@ -16,7 +16,7 @@ from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
-from relief_onnx.layers import Layer
+from relief_onnx.layers import DATA_DECIDE, Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
 from relief_onnx.prepared import Prepared, prepare
@@ -48,6 +48,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "totals": {
             "prunable_weights": sum(row["weights"] for row in layers),
             "table_weights": sum(row["weights"] for row in tables),
+            "open_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped if row.reason.endswith(DATA_DECIDE)),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
             "coupled_params": _coupled_params(ready, coupling),
         },
