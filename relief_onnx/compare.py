@@ -194,8 +194,8 @@ def _check_inputs(sessions: tuple[Session, Session], states: Sequence[StateChang
         pairs = zip(shape, other, strict=True) if len(shape) == len(other) else ()
         if any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int)):
             raise DataError(
-                f"input {name} is {list(shape)} in one model and {list(other)} in the other; no data fits both, as after --allow-state-change: "
-                "there the report of relief-onnx prune compares them (quality)"
+                f"input {name} is {list(shape)} in one model and {list(other)} in the other; no data fits both, as after "
+                "--allow-state-change: there the report of relief-onnx prune compares them (quality)"
             )
 
 
