@@ -17,9 +17,10 @@ from onnx import helper, numpy_helper
 from relief_onnx.coupling import Coupling
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import FLOATS, Graph
-from relief_onnx.layers import Plan
+from relief_onnx.layers import Plan, find
 from relief_onnx.nodes import STANDARD
 from relief_onnx.recurrent import initial_states
+from relief_onnx.recurrent_reads import cell_of
 
 __all__ = ["NO_STATES", "States", "find_states", "masked_states", "without_masks"]
 
@@ -100,6 +101,9 @@ def _without_weights(arrays: Graph, coupling: Coupling) -> set[int]:
     """Units that can go and have nothing but zeros wherever something is stored for them."""
     found: set[int] = set()
     alive: set[int] = set(coupling.pinned)
+    for index, layers in find(arrays).recurrent().items():
+        if not cell_of(arrays.nodes[index]).keeps_zero:  # such a unit would not stay 0
+            alive |= set(coupling.outputs[layers["R"].key].tolist())
     for tie in coupling.ties:
         if tie.zeroable and arrays.is_float(tie.initializer):
             other = tuple(axis for axis in range(len(arrays.initializers[tie.initializer].dims)) if axis != tie.axis)

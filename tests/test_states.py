@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import ROOT, run
 from numpy.typing import NDArray
 
 import relief_onnx
+from relief_onnx import state_changes
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.model import prepare
@@ -123,7 +125,9 @@ def test_the_narrow_loop_is_the_masked_loop(op: str, form: str) -> None:
     # What is left runs in a loop on its own states, from any first states.
     rng = np.random.default_rng(0)
     chunks = [rng.normal(size=(STEPS, BATCH, 6)).astype(np.float32) for _ in range(5)]
-    narrow = {name: np.take(value, changes[name]["kept"], changes[name]["axis"]) if name in pairs else value for name, value in feeds[0].items()}
+    narrow = {
+        name: np.take(value, changes[name]["kept"], changes[name]["axis"]) if name in pairs else value for name, value in feeds[0].items()
+    }
     wide, small = looped(found.masked, pairs, feeds[0], chunks), looped(found.model, pairs, narrow, chunks)
     for a, b in zip(wide[: len(chunks)], small, strict=False):
         np.testing.assert_allclose(b, a, atol=1e-5)
@@ -186,8 +190,21 @@ def test_command_and_recipe(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     np.savez(tmp_path / "a.npz", **feeds[0])
     (tmp_path / "r.toml").write_text("allow-state-change = true\ngranularity = 'channel'\nkeep = 50\nround-to = 1\n")
-    run_of = ("prune", tmp_path / "m.onnx", "--data", tmp_path / "a.npz", "--force", "--json", tmp_path / "r.json", "-o", tmp_path / "out.onnx")
-    for options in (("--allow-state-change", "--granularity", "channel", "--keep", "50%", "--round-to", "1"), ("--recipe", tmp_path / "r.toml")):
+    run_of = (
+        "prune",
+        tmp_path / "m.onnx",
+        "--data",
+        tmp_path / "a.npz",
+        "--force",
+        "--json",
+        tmp_path / "r.json",
+        "-o",
+        tmp_path / "out.onnx",
+    )
+    for options in (
+        ("--allow-state-change", "--granularity", "channel", "--keep", "50%", "--round-to", "1"),
+        ("--recipe", tmp_path / "r.toml"),
+    ):
         result = run(*run_of, *options)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "r.json").read_text())
@@ -198,7 +215,74 @@ def test_command_and_recipe(tmp_path: Path) -> None:
     assert "no data fits both, as after --allow-state-change" in " ".join(result.output.split())
 
 
+DTLN = ROOT / "build" / "zoo" / "dtln_1.onnx"
+
+
+@pytest.mark.skipif(not DTLN.exists(), reason="build/zoo/dtln_1.onnx is missing: make bench-zoo gathers it")
 def test_a_real_model_that_carries_its_states() -> None:
-    path = ROOT / "build/zoo/dtln_1.onnx"
-    if not path.exists():
-        pytest.skip("build/zoo has no dtln_1.onnx")
+    """Two LSTMs whose h and c are slices of one input [1, 2, 128, 2], stacked again as one output."""
+    rng = np.random.default_rng(0)
+    feeds = [
+        {
+            "input_2": rng.random((1, 1, 257)).astype(np.float32),
+            "input_3": rng.uniform(-0.5, 0.5, (1, 2, 128, 2)).astype(np.float32),
+        }
+        for _ in range(8)
+    ]
+    found = relief_onnx.prune(DTLN, feeds, granularity="channel", keep="60%", allow_state_change=True, threads=1)
+    changes = {item["name"]: item for item in found.report["state_changes"]}
+    assert set(changes) == {"input_3", "tf_op_layer_stack_2"}
+    assert changes["input_3"]["kept"] == changes["tf_op_layer_stack_2"]["kept"]
+    width = len(changes["input_3"]["kept"])
+    assert width < 128
+    assert width % 8 == 0
+    pairs = {"input_3": "tf_op_layer_stack_2"}
+    chunks = [rng.random((1, 1, 257)).astype(np.float32) for _ in range(5)]
+    narrow = {**feeds[0], "input_3": feeds[0]["input_3"][:, :, changes["input_3"]["kept"]]}
+    wide, small = looped(found.masked, pairs, feeds[0], chunks), looped(found.model, pairs, narrow, chunks)
+    for a, b in zip(wide[:-1], small[:-1], strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-4)
+    np.testing.assert_allclose(small[-1], wide[-1][:, :, changes["input_3"]["kept"]], atol=1e-4)
+
+
+def test_a_whole_sequence_of_states_as_an_output() -> None:
+    net = Net(seed=1)
+    x = net.input(STEPS, BATCH, 6)
+    y = net.op("GRU", x, net.weight(1, 3 * HIDDEN, 6), net.weight(1, 3 * HIDDEN, HIDDEN), hidden_size=HIDDEN)
+    moved = net.op("Reshape", net.op("Transpose", y, perm=[2, 0, 1, 3]), net.ints(BATCH, STEPS, HIDDEN))
+    model, feed = net.model(moved), {x: np.random.default_rng(0).normal(size=(STEPS, BATCH, 6)).astype(np.float32)}
+    found = relief_onnx.prune(model, [feed], allow_state_change=True, **ASKED)
+    (change,) = found.report["state_changes"]
+    assert (change["name"], change["kind"], change["axis"], change["before"]) == (moved, "output", 2, [BATCH, STEPS, HIDDEN])
+    (wide,), (small,) = (Session(item, 1).run(feed) for item in (found.masked, found.model))
+    np.testing.assert_allclose(small, wide[:, :, change["kept"]], atol=1e-5)
+
+
+def test_units_that_do_not_stay_0_keep_their_state() -> None:
+    """With Sigmoid a unit without weights is 0.5."""
+    net = Net(seed=1)
+    x, h = net.input(STEPS, BATCH, 6), net.input(1, BATCH, HIDDEN)
+    how = {"hidden_size": HIDDEN, "activations": ["Sigmoid"]}
+    y, end = net.op("RNN", x, net.weight(1, HIDDEN, 6), net.weight(1, HIDDEN, HIDDEN), "", "", h, outputs=2, **how)
+    model = net.model(net.op("MatMul", y, net.weight(HIDDEN, 3)), end)
+    feed = {x: np.ones((STEPS, BATCH, 6), np.float32), h: np.ones((1, BATCH, HIDDEN), np.float32)}
+    found = relief_onnx.prune(model, [feed], allow_state_change=True, **ASKED)
+    assert found.report["state_changes"] == []
+    assert sizes(found.model) == sizes(model)
+    assert not any("state_mask" in item.name for item in (*found.model.graph.initializer, *found.masked.graph.initializer))
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong places, or a change that nobody declared, are found before anything is written."""
+    model, _, feeds = streaming("GRU", "direct")
+
+    def shifted(*given: Any) -> Any:
+        return tuple(replace(change, kept=tuple((place + 1) % HIDDEN for place in change.kept)) for change in changes(*given))
+
+    changes = state_changes._changes
+    monkeypatch.setattr(state_changes, "_changes", shifted)
+    with pytest.raises(relief_onnx.VerificationError, match="differs from the masked one"):
+        relief_onnx.prune(model, feeds, allow_state_change=True, **ASKED)
+    monkeypatch.setattr(state_changes, "_changes", lambda *given: changes(*given)[:1])
+    with pytest.raises(relief_onnx.VerificationError, match="inputs and outputs changed"):
+        relief_onnx.prune(model, feeds, allow_state_change=True, **ASKED)
