@@ -19,7 +19,7 @@ import pytest
 from helpers import LENET, digits, lenet, program, run
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import pipeline, surgery
+from relief_onnx import pipeline, state_changes, surgery
 from relief_onnx.errors import RecipeError
 
 Make = Callable[[Path], object]
@@ -439,7 +439,7 @@ def test_result_that_does_not_verify(monkeypatch: pytest.MonkeyPatch) -> None:
         surgery.set_initializer(operation.model, weight.name, numpy_helper.to_array(weight) * np.float32(1.01))
         return operation
 
-    monkeypatch.setattr(pipeline, "operate", corrupted)
+    monkeypatch.setattr(state_changes, "operate", corrupted)
     check(
         "prune m.onnx --data data -o out.onnx --work-dir work --save-masks k.npz", 3,
         "the pruned model differs from the masked one by ... of the largest output (allowed 0.0001); "
