@@ -90,6 +90,12 @@ def main() -> None:
 )
 @click.option("--round-to", type=int, help="Keep a multiple of so many channels, for speed (default 8; 1 switches it off).")
 @click.option(
+    "--allow-state-change",
+    is_flag=True,
+    default=None,
+    help="With channels: inputs and outputs that are states of LSTM, GRU or RNN nodes may lose hidden units; the report says which.",
+)
+@click.option(
     "--repair",
     type=click.Choice(["none", "least-squares", "distill", "labels"]),
     help="What happens to the weights that are left: least-squares solves for them again; distill trains them on the original's outputs, "

@@ -16,6 +16,7 @@ from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.errors import DataError
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.session import Session
+from relief_onnx.state_changes import StateChange, declared, narrowed
 
 __all__ = ["Comparison", "OutputAgreement", "compare_models"]
 
@@ -133,24 +134,29 @@ def compare_models(
     seed: int = 0,
     threads: int = 0,
     optimize: tuple[bool, bool] = (True, True),
+    states: Sequence[StateChange] = (),
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> Comparison:
     """Run both models side by side on every sample, batch by batch. Outputs are matched by name.
 
-    `optimize` says whether onnxruntime may optimise each. Raises DataError where outputs cannot be matched or a run fails.
+    `optimize` says whether onnxruntime may optimise each. states: what is narrower in
+    `b`, which is fed, and compared with, the entries that are left. Raises DataError where outputs cannot be matched or a run fails.
     """
     sessions = Session(a, threads, "the first model", optimize[0]), Session(b, threads, "the second model", optimize[1])
+    _check_inputs(sessions, states)
     names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
     if not names:
         raise DataError(f"the models share no output name ({', '.join(sessions[0].outputs)} and {', '.join(sessions[1].outputs)})")
-    classes = class_outputs(a)
+    changed = {change.name: change for change in states}
+    classes = class_outputs(a) - changed.keys()
     tallies = {name: _Tally() for name in names}
     accuracy, seconds, samples = _Accuracy(), [0.0, 0.0], 0.0
     scored = _scored_output(a, dataset, names)
     for batch in dataset.batches(batch_size, limit=limit, seed=seed):
-        results = _timed(sessions, names, batch, seconds)
+        results = _timed(sessions, names, batch, seconds, states)
         for name, *pair in zip(names, *results, strict=True):
             x, y = (_as_array(name, value) for value in pair)
+            x = changed[name].taken(x) if name in changed else x
             _check_shapes(name, x, y)
             tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
         found = [_as_array(scored, result[names.index(scored)]) for result in results] if scored is not None else []
@@ -169,13 +175,28 @@ def compare_models(
     )
 
 
-def _timed(sessions: tuple[Session, Session], names: Sequence[str], batch: Batch, seconds: list[float]) -> list[list[Any]]:
-    results = []
+def _timed(
+    sessions: tuple[Session, Session], names: Sequence[str], batch: Batch, seconds: list[float], states: Sequence[StateChange]
+) -> list[list[Any]]:
+    results, feeds = [], (batch.feed, narrowed(batch.feed, states))
     for side, session in enumerate(sessions):
         start = time.perf_counter()
-        results.append(session.run(batch.feed, names, batch.source))
+        results.append(session.run(feeds[side], names, batch.source))
         seconds[side] += time.perf_counter() - start
     return results
+
+
+def _check_inputs(sessions: tuple[Session, Session], states: Sequence[StateChange]) -> None:
+    """Raise DataError where one feed cannot fit both models, as after `allow_state_change`."""
+    wanted, found = declared(sessions[0].signature(), states), {name: shape for name, _, shape in sessions[1].signature()}
+    for name, _, shape in wanted:
+        other = found.get(name, shape) if name not in sessions[0].outputs else shape
+        pairs = zip(shape, other, strict=True) if len(shape) == len(other) else ()
+        if any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int)):
+            raise DataError(
+                f"input {name} is {list(shape)} in one model and {list(other)} in the other; no data fits both, as after "
+                "--allow-state-change: there the report of relief-onnx prune compares them (quality)"
+            )
 
 
 def _as_array(name: str, value: Any) -> NDArray[Any]:

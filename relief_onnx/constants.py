@@ -82,6 +82,8 @@ class Constants:
     def compute(self) -> None:
         """Find every constant again."""
         self.values = {name: self._emitted(name, view) for name, view in self.coupling.sources.items()}
+        given = [info.name for info in self.graph.inputs if self.coupling.pictures[info.name].size > 1]
+        self.values |= {name: self._unknown(name) for name in given}
         for index, node in enumerate(self.graph.nodes):
             if index in self.coupling.constants:
                 continue

@@ -33,7 +33,10 @@ class Tie:
 
 @dataclass(frozen=True)
 class ZeroReader:
-    """A node that reads every channel of a tensor, but not those that are 0: `factors` are (tensor, axis), one zero is enough."""
+    """A node that reads every channel of a tensor, but not those that are 0: `factors` are (tensor, axis), one zero is enough.
+
+    Node -1 is whoever reads an output of the model.
+    """
 
     node: int
     factors: tuple[tuple[str, int], ...]

@@ -45,6 +45,7 @@ class Options:
     threads: int = 0
     round_to: int = 8
     mean_shift: str = "auto"
+    allow_state_change: bool = False
     output_weight: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
     training: Training = field(default_factory=Training)
@@ -216,8 +217,8 @@ def idle(options: Options, given: Mapping[str, Any], scores: object) -> list[str
     """A sentence for each option that was given and does nothing in this run."""
     found = [
         f"{_shown(key)} does nothing at granularity {options.granularity}; it needs channel, channel+connection or channel+weight"
-        for key in ("alpha_channel", "round_to")
-        if given.get(key) is not None and not options.by_channel
+        for key in ("alpha_channel", "round_to", "allow_state_change")
+        if given.get(key) not in (None, False) and not options.by_channel
     ]
     if options.by_flow and given.get("bias") == "prune":
         found.append("bias prune does nothing by flow: a bias is constant, so no flow goes through it")
@@ -304,6 +305,12 @@ def _pattern(where: str, value: Any) -> str:
     return value
 
 
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}allow-state-change is {value!r}; it must be true or false")
+    return value
+
+
 def _output_weights(where: str, value: Any) -> tuple[tuple[str, float], ...]:
     """Pairs from a table {output: weight}, or from texts NAME=W."""
     if isinstance(value, str):
@@ -353,4 +360,5 @@ def _layers(where: str, value: Any) -> tuple[tuple[str, float], ...]:
 
 _PARSERS: Mapping[str, Callable[[str, Any], Any]] = {
     "layers": _layers, "keep": _keep, "pattern": _pattern, "output_weight": _output_weights,
+    "allow_state_change": _flag,
 }  # fmt: skip

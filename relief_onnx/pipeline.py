@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import onnx
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.channels import Choice, relevance
+from relief_onnx.clock import Clock
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
 from relief_onnx.control import branching, settle
@@ -44,6 +44,7 @@ from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.scoring import Scores, read_scores, write_arrays
 from relief_onnx.selection import select
+from relief_onnx.state_changes import cut_states
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.table_masks import table_masks, unranked
 from relief_onnx.verify import verify
@@ -113,7 +114,7 @@ def prune(
     `output`.
     """
     options = resolve(preset, recipe or {}, given)
-    clock = _Clock()
+    clock = Clock()
     with clock("load"):
         ready = prepare(source)
         target = None if output is None else Path(output)
@@ -150,7 +151,9 @@ def prune(
         graph, ready = ready.settled(graph, flags)
         masked = ready.restored(cut.rules.insert_gates(insert(graph, flags), gates))
     with clock("surgery"):
-        operation = operate(cut.masked(graph))
+        operation, masked, states = cut_states(
+            cut.masked(graph), masked, cut.ready.graph, cut.ready.plan, cut.chosen.coupling if options.allow_state_change else None
+        )
         final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
@@ -159,12 +162,12 @@ def prune(
         shipped, packed = pack_with_inner(final, names, inner) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
-        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained,
+        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained, states,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
     with clock("verify"):
-        verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads)
+        verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads, states=states)
     with clock("compare"):
         quality = compare_models(
             ready.original,
@@ -174,6 +177,7 @@ def prune(
             seed=options.seed,
             threads=options.threads,
             progress=progress,
+            states=states,
         )
     notes = [*idle(options, given, scores), *training_notes(Graph(ready.original)), *ready.notes]
     report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
@@ -209,7 +213,7 @@ class _Job:
     weights: frozenset[str]
     dataset: Dataset
     folder: Path | None
-    clock: _Clock
+    clock: Clock
     progress: calibrate.Progress
 
     def tables(self, plan: Plan) -> tuple[Layer, ...]:
@@ -412,20 +416,6 @@ def _named(path: Path | None) -> Iterator[None]:
         if path is None:
             raise
         raise ModelError(f"{path}: {error}") from error
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - before  # of other stages
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
 
 def _packable(model: onnx.ModelProto, final: onnx.ModelProto, masks: Masks) -> list[str]:

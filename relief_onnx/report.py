@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from relief_onnx.paper import Gate
 from relief_onnx.relevance import Even
 from relief_onnx.repair import Repaired
 from relief_onnx.scoring import Scores
+from relief_onnx.state_changes import StateChange, narrowed, state_warning
 from relief_onnx.surgery import Operation
 from relief_onnx.verify import Verification
 
@@ -67,6 +68,7 @@ class Evidence:
     repaired: tuple[Repaired, ...] = ()
     improved: Improved | None = None
     retrained: Mapping[str, Any] | None = None
+    states: tuple[StateChange, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -246,7 +248,7 @@ def build_report(
     sample = next(iter(dataset.batches(1, limit=1)))
     content = files.serialize(evidence.shipped)
     before = measure(ready.counted, sample)
-    after = measure(evidence.operation.model, sample)
+    after = measure(evidence.operation.model, replace(sample, feed=narrowed(sample.feed, evidence.states)))
     health = check_health(ready.graph.model, evidence.operation.model, evidence.operation.dead_branches)
     weights, kept = sum(row["weights"] for row in rows), sum(row["weights_kept"] for row in rows)
     return {
@@ -278,6 +280,7 @@ def build_report(
         "retrain": evidence.retrained,
         "totals": {"weights": weights, "weights_kept": kept, "kept_percent": 100.0 * kept / max(weights, 1)},
         "units_removed": evidence.operation.units_removed,
+        "state_changes": [change.document() for change in evidence.states],
         "health": health.document(),
         "verification": {
             "checker": verification.checker,
@@ -307,7 +310,7 @@ def quality_report(quality: Comparison) -> dict[str, Any]:
 
 
 def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: tuple[int | None, int | None], health: Health) -> list[str]:
-    found = [*quality.warnings, *dataset.notes]
+    found = [*state_warning(evidence.states), *quality.warnings, *dataset.notes]
     if quality.samples < 128:
         found.append(f"only {quality.samples} samples were used; 128 or more give steadier scores")
     if macs[0] is None:

@@ -24,6 +24,7 @@ from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, find
 from relief_onnx.liveness import Fold, Removal, find_dead
 from relief_onnx.recurrent_layers import made
 from relief_onnx.sources import VIEW_OPERATORS
+from relief_onnx.states import NO_STATES, States
 from relief_onnx.views import View
 from relief_onnx.walk import trace
 
@@ -45,15 +46,16 @@ class Operation:
     kept: Kept = field(default_factory=dict)
 
 
-def operate(model: onnx.ModelProto) -> Operation:
+def operate(model: onnx.ModelProto, states: States = NO_STATES) -> Operation:
     """Remove every provably dead unit and weight.
 
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to flags in the canonical
     layout [out, in per group, *kernel] of the input model: which single weights are left and not zero (of a shared weight, as its
     first reader sees it), and `kept` which of its rows and columns; `folded` names layers whose bias took over a constant;
-    `dead_branches` are gone with all their nodes.
+    `dead_branches` are gone with all their nodes. states: inputs and outputs of the model that may get narrower; all others keep their
+    shapes.
     """
-    operation, kept = _operate_once(model)
+    operation, kept = _operate_once(model, states)
     found = operation
     names = _names(model)
     while True:
@@ -62,7 +64,7 @@ def operate(model: onnx.ModelProto) -> Operation:
             return replace(operation, kept=kept, channels={name: operation.channels[output] for name, output in names.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
         # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
-        found, now = _operate_once(lighter)
+        found, now = _operate_once(lighter, states)
         operation, kept = _followed(replace(operation, dead_branches=(*operation.dead_branches, *dead)), kept, found, now)
 
 
@@ -92,12 +94,12 @@ def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tup
     return Operation(second.model, removed, channels, surviving, folded, first.dead_branches), both
 
 
-def _operate_once(model: onnx.ModelProto) -> tuple[Operation, Kept]:
+def _operate_once(model: onnx.ModelProto, states: States) -> tuple[Operation, Kept]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = Graph(model)  # of the model before the cut; `result` is edited
     plan = find(graph)
-    coupling = trace(graph, plan)
+    coupling = trace(graph, plan, states)
     removal = find_dead(graph, plan, coupling)
     left = {layer.node: int((~_gone(coupling.outputs[layer.key], removal)).sum()) for layer in plan.layers}
     counts = {made(graph.nodes[layer.node]): (layer.out_channels, left[layer.node]) for layer in plan.layers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -11,6 +12,7 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.errors import ModelError, VerificationError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.session import Session
+from relief_onnx.state_changes import StateChange, declared
 
 __all__ = ["TOLERANCES", "Verification", "verify", "verify_packed"]
 
@@ -44,11 +46,15 @@ def verify(
     *,
     seed: int,
     threads: int,
+    states: Sequence[StateChange] = (),
 ) -> Verification:
-    """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `masked` computes."""
-    checker = _sound(original, result, threads, "pruned")
+    """Raise VerificationError unless `result` is a valid model with the original's signature that computes what `masked` computes.
+
+    states: the inputs and outputs that are narrower than the original's, and nothing else of the signature.
+    """
+    checker = _sound(original, result, threads, "pruned", states)
     tolerance = TOLERANCES["half" if _is_half(original) else "float"]
-    found = compare_models(masked, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads).outputs
+    found = compare_models(masked, result, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads, states=states).outputs
     itself = compare_models(
         masked, masked, dataset, batch_size=8, limit=SAMPLES, seed=seed, threads=threads, optimize=(True, False)
     ).outputs
@@ -88,10 +94,10 @@ def verify_packed(
     return Verification(checker, max_abs, max_rel, 0.0)
 
 
-def _sound(original: onnx.ModelProto, result: onnx.ModelProto, threads: int, what: str) -> str:
+def _sound(original: onnx.ModelProto, result: onnx.ModelProto, threads: int, what: str, states: Sequence[StateChange] = ()) -> str:
     """Checker and signature; returns what the checker said. `what` was done to the model."""
     checker = _check(original, result, what)
-    before = Session(original, threads).signature()
+    before = declared(Session(original, threads).signature(), states)
     try:
         after = Session(result, threads, f"the {what} model").signature()
     except ModelError as error:

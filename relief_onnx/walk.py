@@ -23,17 +23,21 @@ from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_units import walk_recurrent
 from relief_onnx.sources import VIEW_OPERATORS, Source, trace_constant
+from relief_onnx.states import NO_STATES, States
 from relief_onnx.unions import UnionFind
 from relief_onnx.views import View
 
 __all__ = ["Walk", "trace"]
 
 
-def trace(graph: Graph, plan: Plan) -> Coupling:
-    """The coupling of a graph. A second walk lets single channels through norms over groups where whole groups hang together."""
-    found = Walk(graph, plan).run()
+def trace(graph: Graph, plan: Plan, states: States = NO_STATES) -> Coupling:
+    """The coupling of a graph. A second walk lets single channels through norms over groups where whole groups hang together.
+
+    states: inputs and outputs of the model that may get narrower.
+    """
+    found = Walk(graph, plan, states).run()
     norms = [norm for norm in find_group_norms(graph) if _hangs_together(found.pictures.get(norm.source))]
-    return Walk(graph, plan, restored={norm.first: norm for norm in norms}).run() if norms else found
+    return Walk(graph, plan, states, restored={norm.first: norm for norm in norms}).run() if norms else found
 
 
 def _hangs_together(picture: Units | None) -> bool:
@@ -45,6 +49,7 @@ def _hangs_together(picture: Units | None) -> bool:
 class Walk:
     graph: Graph
     plan: Plan
+    states: States = NO_STATES
     pictures: dict[str, Units] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     inputs: dict[int, Units] = field(default_factory=dict)
@@ -87,15 +92,23 @@ class Walk:
         """Walk the graph once."""
         graph = self.graph
         for info in graph.inputs:
-            self.untracked(info.name)
+            self._input(info.name)
         for index, node in enumerate(graph.nodes):
             self._visit(index, node)
         for name in graph.outputs:
-            self.pin(self.picture(name), "it is an output of the model")
+            if name not in self.states.outputs:
+                self.pin(self.picture(name), "it is an output of the model")
         for name, uses in graph.uses.items():
             if any(use.slot < 0 for use in uses):
                 self.pin(self.picture(name), "the body of a control flow node reads it")
         return self._result()
+
+    def _input(self, name: str) -> None:
+        """Of a state that may get narrower, the units that its recurrent node is to have."""
+        self.untracked(name)
+        if name in self.states.inputs:
+            axis, shape = self.states.inputs[name], self.graph.shape(name) or ()
+            self.pictures[name] = np.moveaxis(self.units.fresh(int(shape[axis] or 0)).reshape([-1] + [1] * (len(shape) - 1)), 0, axis)
 
     def _visit(self, index: int, node: onnx.NodeProto) -> None:
         """Carry a node; where it could if fewer axes were tracked, hold those together and try again."""
@@ -327,6 +340,9 @@ class Walk:
         self._make_boxes()
         canonical = self.units.canonical
         pictures = {name: canonical(picture) for name, picture in self.pictures.items()}
+        # Whoever reads a state output sees every unit but those that are 0.
+        seen = [(name, long_axes(pictures[name])) for name in sorted(self.states.outputs)]
+        self.zero_readers += [ZeroReader(-1, ((name, axis),)) for name, axes in seen for axis in axes]
         for name, picture in pictures.items():
             if _hangs_together(picture):
                 self.pin(picture, f"all channels of {name} hang together, so none can go without the others")

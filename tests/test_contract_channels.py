@@ -27,7 +27,7 @@ FEW = ("--data", CALIB, "--samples", "32", "--alpha", "0.85", "--round-to", str(
 
 TOP = {
     "schema", "input", "output", "options", "data", "layers", "groups", "flow", "mean_shift", "repair", "retrain", "totals",
-    "units_removed", "health",
+    "units_removed", "state_changes", "health",
     "verification", "quality", "timing", "warnings",
 }  # fmt: skip
 FILE = {"path", "sha256", "bytes", "params", "nonzero_params", "macs"}

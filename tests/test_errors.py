@@ -19,7 +19,7 @@ import pytest
 from helpers import LENET, digits, lenet, program, run
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import pipeline, surgery
+from relief_onnx import pipeline, state_changes, surgery
 from relief_onnx.errors import RecipeError
 
 Make = Callable[[Path], object]
@@ -269,6 +269,9 @@ IDLE: dict[str, str] = {
     "--granularity weight --alpha-channel 0.9": (
         "alpha-channel does nothing at granularity weight; it needs channel, channel+connection or channel+weight"
     ),
+    "--allow-state-change": (
+        "allow-state-change does nothing at granularity connection; it needs channel, channel+connection or channel+weight"
+    ),
     "--scores s.npz --criterion wanda": "criterion does nothing: s.npz holds what was measured; leave out --scores to measure again",
 }
 
@@ -299,6 +302,7 @@ RECIPES: dict[str, str] = {
     "preset = 'papr'": "there is no preset papr; the presets are paper.",
     "granularity = 'channels'": "granularity is 'channels'; choose one of connection, weight, channel, channel+connection, channel+weight.",
     "round-to = 2.5": "r.toml: round-to is 2.5; it must be a whole number.",
+    "allow-state-change = 1": "r.toml: allow-state-change is 1; it must be true or false.",
     "rounds-to = 4": "r.toml has an unknown key 'rounds-to'; did you mean 'round-to'?",
     "alpha =": "r.toml is not valid TOML (...); correct that line.",
     "layers = 3": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
@@ -315,6 +319,7 @@ def test_recipe(text: str, here: Path) -> None:
 KEYWORDS: tuple[tuple[dict[str, object], str], ...] = (
     ({"alpha": "0.9"}, "alpha is '0.9'; it must be a number"),
     ({"granularity": "channel", "round_to": 2.5}, "round-to is 2.5; it must be a whole number"),
+    ({"allow_state_change": "yes"}, "allow-state-change is 'yes'; it must be true or false"),
     ({"only": 3}, "only is 3; it must be a string"),
     ({"layers": {"conv": "all"}}, '[layers] must hold lines such as "regular expression" = 0.99'),
     ({"layers": {"conv": 2}}, "alpha of a layer is 2.0; it is the share of contribution to keep, above 0 and at most 1"),
@@ -434,7 +439,7 @@ def test_result_that_does_not_verify(monkeypatch: pytest.MonkeyPatch) -> None:
         surgery.set_initializer(operation.model, weight.name, numpy_helper.to_array(weight) * np.float32(1.01))
         return operation
 
-    monkeypatch.setattr(pipeline, "operate", corrupted)
+    monkeypatch.setattr(state_changes, "operate", corrupted)
     check(
         "prune m.onnx --data data -o out.onnx --work-dir work --save-masks k.npz", 3,
         "the pruned model differs from the masked one by ... of the largest output (allowed 0.0001); "
