@@ -17,7 +17,9 @@ __all__ = [
     "home_of",
     "mark_blocks",
     "mark_mirror",
+    "mark_rounded",
     "mark_taken",
+    "rounds_states",
     "subgraphs",
     "taken_branch",
     "unmark",
@@ -109,3 +111,17 @@ def mark_blocks(node: onnx.NodeProto, size: int) -> None:
 def block_of(node: onnx.NodeProto) -> int:
     """What was noted with `mark_blocks`; 1 where nothing was."""
     return int(node.doc_string.removeprefix(_BLOCK)) if node.doc_string.startswith(_BLOCK) else 1
+
+
+# Stands in the documentation of a recurrent node whose states the file's operator rounds.
+_ROUNDED = "relief-onnx/rounded/1"
+
+
+def mark_rounded(node: onnx.NodeProto) -> None:
+    """Note that the file's operator rounds a recurrent node's states by the range of all hidden units."""
+    node.doc_string = _ROUNDED
+
+
+def rounds_states(node: onnx.NodeProto) -> bool:
+    """Whether that was noted with `mark_rounded`."""
+    return node.doc_string == _ROUNDED

@@ -2,7 +2,8 @@
 
 B [N, blocks, bytes], scales [N * blocks] and zero points [N * packed blocks] become integers [N, K] behind a DequantizeLinear with
 blocks along K, a Transpose and a MatMul; a bias becomes an Add. Outputs go one by one; inputs go by whole blocks, so that what is left
-has the same blocks (`nodes.mark_blocks`).
+has the same blocks (`nodes.mark_blocks`). With accuracy_level 4 kernels round their input in blocks: a DynamicQuantizeLinear, one range
+for the whole input, stands for that.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return integers
     even = np.pad(integers, ((0, 0), (0, integers.shape[1] % 2)))
     return (even[:, ::2] | (even[:, 1::2] << 4)).astype(np.uint8)
+
+
+def _rounds(node: onnx.NodeProto) -> bool:
+    """Whether kernels may round the activations to 8 bits by the range that they have."""
+    return int(attributes(node).get("accuracy_level", 0)) == 4
 
 
 def _input(node: onnx.NodeProto, slot: int) -> str:
@@ -115,15 +121,21 @@ def opened(graph: Graph, index: int) -> Opened:
     }
     bias = _input(node, 5)
     product = f"{output}/product" if bias else output
+    rounded = [f"{key}/{part}" for part in ("integers", "factor", "offset", "rounded")] if _rounds(node) else []
     nodes = [
         helper.make_node("DequantizeLinear", [weight, scale, zero], [floats], name=floats, domain=MICROSOFT, axis=1, block_size=block),
         helper.make_node("Transpose", [floats], [turned], name=turned, perm=[1, 0]),
-        helper.make_node("MatMul", [node.input[0], turned], [product], name=key),
+        helper.make_node("MatMul", [rounded[3] if rounded else node.input[0], turned], [product], name=key),
     ]
     mark_blocks(nodes[2], block)
+    if rounded:
+        nodes[:0] = [
+            helper.make_node("DynamicQuantizeLinear", [node.input[0]], rounded[:3], name=rounded[0]),
+            helper.make_node("DequantizeLinear", rounded[:3], rounded[3:], name=rounded[3]),
+        ]
     if bias:
         nodes.append(helper.make_node("Add", [product, bias], [output], name=f"{key}/bias"))
-    return Opened(key, tuple(nodes), tensors, frozenset({floats, turned, *([product] if bias else [])}))
+    return Opened(key, tuple(nodes), tensors, frozenset({floats, turned, *rounded, *([product] if bias else [])}))
 
 
 def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) -> Closed | None:
@@ -132,6 +144,12 @@ def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) ->
     path = before(graph, node.input[1], ("Transpose", "DequantizeLinear")) if node.op_type == "MatMul" else None
     if path is None or node.domain not in STANDARD:
         return None
+    first = node.input[0]
+    if _rounds(original):
+        own = before(graph, first, ("DequantizeLinear", "DynamicQuantizeLinear"))
+        if own is None or own[0].name != f"{node.name}/rounded" or own[0].input[1:] != own[1].output[1:]:
+            return None
+        first = own[1].input[0]
     _, _, bits, block, _ = _sizes(original)
     weight, scale, zero = path[1].input
     values = attributes(path[1])
@@ -139,7 +157,7 @@ def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) ->
         return None
     integers, scales, zeros = (graph.array(name) for name in (weight, scale, zero))
     tensors: dict[str, TensorProto] = {}
-    names = [node.input[0], *original.input[1:3], _input(original, 3), "", ""]
+    names = [first, *original.input[1:3], _input(original, 3), "", ""]
     numbers = _numbers(source, original)
     if not all(_same(old, new) for old, new in zip(numbers, (integers, scales, zeros), strict=True)):
         rows, inputs = integers.shape

@@ -2,6 +2,7 @@
 
 W [directions, features, 4 * hidden] and R [directions, hidden, 4 * hidden] go through Cast, Sub, Mul and Transpose to an LSTM of floats.
 Its input goes through DynamicQuantizeLinear as in the operator; the states, which the operator rounds at each step, are not rounded.
+A hidden unit that is not 0 has its part in that rounding, so it stays even where nobody reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.nodes import STANDARD
+from relief_onnx.nodes import STANDARD, mark_rounded
 from relief_onnx.quantised_parts import Closed, Opened, before, only_such, put
 
 __all__ = ["closed", "opened", "refusal"]
@@ -82,6 +83,7 @@ def opened(graph: Graph, index: int) -> Opened:
         inputs.pop()
     nodes.append(helper.make_node("LSTM", inputs, node.output, name=key))
     nodes[-1].attribute.extend(node.attribute)
+    mark_rounded(nodes[-1])
     return Opened(key, tuple(nodes), tensors, frozenset(made))
 
 

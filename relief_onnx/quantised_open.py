@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from relief_onnx import quantised_blocks, quantised_lstm
-from relief_onnx.edits import set_initializer, unused
+from relief_onnx.edits import set_initializer
 from relief_onnx.graph import Graph
 from relief_onnx.grids import carried
 from relief_onnx.nodes import captured, subgraphs, unmark
@@ -77,7 +76,8 @@ def open_packed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, _Close] | None
     _set_nodes(result, [new for index, node in enumerate(graph.nodes) for new in (found[index].nodes if index in found else [node])])
     stored: dict[str, TensorProto] = {name: tensor for item in found.values() for name, tensor in item.tensors.items()}
     _set_tensors(result, stored, {name for index in found for name in graph.nodes[index].input}, ())
-    return result, _Close(graph, {item.key: index for index, item in found.items()}, {name for item in found.values() for name in item.made})
+    made = {name for item in found.values() for name in item.made}
+    return result, _Close(graph, {item.key: index for index, item in found.items()}, made)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Close:
         graph = Graph(model)
         for node in graph.nodes:
             if node.op_type == "DequantizeLinear" and node.domain == MICROSOFT and self.made.issuperset(node.output):
-                values = carried(node, *(graph.array(name) for name in node.input))  # type: ignore[arg-type]
+                values = carried(node, *(graph.array(name) for name in node.input))
                 assert values is not None
                 set_initializer(model, node.output[0], values)
                 model.graph.node.remove(node)

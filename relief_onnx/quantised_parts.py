@@ -18,7 +18,10 @@ __all__ = ["Closed", "Opened", "before", "only_such", "put"]
 
 @dataclass(frozen=True)
 class Opened:
-    """What stands for a node: `nodes`, of which the one named `key` computes, and initializers. made: outputs that the file does not have."""
+    """What stands for a node: `nodes`, of which the one named `key` computes, and initializers.
+
+    made: tensors that the file does not have.
+    """
 
     key: str
     nodes: tuple[onnx.NodeProto, ...]
