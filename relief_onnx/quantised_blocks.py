@@ -177,8 +177,8 @@ def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) ->
     if _input(original, 5):
         uses = graph.uses.get(output, [])
         after = graph.nodes[uses[0].node] if len(uses) == 1 and uses[0].slot == 0 else None
-        own = after is not None and after.name == f"{node.name}/bias" and after.op_type == "Add" and after.input[1] in graph.initializers
-        if own and after is not None and graph.array(after.input[1]).shape == (integers.shape[0],):
+        ours = after is not None and after.name == f"{node.name}/bias" and after.op_type == "Add" and after.input[1] in graph.initializers
+        if ours and after is not None and graph.array(after.input[1]).shape == (integers.shape[0],):
             names[5], at, output = after.input[1], uses[0].node, after.output[0]
     result = onnx.NodeProto.FromString(original.SerializeToString())
     while not names[-1]:

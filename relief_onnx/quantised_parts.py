@@ -71,7 +71,7 @@ def put(
         tensors[name] = held
         return name
     others = any(use.slot < 0 or owner not in source.nodes[use.node].input[slot : slot + 1] for use in source.uses.get(name, ()))
-    target = unused(graph.model, f"{name}~2") if others or source.is_output(name) else name
+    target = unused(graph.model, f"{name}~{owner}") if others or source.is_output(name) else name
     tensors[target] = numpy_helper.from_array(np.ascontiguousarray(array), target)
     if target == name and held is not None and held.doc_string:
         tensors[target].doc_string = held.doc_string

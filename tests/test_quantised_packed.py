@@ -17,11 +17,13 @@ from test_quantised import masked_and_cut, operators, outputs, quiet, values
 
 from relief_onnx import prune
 from relief_onnx.graph import Graph
+from relief_onnx.grids import Grid
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.pack import unpack
 from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.quantised_blocks import packed, unpacked
+from relief_onnx.quantised_open import open_packed
 from relief_onnx.surgery import apply_weights, operate
 
 BLOCKS = [(4, True), (4, False), (8, True), (8, False)]
@@ -238,6 +240,67 @@ def test_a_bias_of_the_operator_goes_with_its_outputs() -> None:
         masked, cut, _ = masked_and_cut(ready, seed)
         assert operators(cut) == operators(model)
         assert np.allclose(outputs(masked, feed()), outputs(cut, feed()), atol=1e-4)
+
+
+def test_what_cannot_go_back_is_floats() -> None:
+    model = blocks(4, False)
+    found = open_packed(model)
+    assert found is not None
+    opened, close = found
+    for node in [node for node in opened.graph.node if node.op_type == "Transpose"][:2]:
+        node.op_type = "Identity"  # no neighbour that the operator can stand for
+        del node.attribute[:]
+        weight = next(other for other in opened.graph.node if other.output[0] == node.input[0])
+        array = dequantised(model)[weight.input[0]]
+        opened.graph.initializer.append(numpy_helper.from_array(np.eye(len(array), dtype=np.float32), f"{node.name}/one"))
+        node.op_type = "Gemm"
+        node.input[:] = [node.input[0], f"{node.name}/one"]
+        node.attribute.append(helper.make_attribute("transA", 1))
+    back = close(opened, {})
+    onnx.checker.check_model(back, full_check=True)
+    assert operators(back)["MatMulNBits"] == 1
+    assert not any(node.op_type == "DequantizeLinear" or node.doc_string.startswith("relief") for node in back.graph.node)
+    assert np.allclose(outputs(back, feed()), outputs(model, feed()), atol=1e-4)
+
+
+def test_scales_of_blocks_grow_where_clipping_loses_more() -> None:
+    rng = np.random.default_rng(0)
+    integers = rng.integers(0, 16, (2, 20)).astype(np.uint8)
+    scale = np.repeat(np.array([[-0.1, 0.2], [0.3, 0.1]], np.float32), (16, 4), 1)
+    grid = Grid("w", TensorProto.UINT4, integers, scale, np.full((1, 1), 8), block=(1, 16))
+    numbers = grid.floats()
+    assert grid.fitted(numbers) is grid
+    numbers[0, 17] = 4.2  # 7 steps of 0.2 are 1.4
+    fitted = grid.fitted(numbers)
+    assert np.allclose(fitted.scale[0, 16:], 4.2 / 7)
+    assert np.array_equal(fitted.scale[0, :16], scale[0, :16])
+    assert np.array_equal(fitted.scale[1], scale[1])
+    assert fitted.nearest(numbers)[0, 17] == pytest.approx(4.2, rel=1e-6)
+    numbers = grid.floats()
+    numbers[0, 0] = 1.4  # 14 steps the other way: the scale is negative, so the end is 8 steps
+    assert np.allclose(grid.fitted(numbers).scale[0, :16], -1.4 / 8)
+
+
+def test_shared_zero_points_are_told_apart_when_they_must_be() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(blocks(8, True))
+    sizes = {node.input[1]: values(model)[node.input[2]].shape for node in model.graph.node if node.op_type == "MatMulNBits"}
+    first, second = list(sizes)[:2]
+    shared = np.full((64, 4), 128, np.uint8)
+    model.graph.initializer.append(numpy_helper.from_array(shared[:, :3], "zeros"))
+    other = np.full((48, 4), 128, np.uint8)
+    assert other.size == shared[:, :3].size
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits" and node.input[1] in (first, second):
+            node.input.append("zeros")
+    ready = prepare(model)
+    assert not ready.plan.skipped
+    same_file(ready.restored(ready.graph.model), model)
+    masked, cut = block_masked_and_cut(ready, 0)
+    assert np.allclose(outputs(masked, feed()), outputs(cut, feed()), atol=1e-4)
+    names = [node.input[3] for node in cut.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 3]
+    assert len(names) == len(set(names)) == 2
+    assert {item.name for item in cut.graph.initializer} >= set(names)
 
 
 def test_halves_of_bytes() -> None:
