@@ -131,14 +131,23 @@ class Grid:
         scale = self.scale.astype(np.float64)
         wide = values.astype(np.float64)
         over = np.maximum(wide / np.where(high > 0, high * scale, np.inf), wide / np.where(low < 0, low * scale, -np.inf))
-        if self.block is not None or not bool((over > 1.0 + 1e-6).any()):
+        if not bool((over > 1.0 + 1e-6).any()):
             return self
-        own = tuple(axis for axis, size in enumerate(self.scale.shape) if size == 1)
-        needed = np.maximum(over.max(axis=own, keepdims=True), 1.0)
+        needed = np.maximum(self._together(np.maximum, over), 1.0)
         new = replace(self, scale=(scale * needed).astype(self.scale.dtype))
-        lost = [((self._at(grid, wide) - wide) ** 2).sum(axis=own, keepdims=True) for grid in (self, new)]
+        lost = [self._together(np.add, (self._at(grid, wide) - wide) ** 2) for grid in (self, new)]
         better = (needed > 1.0) & (lost[1] < lost[0])
         return replace(self, scale=np.where(better, new.scale, self.scale)) if bool(better.any()) else self
+
+    def _together(self, how: np.ufunc, values: Array) -> Array:
+        """Values of all places that share a scale, put together; in the shape of the scale."""
+        own = tuple(axis for axis, size in enumerate(self.scale.shape) if size == 1)
+        found: Array = how.reduce(values, axis=own, keepdims=True) if own else values
+        if self.block is not None and self.block[0] not in own:
+            axis, block = self.block
+            size = values.shape[axis]
+            found = np.repeat(how.reduceat(found, np.arange(0, size, block), axis), block, axis).take(np.arange(size), axis)
+        return found
 
     @staticmethod
     def _at(grid: Grid, values: Array) -> Array:

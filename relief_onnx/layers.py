@@ -18,6 +18,7 @@ from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
 from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
 from relief_onnx.nodes import home_of, taken_branch
 from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
+from relief_onnx.quantised_open import unopened
 from relief_onnx.reasons import why_no_layer
 from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
@@ -111,7 +112,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if use.slot in _KEPT and is_recurrent(node):
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
-        why = refusal(graph, use.node)
+        why = refusal(graph, use.node) or unopened(graph, use.node)
         return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)) + (f": {why}" if why else ""))
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):

@@ -21,6 +21,7 @@ from relief_onnx.constants import Constants, Routes, along, broadcasts, exact
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
+from relief_onnx.nodes import rounds_states
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_reads import cell_of
 from relief_onnx.recurrent_units import as_picture, read_units, tiled
@@ -149,7 +150,7 @@ class _Liveness:
         kind, batch_first = layers["R"].recurrent, cell_of(node).batch_first
         assert kind is not None
         every = np.ones((kind.directions, kind.hidden), bool)
-        read = ~every
+        read = every if rounds_states(node) else ~every  # what is not 0 has its part in a range
         for name in node.output:
             if name:
                 found = self.reads[name]

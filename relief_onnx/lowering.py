@@ -19,6 +19,7 @@ from relief_onnx.fills import lay_open_fills
 from relief_onnx.fused import lay_open
 from relief_onnx.lifting import fixed_branches
 from relief_onnx.quantised import lower_quantised
+from relief_onnx.quantised_open import open_packed
 from relief_onnx.rearranged import rearranged
 from relief_onnx.requantise import Requantise
 
@@ -29,7 +30,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, lower_quantised, lay_open, rearranged)
+PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, open_packed, lower_quantised, lay_open, rearranged)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,22 @@ from typing import Any
 import onnx
 from onnx import helper
 
-__all__ = ["STANDARD", "attributes", "captured", "handed_on", "home_of", "mark_mirror", "mark_taken", "subgraphs", "taken_branch", "unmark"]
+__all__ = [
+    "STANDARD",
+    "attributes",
+    "block_of",
+    "captured",
+    "handed_on",
+    "home_of",
+    "mark_blocks",
+    "mark_mirror",
+    "mark_rounded",
+    "mark_taken",
+    "rounds_states",
+    "subgraphs",
+    "taken_branch",
+    "unmark",
+]
 
 # The two names of the domain of standard operators.
 STANDARD = ("", "ai.onnx")
@@ -82,3 +97,31 @@ def mark_mirror(node: onnx.NodeProto, home: str) -> None:
 def home_of(node: onnx.NodeProto) -> str:
     """What was noted with `mark_mirror`; empty where nothing was."""
     return str(node.doc_string.removeprefix(_MIRROR)) if node.doc_string.startswith(_MIRROR) else ""
+
+
+# Stands in the documentation of a product before the number of inputs that share a scale in its weight.
+_BLOCK = "relief-onnx/block/1 "
+
+
+def mark_blocks(node: onnx.NodeProto, size: int) -> None:
+    """Note that the file stores a product's weight in blocks of `size` inputs, which can go only together."""
+    node.doc_string = f"{_BLOCK}{size}"
+
+
+def block_of(node: onnx.NodeProto) -> int:
+    """What was noted with `mark_blocks`; 1 where nothing was."""
+    return int(node.doc_string.removeprefix(_BLOCK)) if node.doc_string.startswith(_BLOCK) else 1
+
+
+# Stands in the documentation of a recurrent node whose states the file's operator rounds.
+_ROUNDED = "relief-onnx/rounded/1"
+
+
+def mark_rounded(node: onnx.NodeProto) -> None:
+    """Note that the file's operator rounds a recurrent node's states by the range of all hidden units."""
+    node.doc_string = _ROUNDED
+
+
+def rounds_states(node: onnx.NodeProto) -> bool:
+    """Whether that was noted with `mark_rounded`."""
+    return node.doc_string == _ROUNDED

@@ -86,7 +86,9 @@ def _grid(
     """What a stored tensor means by the constants `scale` and `zero`; None where it is not stored or they do not fit."""
     integers, factor = _stored(graph, name, types), graph.constant(scale)
     offset = graph.constant(zero) if zero else np.zeros((), np.int64)
-    if integers is None or factor is None or offset is None or factor.dtype.kind != "f" or not np.all(factor > 0):
+    if integers is None or factor is None or offset is None or factor.dtype.kind != "f":
+        return None
+    if not np.all((factor > 0) | ((factor < 0) & bool(block))):  # of blocks onnxruntime writes negative ones
         return None
     wide = spread(factor, integers.shape, axis, block)
     shift = spread(offset.astype(np.int64), integers.shape, axis, block)

@@ -15,11 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from relief_onnx.coupling import Units
+from relief_onnx.coupling import Units, ZeroReader
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
 from relief_onnx.moves import Barrier, long_axes
-from relief_onnx.nodes import STANDARD
+from relief_onnx.nodes import STANDARD, rounds_states
 from relief_onnx.recurrent_layers import Recurrent, own_half, whole_bias
 from relief_onnx.recurrent_reads import cell_of
 from relief_onnx.sources import Source, trace_constant
@@ -75,6 +75,8 @@ def walk_recurrent(walk: Walk, index: int, node: onnx.NodeProto, layers: Mapping
             if len(graph.shape(name) or (0,) * rank) != rank:
                 raise Barrier(f"{name} has another number of axes than the standard says")
             walk.pictures[name] = hidden.reshape([1] * (rank - 1) + [-1])
+            if rounds_states(node) and kind.hidden > 1:
+                walk.zero_readers.append(ZeroReader(index, ((name, rank - 1),)))
 
 
 def _tie_vectors(walk: Walk, index: int, node: onnx.NodeProto, kind: Recurrent, hidden: Units, where: str) -> None:

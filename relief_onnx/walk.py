@@ -19,6 +19,7 @@ from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
+from relief_onnx.nodes import block_of
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_units import walk_recurrent
@@ -277,6 +278,9 @@ class Walk:
                 self.tie_view(layer.weight, own, 1, units[: own.shape[1]], why, True)
             return
         self.tie_view(layer.weight, layer.view, 0, units, why, True)
+        block = block_of(self.graph.nodes[layer.node])
+        for start in range(0, len(inputs) if block > 1 else 0, block):
+            self.unite(inputs[start : start + block], inputs[start : start + 1], f"{layer.name}: its weight is stored in blocks of inputs")
         if layer.groups == 1 or layer.in_per_group > 1:
             self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], why, True)
 
