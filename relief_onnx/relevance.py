@@ -182,10 +182,10 @@ def _shared(walk: _Walk, at: _Node, inputs: Sequence[str], values: Doubles, rela
     """
     names = [name for name in inputs if name in walk.fed] or list(inputs)
     track = at.track(at.node.output[0])
-    lifted = []
-    for name in names:
-        own = (walk.variation if relative else walk.activity)(at.asked(name, track))
-        lifted.append(own.reshape((1,) * (len(track) - own.ndim) + own.shape))
+    found = [(walk.variation if relative else walk.activity)(at.asked(name, track)) for name in names]
+    lifted = [own.reshape((1,) * (len(track) - own.ndim) + own.shape) for own in found]
+    if any(size not in (1, wanted) for own in lifted for size, wanted in zip(own.shape, track, strict=True)):
+        raise Barrier("what it writes has other sizes than what it makes")
     total = sum(lifted, np.zeros(()))
     shares = [np.where(total > 0, own / np.where(total > 0, total, 1.0), 1.0 / len(names)) for own in lifted]
     return [(name, _lowered(at, name, values * share)) for name, share in zip(names, shares, strict=True)]

@@ -100,6 +100,21 @@ def test_relevance_passes_whole(name: str) -> None:
     assert all(value > 0 for value in relevance)
 
 
+def test_a_part_that_is_written_into_a_tensor() -> None:
+    """Of other sizes than the tensor: relevance is passed on evenly, all of it, and the node is listed."""
+    net = Net(seed=3, opset=18, ir_version=10)
+    x = net.input(2, T, C)
+    whole = net.op("Transpose", dense(net, x), perm=[2, 0, 1])
+    part = net.op("Transpose", dense(net, x, C, 3), perm=[2, 0, 1])
+    written = net.op("ScatterND", whole, net.constant(np.array([[1], [4], [6]])), part)
+    model = net.model(dense(net, net.op("Transpose", written, perm=[1, 2, 0]), C, 3))
+    feed = {x: net.rng.standard_normal((2, T, C)).astype(np.float32)}
+    result = relief_onnx.prune(model, batches(feed), keep="60%")
+    assert [row["op"] for row in result.report["flow"]["evenly"]] == ["ScatterND"]
+    relevance = [row["relevance"] for row in result.report["layers"]]
+    assert sum(relevance[:-1]) == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
 def test_pruned_or_a_reason(name: str, granularity: str) -> None:
