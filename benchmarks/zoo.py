@@ -99,12 +99,14 @@ def check_one(name: str, original: str, result: str, masked: str) -> None:
 
 
 def our_share(path: Path, total: int) -> tuple[float | None, str | None]:
-    """Share of the float parameters that have an index in a removable unit, and why there is none."""
-    code = "import json, sys; from relief_onnx.overview import overview; print(json.dumps(overview(sys.argv[1])['totals']))"
+    """Share of the parameters that have an index in a removable unit, and why there is none. total: floats; stored integers come to it."""
+    code = "import json, sys; from relief_onnx.overview import overview; found = overview(sys.argv[1]); "
+    code += "print(json.dumps(found['totals'] | {'params': found['input']['params']}))"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or ["?"])[-1][:160]
-    coupled = json.loads(done.stdout.splitlines()[-1]).get("coupled_params")
+    told = json.loads(done.stdout.splitlines()[-1])
+    coupled, total = told.get("coupled_params"), max(total, told["params"])
     if coupled is None:
         return None, "not counted by this version"
     return (coupled / total if total else 0.0), None
