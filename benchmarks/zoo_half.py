@@ -125,16 +125,23 @@ def _known(path: Path, feed: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Some models by name, or all of them, without the other runs of the zoo: python -m benchmarks.zoo_half [NAME ...]"""
-    from benchmarks.zoo import program
-    from benchmarks.zoo_models import ZOO, rows
+    """Some models by name, or all of them, without the other runs of the zoo: python -m benchmarks.zoo_half [NAME ...]
 
-    measured = []
+    Results are merged into benchmarks/results/zoo_half.json model by model.
+    """
+    from benchmarks.zoo import program
+    from benchmarks.zoo_models import RESULTS, ZOO, rows
+
+    target = RESULTS / "zoo_half.json"
+    stored = json.loads(target.read_text())["models"] if target.exists() else []
     for row in rows():
         if row["id"] in sys.argv[1:] or not sys.argv[1:]:
-            measured.append({"model": row["id"], "half": half(row, ZOO / f"{row['id']}.onnx", program(), 1, 1200)})
-            print(json.dumps(measured[-1]), file=sys.stderr, flush=True)
-    print(show_half(measured))
+            measured = {"model": row["id"], "half": half(row, ZOO / f"{row['id']}.onnx", program(), 1, 1200)}
+            stored = sorted([*(item for item in stored if item["model"] != row["id"]), measured], key=lambda item: str(item["model"]))
+            document = {"runs": {name: list(options) for name, options in RUNS.items()}, "models": stored}
+            target.write_text(json.dumps(document, indent=1) + "\n")
+            print(show_half([measured]), flush=True)
+    print(show_half(stored))
 
 
 if __name__ == "__main__":
