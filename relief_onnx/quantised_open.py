@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import onnx
 from onnx import TensorProto
 
-from relief_onnx import quantised_blocks, quantised_lstm
+from relief_onnx import quantised_attention, quantised_blocks, quantised_lstm
 from relief_onnx.edits import set_initializer
 from relief_onnx.graph import Graph
 from relief_onnx.grids import carried
@@ -41,11 +41,12 @@ class _Row(Protocol):
         """The node of the file for the float node number `index`; None where its neighbours are others now."""
 
 
-_ROWS: Mapping[str, _Row] = {"MatMulNBits": quantised_blocks, "DynamicQuantizeLSTM": quantised_lstm}
-_CLOSED = {
-    "QAttention": "its packed weights, read by integer kernels, are not taken apart",
-    "GatherBlockQuantized": "a table of packed integers, which is not taken apart",
+_ROWS: Mapping[str, _Row] = {
+    "MatMulNBits": quantised_blocks,
+    "DynamicQuantizeLSTM": quantised_lstm,
+    "QAttention": quantised_attention,
 }
+_CLOSED = {"GatherBlockQuantized": "a table of packed integers, which is not taken apart"}
 
 
 def _row(node: onnx.NodeProto) -> _Row | None:
