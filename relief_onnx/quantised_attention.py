@@ -1,8 +1,9 @@
 """com.microsoft QAttention: attention whose packed projection is integers, on activations that are integers too.
 
 Input [batch, tokens, in] and weight [in, 3 * hidden] become floats by a DequantizeLinear each, before the float Attention, which `fused`
-lays open. The operator has one width for the heads of queries, keys and values, and no scale of its own for their products: where a cut
-left other widths, the narrower ones are filled up with zero points, and the weights' scales and biases of queries carry the scale.
+lays open. The operator has one width for the heads of queries, keys and values, and no scale of its own for their products. Where a cut
+left other widths (of a single head), queries and keys are filled up with zero points to the width of the values, and the weight's scales
+and the biases of queries carry the scale; where values are narrower than queries, the float Attention stays.
 """
 
 from __future__ import annotations
@@ -108,15 +109,17 @@ def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) ->
 
 
 def _evened(graph: Graph, held: list[str], values: dict[str, Any]) -> list[NDArray[Any]] | None:
-    """Weight, bias, scale and zero point of heads that are all as wide as the widest, whose products have the scale that such heads have;
-    None where one of them is computed."""
+    """Weight, bias, scale and zero point of heads that are all as wide as those of the values, whose products have the scale that such
+    heads have; None where one of them is computed or queries are wider."""
     if any(name not in graph.initializers for name in held):
         return None
     weight, bias, scale, zero = (graph.array(name) for name in held)
     heads, columns = int(values["num_heads"]), weight.shape[1]
     sizes = [int(size) for size in values.get("qkv_hidden_sizes", [columns // 3] * 3)]
     widths = [size // heads for size in sizes]
-    wide = max(widths)
+    wide = widths[2]
+    if max(widths) > wide:
+        return None
     factor = float(values.get("scale", 0.0)) * math.sqrt(wide) or math.sqrt(wide / widths[0])
     # For each new column the old one; -1: none.
     places = np.concatenate([
@@ -125,10 +128,9 @@ def _evened(graph: Graph, held: list[str], values: dict[str, Any]) -> list[NDArr
     ])  # fmt: skip
     empty = places < 0
     factors = np.where(np.arange(len(places)) < heads * wide, factor, 1.0).astype(np.float32)
-    # The exponent alone may change: then the integers' numbers stay exact; one scale for all is one for each column from here on.
     spread_scale, spread_zero = (np.broadcast_to(item.reshape(-1), (columns,))[places] for item in (scale, zero))
     integers = np.where(empty, spread_zero, weight[:, places]).astype(weight.dtype)
     biases = np.where(empty, 0, bias[places]).astype(bias.dtype) * factors.astype(bias.dtype)
-    if factor == 1.0:
-        return [integers, biases, scale if scale.size == 1 else spread_scale, zero if zero.size == 1 else spread_zero]
+    if factor == 1.0 and scale.size == 1:
+        return [integers, biases, scale, zero]
     return [integers, biases, spread_scale * factors, spread_zero]
