@@ -44,6 +44,7 @@ from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.scoring import Scores, read_scores, write_arrays
 from relief_onnx.selection import select
+from relief_onnx.session import Session
 from relief_onnx.state_changes import cut_states
 from relief_onnx.surgery import apply_weights, operate
 from relief_onnx.table_masks import table_masks, unranked
@@ -128,6 +129,9 @@ def prune(
         reasons |= unranked(ready.plan, options, weights)
         weights -= reasons.keys()
         if not weights and not branching(ready.graph):
+            if not ready.plan.layers:
+                with _named(ready.path):
+                    Session(ready.original, 1)  # a model that does not run is that first
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
         folder = work_folder(work_dir)

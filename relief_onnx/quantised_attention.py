@@ -36,7 +36,8 @@ def _input(node: onnx.NodeProto, slot: int) -> str:
 def refusal(graph: Graph, index: int) -> str:
     """Why a node is not taken apart; empty where it is."""
     node = graph.nodes[index]
-    weight, scale, zero = names = tuple(_input(node, slot) for slot in _PARTS)
+    weight = _input(node, _PARTS[0])
+    names = tuple(_input(node, slot) for slot in _PARTS)
     if graph.opset < _LEAST:
         return f"the file's opset is below {_LEAST}"
     given = {item.name for item in graph.model.graph.input} if graph.model.ir_version >= 4 else set()
@@ -63,7 +64,7 @@ def opened(graph: Graph, index: int) -> Opened:
     node, key = graph.nodes[index], graph.names[index]
     rounded, floats = f"{key}/rounded", f"{key}/floats"
     numbers = [node.input[0], node.input[_SCALE], *([_input(node, _INPUT_ZERO)] if _input(node, _INPUT_ZERO) else [])]
-    axis = {"axis": 1} if graph.array(node.input[_PARTS[1]]).size > 1 else {}
+    axis: dict[str, Any] = {"axis": 1} if graph.array(node.input[_PARTS[1]]).size > 1 else {}
     inputs = [rounded, floats, node.input[2], _input(node, _MASK), _input(node, _PAST)]
     while not inputs[-1]:
         inputs.pop()

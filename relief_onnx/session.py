@@ -74,6 +74,12 @@ def _advice(error: str) -> str:
             f"operator {unknown[2]} of domain {unknown[1]} is none of onnxruntime's: export the model again with standard ONNX operators "
             f"only, or with {unknown[2]} as a local function in the file, so that it loads there without relief-onnx too"
         )
+    device = re.search(r"(?:implementation for |kernel for com\.microsoft\.)(Nhwc(?:Fused)?Conv)\(", error)
+    if device:
+        return (
+            f"{device[1]} is a convolution with channels last that onnxruntime's optimiser writes for another device, and has no kernel on "
+            "this CPU: prune the model from before it was optimised for that device"
+        )
     if "Could not find an implementation" in error or "tensor(bfloat16)" in error:
         return (
             "it has no kernel on the CPU for the types at that node: convert the model to float32 or float16; weights may be stored as "

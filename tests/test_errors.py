@@ -75,6 +75,29 @@ def _custom(folder: Path) -> None:
     onnx.save(model, str(folder / "m.onnx"))
 
 
+def _channels_last(operator: str, element: int = TensorProto.FLOAT) -> Make:
+    """A convolution as optimisers write it for other devices, and nothing else."""
+
+    def make(folder: Path) -> None:
+        kind = helper.tensor_dtype_to_np_dtype(element)
+        weight = numpy_helper.from_array(np.ones((4, 3, 3, 3), kind), "w")
+        node = helper.make_node(operator, ["image", "w"], ["y"], name="first", domain="com.microsoft", kernel_shape=[3, 3])
+        ends = [helper.make_tensor_value_info(name, element, shape) for name, shape in (("image", [1, 8, 8, 3]), ("y", None))]
+        graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(folder / "m.onnx"))
+
+    return make
+
+
+def _last(operator: str) -> str:
+    return (
+        f"m.onnx: onnxruntime ... cannot load the model (...{operator}(1)...); {operator} is a convolution with channels last that "
+        "onnxruntime's optimiser writes for another device, and has no kernel on this CPU: prune the model from before it was optimised "
+        "for that device."
+    )
+
+
 def _damaged(folder: Path) -> None:
     model = lenet()
     model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
@@ -132,6 +155,8 @@ MODELS: dict[str, tuple[Make, str]] = {
         "operator Magic of domain com.acme is none of onnxruntime's: export the model again with standard ONNX operators only, "
         "or with Magic as a local function in the file, so that it loads there without relief-onnx too.",
     ),
+    "channels last": (_channels_last("NhwcConv"), _last("NhwcConv")),
+    "channels last, halves": (_channels_last("NhwcConv", TensorProto.FLOAT16), _last("NhwcConv")),
     "not a tensor": (_sequence_input, "input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),
 }
 

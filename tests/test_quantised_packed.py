@@ -423,21 +423,3 @@ def test_weights_of_a_quantised_lstm_are_pruned(per_channel: bool, repair: str) 
     assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
     assert result.report["totals"]["kept_percent"] < 61
     assert operators(result.model)["DynamicQuantizeLSTM"] == 2
-
-
-def test_attention_of_integers_is_left_alone_with_a_reason() -> None:
-    net = Net(2)
-    x = net.input("n", 4, 8)
-    stored = net.constant(net.rng.integers(-9, 9, (8, 24)).astype(np.int8), "q")
-    scale, zero = net.constant(np.float32(0.1)), net.constant(np.uint8(128))
-    integers = net.op("QuantizeLinear", x, scale, zero)
-    weights = [net.constant(np.float32(0.1)), "", zero, net.constant(np.int8(0))]
-    made = net.op("QAttention", integers, stored, net.bias(24), scale, *weights, num_heads=2, domain="com.microsoft")
-    last = net.nodes.pop()
-    model = net.model(net.op("MatMul", x, net.weight(8, 4)))
-    model.graph.node[-1].input[0] = made
-    model.graph.node.insert(1, last)
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    rows = prepare(model).plan.skipped
-    assert [row.weight for row in rows] == [stored]
-    assert "not taken apart" in rows[0].reason
