@@ -71,6 +71,8 @@ FUSED_RULES: dict[str, ShapeRule] = {
     "com.microsoft.SkipLayerNormalization": _with_sum,
     "com.microsoft.SkipSimplifiedLayerNormalization": _with_sum,
     "com.microsoft.EmbedLayerNormalization": _embedded,
+    "com.microsoft.QEmbedLayerNormalization": _embedded,
     "com.microsoft.Attention": _attention,
+    "com.microsoft.QAttention": _attention,
     "com.microsoft.MultiHeadAttention": _heads,
 }

@@ -184,7 +184,7 @@ def _shared(walk: _Walk, at: _Node, inputs: Sequence[str], values: Doubles, rela
     track = at.track(at.node.output[0])
     found = [(walk.variation if relative else walk.activity)(at.asked(name, track)) for name in names]
     lifted = [own.reshape((1,) * (len(track) - own.ndim) + own.shape) for own in found]
-    if any(size not in (1, wanted) for own in lifted for size, wanted in zip(own.shape, track, strict=True)):
+    if any(own.ndim > len(track) or any(n not in (1, m) for n, m in zip(own.shape, track, strict=True)) for own in lifted):
         raise Barrier("what it writes has other sizes than what it makes")
     total = sum(lifted, np.zeros(()))
     shares = [np.where(total > 0, own / np.where(total > 0, total, 1.0), 1.0 / len(names)) for own in lifted]

@@ -79,6 +79,8 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
         "CastLike": _of_input(1),
         "Where": _of_input(1),
         "com.microsoft.EmbedLayerNormalization": _of_input(2),
+        "com.microsoft.QEmbedLayerNormalization": lambda step: TensorProto.FLOAT,
+        "com.microsoft.QAttention": _of_input(3),
         "ai.onnx.ml.Scaler": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.FeatureVectorizer": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.Normalizer": lambda step: TensorProto.FLOAT,

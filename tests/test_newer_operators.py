@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
+from onnx import TensorProto, helper
 
 import relief_onnx
 from relief_onnx.errors import ModelError, NothingPrunedError
@@ -151,3 +152,17 @@ def test_attention_is_like_what_it_stands_for(kv: int) -> None:
         assert other is not None
         assert other.sum() == pytest.approx(one.sum(), rel=0.02)
     np.testing.assert_allclose(both[0][2], both[1][2], rtol=0.3)
+
+
+def test_a_sum_with_a_tensor_of_unknown_rank_passes_relevance_on_evenly() -> None:
+    """What com.microsoft Inverse makes has no size that is known."""
+    net = Net(2)
+    x = net.op("MatMul", net.input("n", 4, 4), net.weight(4, 4))
+    x = net.op("Add", net.op("Inverse", x, domain="com.microsoft"), x)
+    model = net.model(net.op("MatMul", x, net.weight(4, 3)))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, ["n", 4, 3]))
+    if all(item.domain != "com.microsoft" for item in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    feed = {model.graph.input[0].name: np.random.default_rng(0).standard_normal((8, 4, 4)).astype(np.float32)}
+    result = relief_onnx.prune(model, [feed], keep="60%", threads=1, storage="dense")
+    assert "Add" in {row["op"] for row in result.report["flow"]["evenly"]}

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
+from fused_cases import CASES
 from graph_bert import HEADS, HIDDEN, bert, sentences
 from laws import units_switched_off
 from onnx import helper, numpy_helper
@@ -29,6 +30,17 @@ from relief_onnx.session import Session
 KINDS = [(kind, per_channel) for kind in ("QInt8", "QUInt8") for per_channel in (False, True)]
 
 
+def in_integers(model: onnx.ModelProto, **how: Any) -> onnx.ModelProto:
+    """As onnxruntime's dynamic quantiser writes it."""
+    from onnxruntime import quantization as ort
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        paths = Path(folder) / "a.onnx", Path(folder) / "b.onnx"
+        onnx.save(model, paths[0])
+        ort.quantize_dynamic(*paths, **how)
+        return onnx.load(paths[1])
+
+
 @functools.cache
 def floats(opset: int = 17) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -37,13 +49,9 @@ def floats(opset: int = 17) -> onnx.ModelProto:
 
 @functools.cache
 def integers(kind: str = "QInt8", per_channel: bool = False, opset: int = 17) -> onnx.ModelProto:
-    from onnxruntime import quantization as ort
+    from onnxruntime.quantization import QuantType
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        paths = Path(folder) / "a.onnx", Path(folder) / "b.onnx"
-        onnx.save(floats(opset), paths[0])
-        ort.quantize_dynamic(*paths, per_channel=per_channel, weight_type=getattr(ort.QuantType, kind))
-        model = onnx.load(paths[1])
+    model = in_integers(floats(opset), per_channel=per_channel, weight_type=getattr(QuantType, kind))
     assert operators(model)["QAttention"] == 2
     return model
 
@@ -139,6 +147,20 @@ def test_it_is_pruned_like_the_float_file(granularity: str, per_channel: bool) -
     assert operators(unpack(result.model))["QAttention"] == 2
     assert operators(unpack(result.model))["Attention"] == 0
     assert [row for row in result.report["layers"] if row["op"] == "Attention"] == []
+
+
+def test_it_is_opened_behind_integer_embeddings() -> None:
+    """Their sizes are known, so the mask that they make is; their tables are left alone."""
+    given, feed = CASES["embed, mask"]()
+    model = in_integers(given, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    assert operators(model)["QEmbedLayerNormalization"] == operators(model)["QAttention"] == 1
+    ready = prepare(model)
+    same_file(ready.restored(ready.graph.model), model)
+    assert nodes(model)[0].input[1] in {layer.weight for layer in ready.plan.layers}
+    masked, cut, _ = masked_and_cut(ready, 0)
+    assert np.allclose(answers(masked, feed), answers(cut, feed), atol=1e-5)
+    result = prune(model, samples(feed), keep="60%", threads=1, storage="dense")
+    assert operators(result.model)["QAttention"] == 1
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------------
