@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from relief_onnx_cli.main import main
@@ -48,6 +49,14 @@ def process(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     return subprocess.run(
         [*program(), *(str(argument) for argument in arguments)], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
     )
+
+
+def real_model(name: str) -> Path:
+    """A third-party model, from beside the project or as `make bench-zoo` gathers it. Skips the test where it is neither here nor there."""
+    for folder in (ROOT.parent / "shared" / "models", ROOT / "build" / "zoo"):
+        if (folder / f"{name}.onnx").exists():
+            return folder / f"{name}.onnx"
+    pytest.skip(f"{name}.onnx is neither in ../shared/models nor gathered; `make bench-zoo` brings it")
 
 
 def lenet() -> onnx.ModelProto:

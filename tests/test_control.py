@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers import real_model
 from onnx import numpy_helper
 
 import relief_onnx
@@ -22,7 +23,6 @@ from relief_onnx.pack import packed_names, unpack
 from relief_onnx.prepared import prepare
 from relief_onnx.scoring import write_scores
 
-ZOO = Path(__file__).parents[1] / "build" / "zoo"
 OPTIONS: dict[str, dict[str, Any]] = {
     "flow": {"keep": "50%"},
     "relief": {"criterion": "relief", "alpha": 0.9},
@@ -321,9 +321,7 @@ def test_weights_stored_in_another_order() -> None:
 
 @pytest.mark.parametrize("name", ["silero_vad_op18_ifless", "silero_vad_v6", "silero_vad_16k_op15"])
 def test_speech_detectors(name: str) -> None:
-    path = ZOO / f"{name}.onnx"
-    if not path.exists():
-        pytest.skip("this model is not gathered; `make bench-zoo` brings it")
+    path = real_model(name)
     rng = np.random.default_rng(0)
     feeds = [
         {

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from helpers import ROOT, run
+from helpers import real_model, run
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -22,7 +22,6 @@ from relief_onnx.prepared import prepare
 from relief_onnx.scoring import read_scores, write_scores
 
 ROWS, DIMS, WIDTH = 12, 6, 8
-MINILM = ROOT / "build" / "zoo" / "minilm_l3.onnx"
 
 
 def text_model(tied: bool = False, axis: int = 0, dtype: Any = np.float32) -> onnx.ModelProto:
@@ -244,9 +243,7 @@ def test_a_table_whose_size_is_looked_at_and_that_is_resized_says_so() -> None:
 
 
 def test_minilm_keeps_its_words() -> None:
-    if not MINILM.exists():
-        pytest.skip("build/zoo/minilm_l3.onnx is not gathered; `make bench-zoo` brings it")
-    plan = prepare(MINILM).plan
+    plan = prepare(real_model("minilm_l3")).plan
     assert not plan.skipped
     assert sum(int(np.prod(layer.view.shape)) for layer in plan.layers) == 5308416
     assert max(layer.in_per_group for layer in plan.tables) == 30522

@@ -14,12 +14,12 @@ import onnxruntime
 import pytest
 from architectures import ARCHITECTURES
 from graph_bert import HEADS, HIDDEN, bert, sentences
-from helpers import ROOT, SAMPLES, digits, run
+from helpers import SAMPLES, digits, real_model, run
 from laws import assert_same_outputs
 from numpy.typing import NDArray
 
 import relief_onnx
-from benchmarks.zoo_models import ZOO, feed, rows
+from benchmarks.zoo_models import SHARED, feed, rows
 from relief_onnx.folding import fold_norms
 from relief_onnx.model import share_again
 from relief_onnx.prepared import prepare
@@ -222,11 +222,10 @@ REAL = ("resnet20_cifar10_folded", "yunet_n", "ppocr_cls", "dtln_2", "minilm_l3"
 @pytest.mark.parametrize("name", REAL)
 def test_real_models(name: str, tmp_path: Path) -> None:
     """Laid open they compute the same and have the layers of the file before; the way back changes nothing."""
-    path, known = ZOO / f"{name}.onnx", rows() if (ROOT.parent / "shared").exists() else []
-    row = next((row for row in known if row["id"] == name), None)
-    if row is None or not path.exists():
-        pytest.skip("this model is not gathered; `make bench-zoo` brings it")
-    model = onnx.load(path)
+    model = onnx.load(real_model(name))
+    if not SHARED.is_dir():
+        pytest.skip("../shared/models is missing, which says what inputs real models take")
+    row = next(row for row in rows() if row["id"] == name)
     file = optimised(model, "extended", tmp_path)
     ready, before = prepare(file), prepare(model)
     assert scored(ready) >= 0.95 * scored(before)

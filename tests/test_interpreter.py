@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from builders import Net
-from helpers import ROOT, SAMPLES, digits
+from helpers import ROOT, SAMPLES, digits, real_model
 from onnx import TensorProto, helper, numpy_helper
 from random_graphs import KINDS as GRAPH_KINDS
 from random_graphs import STEPS
@@ -21,7 +21,7 @@ from surgery_cases import CASES, sandwich
 
 from benchmarks.interpreter import measure
 from benchmarks.interpreter_models import LeNet5, build, to_onnx
-from benchmarks.zoo_models import SHARED, ZOO, feed, rows
+from benchmarks.zoo_models import SHARED, feed, rows
 from relief_onnx.errors import ModelError, Unsupported
 from relief_onnx.interpreter import Network
 from relief_onnx.interpreter.table import TABLE
@@ -58,10 +58,7 @@ def test_sample_models(name: str) -> None:
 
 @pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))
 def test_real_models(row: dict[str, Any]) -> None:
-    path = next((path for folder in (SHARED, ZOO) if (path := folder / f"{row['id']}.onnx").exists()), None)
-    if path is None:
-        pytest.skip("this model is not gathered; `make bench-zoo` brings it")
-    model = onnx.load(path)
+    model = onnx.load(real_model(row["id"]))
     assert_like_onnxruntime(model, feed(row, 0))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from helpers import CALIB, ROOT, SAMPLES, digits, run
+from helpers import CALIB, SAMPLES, digits, real_model, run
 from laws import random_masks
 from onnx import TensorProto, helper, numpy_helper
 
@@ -34,7 +34,6 @@ from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights, operate
 
-INT8 = ROOT / "build" / "zoo" / "minilm_l6_int8.onnx"
 FORMS = ("QDQ", "QOperator", "dynamic")
 NAMES = ("lenet5", "resnet8", "products")
 INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32}
@@ -467,9 +466,7 @@ def test_scales_are_spread_over_a_tensor() -> None:
 
 
 def test_every_matrix_of_a_real_int8_encoder_is_scored() -> None:
-    if not INT8.exists():
-        pytest.skip("this model is not gathered; `make bench-zoo` brings it")
-    model = onnx.load(INT8)
+    model = onnx.load(real_model("minilm_l6_int8"))
     ready = prepare(model)
     assert sum(int(np.prod(layer.view.shape)) for layer in ready.plan.layers) >= 10_616_832
     assert not any(item.data_type == TensorProto.INT8 for item in ready.graph.initializers.values())

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from helpers import ROOT
+from helpers import real_model
 from laws import assert_same_outputs, check_mask_is_surgery, check_units_go
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -376,10 +376,6 @@ def test_a_pattern_holds_in_each_row() -> None:
         assert (found.masks.keep[weight].reshape(2 * 24, 2, 4).sum(2) == 2).all()
 
 
-DTLN = ROOT / "build" / "zoo" / "dtln_1.onnx"
-
-
-@pytest.mark.skipif(not DTLN.exists(), reason="build/zoo/dtln_1.onnx is missing: make bench-zoo gathers it")
 def test_dtln_at_half_of_its_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shape = np.exp(rng.normal(size=(8, 257)))  # a few spectra, mixed
@@ -391,16 +387,17 @@ def test_dtln_at_half_of_its_weights(tmp_path: Path) -> None:
         }
         for _ in range(64)
     ]
+    path = real_model("dtln_1")
     target, masks = tmp_path / "half.onnx", tmp_path / "masks.npz"
     found = relief_onnx.prune(
-        DTLN, feeds[:48], criterion="flow", keep="50%", repair="least-squares", output=target, save_masks=masks, threads=1
+        path, feeds[:48], criterion="flow", keep="50%", repair="least-squares", output=target, save_masks=masks, threads=1
     )
     rows = {row["weight"]: row for row in found.report["layers"]}
     assert {rows[name]["op"] for name in ("lstm_4_W", "lstm_4_R", "lstm_5_W", "lstm_5_R")} == {"LSTM"}
     assert {rows[name]["node"] for name in ("lstm_4_W", "lstm_4_R")} == {"lstm_4"}
     assert found.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.1)
-    assert target.stat().st_size < 0.6 * DTLN.stat().st_size
+    assert target.stat().st_size < 0.6 * path.stat().st_size
     assert np.load(masks)["lstm_4_R/keep"].shape == (512, 128)
-    unseen = open_dataset(feeds[48:], input_specs(onnx.load(DTLN)))
-    agreement = relief_onnx.compare_models(onnx.load(DTLN), onnx.load(target), unseen, threads=1).outputs
+    unseen = open_dataset(feeds[48:], input_specs(onnx.load(path)))
+    agreement = relief_onnx.compare_models(onnx.load(path), onnx.load(target), unseen, threads=1).outputs
     assert min(item.cosine for item in agreement.values()) > 0.99

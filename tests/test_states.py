@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from helpers import ROOT, run
+from helpers import real_model, run
 from numpy.typing import NDArray
 
 import relief_onnx
@@ -215,10 +215,6 @@ def test_command_and_recipe(tmp_path: Path) -> None:
     assert "no data fits both, as after --allow-state-change" in " ".join(result.output.split())
 
 
-DTLN = ROOT / "build" / "zoo" / "dtln_1.onnx"
-
-
-@pytest.mark.skipif(not DTLN.exists(), reason="build/zoo/dtln_1.onnx is missing: make bench-zoo gathers it")
 def test_a_real_model_that_carries_its_states() -> None:
     """Two LSTMs whose h and c are slices of one input [1, 2, 128, 2], stacked again as one output."""
     rng = np.random.default_rng(0)
@@ -229,7 +225,7 @@ def test_a_real_model_that_carries_its_states() -> None:
         }
         for _ in range(8)
     ]
-    found = relief_onnx.prune(DTLN, feeds, granularity="channel", keep="60%", allow_state_change=True, threads=1)
+    found = relief_onnx.prune(real_model("dtln_1"), feeds, granularity="channel", keep="60%", allow_state_change=True, threads=1)
     changes = {item["name"]: item for item in found.report["state_changes"]}
     assert set(changes) == {"input_3", "tf_op_layer_stack_2"}
     assert changes["input_3"]["kept"] == changes["tf_op_layer_stack_2"]["kept"]
