@@ -64,6 +64,9 @@ class Session:
 
 def _advice(error: str) -> str:
     """What to do about a model that onnxruntime does not load."""
+    newer = re.search(r"IR version: \d+, max supported IR version: (\d+)", error)
+    if newer:
+        return f"the file is newer than this onnxruntime: install a newer one, or save the model with IR version {newer[1]}"
     unknown = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", error)
     unknown = unknown or re.search(r"Error No Op registered for ()(\w+) with", error)
     domain = re.search(r"No opset import for domain '([^']+)'", error)

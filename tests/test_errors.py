@@ -75,6 +75,12 @@ def _custom(folder: Path) -> None:
     onnx.save(model, str(folder / "m.onnx"))
 
 
+def _from_the_future(folder: Path) -> None:
+    model = lenet()
+    model.ir_version = 99
+    onnx.save(model, str(folder / "m.onnx"))
+
+
 def _channels_last(operator: str, element: int = TensorProto.FLOAT) -> Make:
     """A convolution as optimisers write it for other devices, and nothing else."""
 
@@ -154,6 +160,11 @@ MODELS: dict[str, tuple[Make, str]] = {
         "m.onnx: onnxruntime ... cannot load the model (...com.acme:Magic(-1) is not a registered function/op); "
         "operator Magic of domain com.acme is none of onnxruntime's: export the model again with standard ONNX operators only, "
         "or with Magic as a local function in the file, so that it loads there without relief-onnx too.",
+    ),
+    "IR version of the future": (
+        _from_the_future,
+        "m.onnx: onnxruntime ... cannot load the model (...Unsupported model IR version: 99, max supported IR version: ...); "
+        "the file is newer than this onnxruntime: install a newer one, or save the model with IR version ...",
     ),
     "channels last": (_channels_last("NhwcConv"), _last("NhwcConv")),
     "channels last, halves": (_channels_last("NhwcConv", TensorProto.FLOAT16), _last("NhwcConv")),
