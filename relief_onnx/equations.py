@@ -15,7 +15,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.replay import Replay
 from relief_onnx.rows import layer_rows
-from relief_onnx.solve import Target, solve
+from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
 __all__ = ["Equations"]
@@ -59,17 +59,31 @@ class Equations:
             found[units] = np.var(x @ self._weight[units].T.astype(np.float32), axis=0, dtype=np.float64)
         return found
 
-    def solved(self) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
-        """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution."""
+    def solved(self, flops: float = SOLVE_FLOPS) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+        """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution.
+
+        flops: about what that may take.
+        """
         weight, bias = self._weight * self._keep, self._bias.copy()
         errors = np.zeros(2)
         total = float(self._wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
         for x, units, target in self._groups():
-            found = solve(x, target, weight[units], bias[units], self._keep[units], self._free)
+            found = solve(x, target, weight[units], bias[units], self._keep[units], self._free, flops=flops)
             for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
                 errors[place] += _error(x, target, w, b)
             weight[units], bias[units] = found
         return self._stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
+
+    def trial(self, flops: float) -> tuple[dict[str, NDArray[Any]], Doubles]:
+        """New initializers, the Relu behind the layer left out, and the mean squared error that rows are left with [out]."""
+        weight, bias = self._weight.copy(), self._bias.copy()
+        errors = np.zeros(len(weight))
+        for x, units, target in self._groups():
+            linear = replace(target, one_sided=False)
+            weight[units], bias[units] = solve(x, linear, weight[units], bias[units], self._keep[units], self._free, flops=flops)
+            y = x @ weight[units].T.astype(np.float32) + bias[units].astype(np.float32)
+            errors[units] = np.square(linear.of(y) - y, dtype=np.float64).mean(0)
+        return self._stored(weight, bias), errors
 
     def appraised(self, size: int, additions: bool, flops: float = math.inf) -> tuple[dict[str, NDArray[Any]], Appraisal]:
         """New initializers and what each run of `size` features is worth after the solve; the Relu behind the layer plays no part.

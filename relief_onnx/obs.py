@@ -9,7 +9,6 @@ Where there are enough samples flow's own mask and this one are both repaired, a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,32 +19,33 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from relief_onnx.contest import Contest, best, draw
-from relief_onnx.cut import FLOOR, Floor
+from relief_onnx.contest import Contest, Draw, best, draw
+from relief_onnx.cut import Floor
 from relief_onnx.dataset import Dataset
-from relief_onnx.effort import Effort, plan_effort
+from relief_onnx.effort import WORK, Effort, plan_effort
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, applied, initializer_masks
-from relief_onnx.patterns import keep_pattern
+from relief_onnx.obs_pool import Pool
 from relief_onnx.repair import Visit, refusal, sweep
+from relief_onnx.sensitivity import Trials, factors
 from relief_onnx.surgery import apply_weights, operate
 
-__all__ = ["EXCHANGED", "FLOOR_OF_BUDGET", "Improved", "Pool", "improve"]
+__all__ = ["Improved", "improve"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Feed = Mapping[str, NDArray[Any]]
 
-# Samples that the choice looks at; what about each step leaves; rounds of exchange, and the part of the weights that each may exchange.
-SAMPLES, STEP, ROUNDS, EXCHANGED = 512, 0.5, 3, 0.05
-# The least share of a layer that stays: FLOOR, or that part of the share of the whole where it is less; and this part of what flow leaves.
-FLOOR_OF_BUDGET, FLOOR_OF_FLOW = 0.25, 0.5
-# What one weight is worth holds while the others are there: in one step no layer falls further than to this part of what all fall to.
-TRUST = 0.6
-# Samples that there are for choosing and judging together.
-DRAWN = 768
+# Samples that the choice looks at, those that there are for choosing and judging together, and rounds of exchange.
+SAMPLES, DRAWN, ROUNDS = 512, 768, 3
+# Samples that layers are tried on by themselves.
+TRIED = 128
+# Powers of the layers' factors that are tried; the first stands unless another is clearly better (see `sensitivity`).
+POWERS = (0.0, 0.5, 1.0)
+# Part of the work that all solves of one contest may take.
+CONTEST = 0.25
 # As in flow's own ranking.
 EXPONENT = 0.75
 
@@ -54,12 +54,14 @@ EXPONENT = 0.75
 class Improved:
     """Masks of the same number of weights, the floors that acted, and how many weights were exchanged in each round.
 
-    contest: between flow's masks and those chosen again; None where there were too few samples. effort: what it took.
+    weighed: between powers of the layers' factors; contest: between flow's masks and those chosen again; None where there were too few
+    samples. effort: what it took.
     """
 
     masks: Masks
     floors: tuple[Floor, ...]
     exchanged: tuple[int, ...]
+    weighed: Contest | None
     contest: Contest | None
     effort: Effort
 
@@ -71,11 +73,12 @@ class Improved:
     def document(self) -> dict[str, Any]:
         """What the report says of the choice."""
         contest, effort = self.contest, self.effort
-        errors = {} if contest is None else {name: error if math.isfinite(error) else None for name, error in contest.errors.items()}
         return {
             "taken": self.taken,
-            "errors": errors,
+            "errors": _errors(contest),
             "samples": 0 if contest is None else contest.samples,
+            "power": 0.0 if self.weighed is None else float(self.weighed.winner),
+            "power_errors": _errors(self.weighed),
             "operations": effort.flops,
             "operations_unbounded": effort.wanted,
             "rounds": effort.rounds,
@@ -83,128 +86,8 @@ class Improved:
         }
 
 
-class Pool:
-    """Weights that share a number: one ranking of all their mask entries, laid end to end, each a single weight or a whole kernel."""
-
-    def __init__(self, layers: Sequence[Layer], masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> None:
-        self.layers = list(layers)
-        self.shapes = [masks.keep[layer.weight].shape for layer in layers]
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
-        ends = np.cumsum([0, *sizes])
-        self._slices = [slice(int(start), int(end)) for start, end in itertools.pairwise(ends)]
-        costs = [int(np.prod(layer.view.shape)) // size for layer, size in zip(layers, sizes, strict=True)]
-        self._cost = np.repeat(costs, sizes).astype(np.int64)
-        self._place = np.repeat(np.arange(len(layers)), sizes)
-        self._allowed = np.concatenate([np.zeros(0, bool), *(_allowed(layer, masks, allowed, removed).reshape(-1) for layer in layers)])
-        self.keep = self._allowed.copy()
-        self.worth = np.zeros(len(self.keep))
-        self.budget = sum(int(masks.keep[layer.weight].sum()) * cost for layer, cost in zip(layers, costs, strict=True))
-        self._total = int(self._cost[self._allowed].sum())
-        share = min(FLOOR, FLOOR_OF_BUDGET * self.budget / max(self._total, 1))
-        present = np.bincount(self._place, self._allowed, len(layers))
-        of_flow = np.array([int(masks.keep[layer.weight].sum()) for layer in layers], np.float64)
-        self._least = np.minimum(np.ceil(np.maximum(share * present, FLOOR_OF_FLOW * of_flow)), present).astype(np.int64)
-        self._costs = costs
-
-    @property
-    def steps(self) -> int:
-        """Geometric steps from what is allowed to the budget."""
-        return math.ceil(math.log(self.budget / self._total) / math.log(STEP) - 1e-9) if 0 < self.budget < self._total else 0
-
-    def cost(self, place: int) -> int:
-        """Weights per entry of a layer's mask."""
-        return self._costs[place]
-
-    def mask(self, place: int) -> Flags:
-        """What stays of a layer's weight now."""
-        return self.keep[self._slices[place]].reshape(self.shapes[place])
-
-    def learn(self, place: int, worth: Doubles) -> None:
-        """What the entries of a layer are worth, per weight."""
-        self.worth[self._slices[place]] = worth.reshape(-1) / self._costs[place]
-
-    def cut(self, part: float) -> list[Floor]:
-        """Down to the budget, or `part` of the way there in the logarithm."""
-        left = self.budget if part >= 1 else round(self._total * (self.budget / self._total) ** part)
-        order = self._ranking(self.keep, -self.worth)
-        least = self._floors(left)
-        ranked = np.bincount(self._place[order[np.cumsum(self._cost[order]) <= left]], minlength=len(self.layers))
-        saved = _rank_within(self._place[order]) < least[self._place[order]]  # the floors, first of all
-        rest = np.cumsum(np.where(saved, 0, self._cost[order])) <= left - int(self._cost[order][saved].sum())
-        self.keep = np.zeros_like(self.keep)
-        self.keep[order[saved | rest]] = True
-        short = np.flatnonzero(ranked < self._least)
-        return [Floor(self.layers[place].weight, int(ranked[place]), int(self._least[place])) for place in short]
-
-    def _floors(self, left: int) -> NDArray[np.int64]:
-        """Of each layer how many entries stay in a step that leaves `left` weights."""
-        present = np.bincount(self._place[self.keep], minlength=len(self.layers))
-        costs = np.array(self._costs)
-        least = np.maximum(self._least, np.ceil(TRUST * left / max(int((costs * present).sum()), 1) * present).astype(np.int64))
-        chosen: NDArray[np.int64] = least if int((costs * least).sum()) <= left else self._least
-        return chosen
-
-    def cut_pattern(self, n: int, m: int, part: float) -> None:
-        """At most n of every m consecutive inputs, or as many as `part` of the way there in the logarithm."""
-        count = n if part >= 1 else math.ceil(m * (n / m) ** part)
-        for where, shape in zip(self._slices, self.shapes, strict=True):
-            if shape[1] >= m:
-                worth = np.where(self.keep[where], self.worth[where], -1.0).reshape(shape)
-                self.keep[where] &= keep_pattern(worth, count, m).reshape(-1)
-
-    def bury(self, surviving: Mapping[str, Flags]) -> None:
-        """Let go of what no output depends on any more. surviving: single weights [out, in per group, *kernel] by weight."""
-        for layer, where, shape in zip(self.layers, self._slices, self.shapes, strict=True):
-            left = np.any(surviving[layer.weight].reshape(*shape, -1), axis=-1).reshape(shape[0], -1)
-            self.keep[where] &= left.reshape(-1)
-            # A unit that lost everything does not come back: perhaps nobody reads it.
-            self._allowed[where] &= np.broadcast_to(left.any(1)[:, None], left.shape).reshape(-1)
-
-    def exchange(self) -> int:
-        """Fill up to the budget, then put back what is worth more than what is dropped for it, at most EXCHANGED of the budget.
-
-        How many weights came back.
-        """
-        falling = self._ranking(self._allowed & ~self.keep, -self.worth)
-        rising = self._ranking(self.keep, self.worth)
-        room = self.budget - int(self._cost[rising].sum())
-        spare = np.bincount(self._place[rising], minlength=len(self.layers)) - self._least  # no layer falls below its floor
-        rising = rising[_rank_within(self._place[rising]) < spare[self._place[rising]]]
-        added, dropped = np.cumsum(self._cost[falling]), np.cumsum(self._cost[rising])
-        needed = np.searchsorted(dropped, added - room) + (added > room)  # how many go for the first ones that come
-        possible = (added - room <= EXCHANGED * self.budget) & (needed <= len(rising))
-        level = np.concatenate([[0.0], self.worth[rising]])[np.minimum(needed, len(rising))]
-        better = possible & (self.worth[falling] > level)
-        count = len(better) if better.all() else int(np.argmin(better))
-        if count:
-            self.keep[falling[:count]] = True
-            self.keep[rising[: needed[count - 1]]] = False
-        return int(added[count - 1]) if count else 0
-
-    def _ranking(self, chosen: Flags, key: Doubles) -> NDArray[np.intp]:
-        places = np.flatnonzero(chosen)
-        return places[np.argsort(key[places], kind="stable")]
-
-
-def _surviving(graph: Graph, flags: Mapping[str, Flags]) -> Mapping[str, Flags]:
-    """What is left of each weight when units that are dead under the masks are gone."""
-    return operate(apply_weights(graph.model, applied(graph, flags))).surviving
-
-
-def _allowed(layer: Layer, masks: Masks, allowed: Masks, removed: Mapping[str, Flags]) -> Flags:
-    """Which entries of a layer's mask may stay."""
-    found = np.broadcast_to(allowed.keep[layer.weight], masks.keep[layer.weight].shape).copy()
-    if layer.weight in removed:
-        found[removed[layer.weight]] = False
-    return found
-
-
-def _rank_within(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each entry how many of the same place come before it."""
-    order = np.argsort(places, kind="stable")
-    ranks = np.empty(len(places), np.int64)
-    ranks[order] = np.arange(len(places)) - np.searchsorted(places[order], places[order])
-    return ranks
+def _errors(contest: Contest | None) -> dict[str, float | None]:
+    return {} if contest is None else {name: error if math.isfinite(error) else None for name, error in contest.errors.items()}
 
 
 def improve(
@@ -231,45 +114,28 @@ def improve(
     effort = _effort(pools, pattern)
     if effort.left:
         pools = pooled(effort.left)
-    rounds = effort.rounds
-    placed = {layer.weight: (pool, place) for pool in pools for place, layer in enumerate(pool.layers)}
-    value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
     drawn = draw(dataset, DRAWN if samples is None else min(samples, DRAWN), seed)
-    feeds = drawn.chosen(SAMPLES)
+    value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
+    network = _Network(original, graph, plan, free, gone, drawn, value, effort, seed, threads)
     steps = max((pool.steps for pool in pools), default=0)
+    total, done = steps + effort.rounds + 2, 0
 
-    def current() -> Masks:
-        return replace(masks, keep={**masks.keep, **{weight: pool.mask(place) for weight, (pool, place) in placed.items()}})
+    def current(own: Sequence[Pool]) -> Masks:
+        found = {layer.weight: pool.mask(place) for pool in own for place, layer in enumerate(pool.layers)}
+        return replace(masks, keep={**masks.keep, **found})
 
-    def swept(
-        start: Graph, flags: Mapping[str, Flags], chosen: Sequence[Feed], only: Collection[str], visit: Visit
-    ) -> dict[str, NDArray[Any]]:
-        layers = [layer for layer in plan.layers if layer.weight in only]
-        return sweep(original, start, plan, layers, chosen, flags, gone, visit, seed=seed, threads=threads)
+    def appraise(additions: bool) -> None:
+        nonlocal done
+        network.appraise(pools, current(pools), additions, lambda: progress("choose", done, total))
+        done += 1
 
-    def appraise(done: int, additions: bool) -> None:
-        def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
-            pool, place = placed[layer.weight]
-            progress("choose", done, total)
-            if done == 0:
-                variance = equations.variance()
-                value[layer.weight] = np.where(variance > 0, value[layer.weight] / np.where(variance > 0, variance, 1.0), 0.0)
-            found, appraisal = equations.appraised(pool.cost(place), additions, effort.layer_flops)
-            pool.learn(place, appraisal.worth * value[layer.weight][:, None])
-            return found
-
-        swept(graph, initializer_masks(plan, current()), feeds, placed, visit)
-
-    def repaired(candidate: Masks) -> onnx.ModelProto:
-        flags = initializer_masks(plan, candidate)
-        masked = apply_weights(graph.model, applied(graph, flags)) if flags else graph.model
-        new = swept(Graph(masked), flags, drawn.fit, free, lambda _, equations: equations.solved()[0])
-        return apply_weights(masked, new) if new else masked
-
-    total = steps + rounds + 1
     floors: list[Floor] = []
+    weighed = None
     for step in range(1, steps + 1):
-        appraise(step - 1, additions=False)
+        appraise(additions=False)
+        if step == 1 and pattern is None and drawn.unseen:
+            progress("choose", done, total)
+            pools, weighed = _weighed(network, pools, current)
         floors = []
         for pool in pools:
             if pattern is not None:
@@ -277,19 +143,113 @@ def improve(
             elif pool.steps:
                 floors += pool.cut(step / steps)
     exchanged = []
-    for number in range(rounds if steps else 0):
-        surviving = _surviving(graph, initializer_masks(plan, current()))
+    for _ in range(effort.rounds if steps else 0):
+        surviving = network.surviving(current(pools))
         for pool in pools:
             pool.bury(surviving)
-        appraise(steps + number, additions=True)
+        appraise(additions=True)
         exchanged.append(sum(pool.exchange() for pool in pools))
-    found = Improved(current(), tuple(floors), tuple(exchanged), None, effort)
+    found = Improved(current(pools), tuple(floors), tuple(exchanged), weighed, None, effort)
     if not steps or not drawn.unseen:
         return found
     progress("choose", total - 1, total)
     candidates = {"flow-obs": found.masks, "flow": masks}
-    contest = best(original.model, {name: partial(repaired, own) for name, own in candidates.items()}, drawn, threads)
+    contest = network.contest(candidates)
     return replace(found, masks=candidates[contest.winner], contest=contest)
+
+
+def _weighed(network: _Network, pools: Sequence[Pool], current: Callable[[Sequence[Pool]], Masks]) -> tuple[list[Pool], Contest | None]:
+    """The pools with layers weighed by what their errors do to the outputs, and how that was decided: a cut at once for each power."""
+
+    def tried(own: Sequence[Pool]) -> Masks:
+        copies = [pool.scaled([1.0] * len(pool.layers)) for pool in own]
+        for pool in copies:
+            if pool.steps:
+                pool.cut(1.0)
+        return current(copies)
+
+    known = network.factors(pools, tried(pools))
+
+    def at(power: float) -> list[Pool]:
+        return [pool.scaled([known.get(layer.weight, 1.0) ** power for layer in pool.layers]) for pool in pools]
+
+    rivals = {f"{power:g}": at(power) for power in POWERS}
+    contest = network.contest({name: tried(own) for name, own in rivals.items()})
+    network.weigh({weight: factor ** float(contest.winner) for weight, factor in known.items()})
+    return rivals[contest.winner], contest
+
+
+class _Network:
+    """The network that masks are tried on: sweeps over it, and what its layers' units count for."""
+
+    def __init__(
+        self, original: Graph, graph: Graph, plan: Plan, free: Mapping[str, Layer], removed: Mapping[str, Flags], drawn: Draw,
+        value: Mapping[str, Doubles], effort: Effort, seed: int, threads: int,
+    ) -> None:  # fmt: skip
+        self._original, self._graph, self._plan, self._free, self._removed = original, graph, plan, free, removed
+        self._drawn, self._feeds = drawn, drawn.chosen(SAMPLES)
+        self._value, self._whole = dict(value), True
+        self._effort, self._seed, self._threads = effort, seed, threads
+        self._flops = CONTEST * WORK / len(POWERS) / max(len(free), 1)
+
+    def appraise(self, pools: Sequence[Pool], masks: Masks, additions: bool, tick: Callable[[], None]) -> None:
+        """Tell the pools what their weights are worth now."""
+        placed = {layer.weight: (pool, place) for pool in pools for place, layer in enumerate(pool.layers)}
+
+        def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+            pool, place = placed[layer.weight]
+            tick()
+            if self._whole:
+                variance, own = equations.variance(), self._value[layer.weight]
+                self._value[layer.weight] = np.where(variance > 0, own / np.where(variance > 0, variance, 1.0), 0.0)
+            found, appraisal = equations.appraised(pool.cost(place), additions, self._effort.layer_flops)
+            pool.learn(place, appraisal.worth * self._value[layer.weight][:, None])
+            return found
+
+        self._swept(self._graph, initializer_masks(self._plan, masks), self._feeds, placed, visit)
+        self._whole = False
+
+    def factors(self, pools: Sequence[Pool], masks: Masks) -> dict[str, float]:
+        """By weight, how much more or less the layers' errors do to the outputs than foreseen, where each layer has its mask alone."""
+        trials = Trials()
+
+        def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+            trials.add(layer, *equations.trial(self._flops), self._value[layer.weight])
+            return {}  # the others see what the whole network emits
+
+        placed = {layer.weight for pool in pools for layer in pool.layers}
+        self._swept(self._graph, initializer_masks(self._plan, masks), self._feeds, placed, visit)
+        batches = -(-TRIED * len(self._drawn.fit) // self._drawn.fitted)
+        return factors(self._graph.model, trials, self._feeds[:batches], self._threads)
+
+    def weigh(self, by: Mapping[str, float]) -> None:
+        """From now on layers are worth so much more or less."""
+        self._value |= {weight: factor * self._value[weight] for weight, factor in by.items()}
+
+    def contest(self, candidates: Mapping[str, Masks]) -> Contest:
+        """Which masks are best once repaired."""
+        return best(
+            self._original.model, {name: partial(self._repaired, own) for name, own in candidates.items()}, self._drawn, self._threads
+        )
+
+    def surviving(self, masks: Masks) -> Mapping[str, Flags]:
+        """What is left of each weight when units that are dead under the masks are gone."""
+        return operate(self._masked(initializer_masks(self._plan, masks))).surviving
+
+    def _masked(self, flags: Mapping[str, Flags]) -> onnx.ModelProto:
+        return apply_weights(self._graph.model, applied(self._graph, flags)) if flags else self._graph.model
+
+    def _repaired(self, masks: Masks) -> onnx.ModelProto:
+        flags = initializer_masks(self._plan, masks)
+        masked = self._masked(flags)
+        new = self._swept(Graph(masked), flags, self._drawn.fit, self._free, lambda _, equations: equations.solved(self._flops)[0])
+        return apply_weights(masked, new) if new else masked
+
+    def _swept(
+        self, start: Graph, flags: Mapping[str, Flags], feeds: Sequence[Feed], only: Collection[str], visit: Visit
+    ) -> dict[str, NDArray[Any]]:
+        layers = [layer for layer in self._plan.layers if layer.weight in only]
+        return sweep(self._original, start, self._plan, layers, feeds, flags, self._removed, visit, seed=self._seed, threads=self._threads)
 
 
 def _effort(pools: Sequence[Pool], pattern: tuple[int, int] | None) -> Effort:

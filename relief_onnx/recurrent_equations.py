@@ -26,7 +26,7 @@ from relief_onnx.recurrent_reads import Cell, cell_of, read_by_r, steps_of, stor
 from relief_onnx.replay import Replay
 from relief_onnx.rows import POSITIONS
 from relief_onnx.session import Session
-from relief_onnx.solve import Target, solve
+from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
 __all__ = ["Loop", "PartEquations", "inputs_of", "start_of"]
@@ -223,9 +223,9 @@ class Loop:
         return np.asarray(total, np.float32)
 
     def _pass(self, rows: _Rows, current: _Weights, appraise: dict[str, Appraisal] | None) -> tuple[_Weights, Doubles]:
-        """New weights from those rows, and the squared errors of masked and new weights, with the target's variance [3]."""
+        """New weights from those rows; of each row the squared errors of masked and new weights, and the target's variance [3, rows]."""
         new = _Weights(current.w.copy(), current.r.copy(), (current.biases[0].copy(), current.biases[1].copy()))
-        errors = np.zeros(3)
+        errors = np.zeros((3, *self._sizes))
         for block in _blocks(self._cell, self._kind.gates, self._kind.hidden):
             block = _Block(block.direction, block.rows[self._solved[block.direction, block.rows]], block.parts, block.group)
             parts = "".join(part for part in block.parts if part in self._free)
@@ -235,13 +235,14 @@ class Loop:
             fixed = "".join(part for part in block.parts if part not in parts)
             wanted = wanted - self._sums(current, rows, block, fixed) if fixed else wanted
             before = self._sums(self._masked, rows, block, parts) if parts else np.zeros_like(wanted)
-            errors[0] += np.square(before - wanted, dtype=np.float64).sum() / len(wanted)
-            errors[2] += wanted.var(0, dtype=np.float64).sum()
+            at = (block.direction, block.rows)
+            errors[0][at] += np.square(before - wanted, dtype=np.float64).mean(0)
+            errors[2][at] += wanted.var(0, dtype=np.float64)
             if parts:
                 self._solve(rows, wanted, block, parts, new, appraise)
                 wanted = wanted - self._sums(new, rows, block, parts)
-                errors[1] += np.square(wanted, dtype=np.float64).sum() / len(wanted)
-        return new, errors
+                errors[1][at] += np.square(wanted, dtype=np.float64).mean(0)
+        return new, errors.reshape(3, -1)
 
     def _solve(self, rows: _Rows, wanted: Floats, block: _Block, parts: str, new: _Weights, appraise: dict[str, Appraisal] | None) -> None:
         """Write new weights of a block's rows into `new`; the ridge sees each part in units of its own activity."""
@@ -272,17 +273,16 @@ class Loop:
 
     # -- what is asked ----------------------------------------------------------------------------------------------------
 
-    def solved(self) -> tuple[_Weights, tuple[float, float]]:
-        """New weights, and the errors before and after as parts of the variance of the targets."""
+    def solved(self) -> tuple[_Weights, Doubles]:
+        """New weights, and of each row the errors before and after and the variance of the targets [3, rows]."""
         if ("solved",) not in self._done:
-            weights, first = self._masked, 0.0
+            weights, errors = self._masked, np.zeros((3, 0))
             for number in range(PASSES):
-                weights, errors = self._pass(self._now.rows(weights, self._picked), weights, None)
-                first = errors[0] if number == 0 else first
-            total = errors[2] + 1e-30
-            self._done[("solved",)] = weights, (float(first / total), float(errors[1] / total))
-        found: tuple[_Weights, tuple[float, float]] = self._done[("solved",)]
-        return found
+                weights, found = self._pass(self._now.rows(weights, self._picked), weights, None)
+                errors = found if number == 0 else np.stack([errors[0], found[1], found[2]])
+            self._done[("solved",)] = weights, errors
+        result: tuple[_Weights, Doubles] = self._done[("solved",)]
+        return result
 
     def appraised(self, additions: bool, flops: float = math.inf) -> tuple[_Weights, dict[str, Appraisal]]:
         """New weights, and what each weight of W and R is worth. flops: about what that may take for each of them."""
@@ -328,10 +328,16 @@ class PartEquations(Equations):
         """See `Loop.variance`."""
         return self._loop.variance(self._part)
 
-    def solved(self) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+    def solved(self, flops: float = SOLVE_FLOPS) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors of the node's rows before and after."""
         weights, errors = self._loop.solved()
-        return self._loop.initializers(weights, self._part), errors
+        before, after, total = errors.sum(1)
+        return self._loop.initializers(weights, self._part), (float(before / (total + 1e-30)), float(after / (total + 1e-30)))
+
+    def trial(self, flops: float) -> tuple[dict[str, NDArray[Any]], Doubles]:
+        """New initializers, and the mean squared error of the node's rows, which W and R share [out]."""
+        weights, errors = self._loop.solved()
+        return self._loop.initializers(weights, self._part), errors[1]
 
     def appraised(self, size: int, additions: bool, flops: float = math.inf) -> tuple[dict[str, NDArray[Any]], Appraisal]:
         """New initializers and what each weight is worth."""

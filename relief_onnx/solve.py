@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.gradients import kept_solution
 from relief_onnx.inverse import inverse_root
 from relief_onnx.worth import LEAST_TRIED, TRIED, Appraisal
 
-__all__ = ["Target", "operations", "solve"]
+__all__ = ["SOLVE_FLOPS", "Target", "operations", "solve"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -64,21 +65,26 @@ class Target:
 
 
 def solve(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool, appraisal: Appraisal | None = None
-) -> tuple[Doubles, Doubles]:
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool, appraisal: Appraisal | None = None,
+    flops: float = SOLVE_FLOPS,
+) -> tuple[Doubles, Doubles]:  # fmt: skip
     """New weights [out, features] and biases [out]; 0 where `keep` [out, features] is not.
 
     x: [rows, features]; weight, bias: those that the solution stays close to. appraisal: takes what each weight is then worth.
+    flops: about what it may take.
     """
     weight = np.where(keep, weight, 0.0)
     inputs = float(keep.sum(1).mean()) if keep.size else 0.0
     ridge = max(RIDGE, FEW_ROWS * inputs / max(len(x), 1))
     if target.one_sided and len(x) < ROUNDS_ROWS * inputs:
         target = replace(target, one_sided=False)
-    size = _block_size(keep, appraisal)
+    in_moments = not target.one_sided and x.shape[1] <= MOMENT_FEATURES
+    if in_moments and appraisal is None:
+        return _by_gradients(x, target, weight, bias, keep, free_bias, ridge, min(flops, SOLVE_FLOPS))
+    size = _block_size(keep, appraisal, flops)
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
-    if not target.one_sided and x.shape[1] <= MOMENT_FEATURES:
+    if in_moments and appraisal is not None:
         return _by_moments(x, target, weight, bias, keep, blocks * turns, free_bias, ridge, appraisal)
     for turn in range(turns):
         for block in blocks:
@@ -86,36 +92,61 @@ def solve(
     return weight, bias
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """Rows met once: X'X and X't of centred rows, the mean of the inputs, and what neurons emit at it."""
+
+    squares: Doubles
+    wanted: Doubles
+    mean: Doubles
+    offset: Doubles
+
+    @classmethod
+    def of(cls, x: Floats, target: Target, bias: Doubles, free_bias: bool) -> _Moments:
+        mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
+        own = x - mean.astype(np.float32)
+        goal = target.of(np.zeros_like(target.wanted))
+        offset = goal.mean(0, dtype=np.float64) if free_bias else bias
+        wanted = ((goal - offset.astype(np.float32)).T @ own).astype(np.float64)
+        return cls((own.T @ own).astype(np.float64), wanted, mean, offset)
+
+
+def _ridge(moments: Doubles, part: float) -> float:
+    return part * float(np.trace(moments)) / len(moments) + 1e-12
+
+
+def _by_gradients(
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool, part: float, flops: float
+) -> tuple[Doubles, Doubles]:
+    """All features at once, where only the solution is wanted."""
+    met = _Moments.of(x, target, bias, free_bias)
+    # What the present weights explain is taken off: the equations are for the change.
+    pull = met.wanted - weight @ met.squares
+    weight = weight + kept_solution(met.squares, pull, _ridge(met.squares, part), keep, flops)
+    return weight, met.offset - weight @ met.mean
+
+
 def _by_moments(
     x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: list[slice], free_bias: bool, part: float,
-    appraisal: Appraisal | None,
+    appraisal: Appraisal,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
-    """All blocks in turn from X'X and X't alone, where the target does not move with the outputs: rows are met once."""
-    mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
-    own = x - mean.astype(np.float32)
-    goal = target.of(np.zeros_like(target.wanted))
-    offset = goal.mean(0, dtype=np.float64) if free_bias else bias
-    moments = (own.T @ own).astype(np.float64)
-    wanted = ((goal - offset.astype(np.float32)).T @ own).astype(np.float64)
+    """All blocks in turn from X'X and X't alone, where the target does not move with the outputs; single precision does for worths."""
+    met = _Moments.of(x, target, bias, free_bias)
     weight = weight.copy()
     for block in blocks:
-        inner = moments[block, block]
-        ridge = part * float(np.trace(inner)) / len(inner) + 1e-12
-        dtype: type = np.float64 if appraisal is None else np.float32
-        seen: NDArray[np.floating[Any]] = inner.astype(dtype)
-        for columns, roots in _roots(inner, ridge, keep[:, block], dtype):
-            # What the present weights explain is taken off: the equations are for the change.
-            pull = wanted[columns, block] - weight[columns] @ moments[:, block]
+        inner = met.squares[block, block]
+        ridge, seen = _ridge(inner, part), inner.astype(np.float32)
+        for columns, roots in _roots(inner, ridge, keep[:, block], np.float32):
+            pull = met.wanted[columns, block] - weight[columns] @ met.squares[:, block]
             change = np.zeros_like(pull)
             for row, (places, root) in enumerate(roots):
-                change[row, places] = root.T @ (root @ pull[row, places].astype(dtype))
+                change[row, places] = root.T @ (root @ pull[row, places].astype(np.float32))
             weight[columns, block] += change
-            if appraisal is not None:  # of a block that comes twice the last time counts
-                pull -= change @ inner
-                for row, (places, root) in enumerate(roots):
-                    unit = columns.start + row
-                    appraisal.judge(unit, block.start, seen, ridge, places, root, weight[unit, block], pull[row])
-    return weight, offset - weight @ mean
+            pull -= change @ inner  # of a block that comes twice the last time counts
+            for row, (places, root) in enumerate(roots):
+                unit = columns.start + row
+                appraisal.judge(unit, block.start, seen, ridge, places, root, weight[unit, block], pull[row])
+    return weight, met.offset - weight @ met.mean
 
 
 def _turn(
@@ -126,7 +157,7 @@ def _turn(
     mean = x[:, block].mean(0, dtype=np.float64) if free_bias else np.zeros(len(range(*block.indices(x.shape[1]))))
     own = x[:, block] - mean.astype(np.float32)
     moments = (own.T @ own).astype(np.float64)
-    ridge = part * float(np.trace(moments)) / len(moments) + 1e-12
+    ridge = _ridge(moments, part)
     weight, bias = weight.copy(), bias.copy()
     for columns, roots in _roots(moments, ridge, keep[:, block]):
         own_target = target.units(columns)
@@ -164,12 +195,12 @@ def operations(distinct: int, units: int, features: int, density: float, size: i
     return 2 * blocks * kept**2 * (distinct * kept + units * tried)
 
 
-def _block_size(keep: Flags, appraisal: Appraisal | None) -> int:
+def _block_size(keep: Flags, appraisal: Appraisal | None, flops: float) -> int:
     """Features to solve for at a time, of whole runs: BLOCK, or less where all inverses would take too much."""
     units, features = keep.shape
     distinct = len(np.unique(np.packbits(keep, axis=1), axis=0))
     density = float(keep.mean()) if keep.size else 0.0
-    limit = SOLVE_FLOPS if appraisal is None else min(SOLVE_FLOPS, appraisal.flops)
+    limit = min(SOLVE_FLOPS, flops if appraisal is None else appraisal.flops)
     additions, multiple = (False, 1) if appraisal is None else (appraisal.additions, appraisal.size)
     size: int = min(BLOCK, features)
     while size > LEAST_BLOCK and operations(distinct, units, features, density, size, additions) > limit:

@@ -21,7 +21,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.masks import Masks
 from relief_onnx.model import prepare
-from relief_onnx.obs import EXCHANGED, FLOOR_OF_BUDGET, Pool
+from relief_onnx.obs_pool import EXCHANGED, FLOOR_OF_BUDGET, Pool
 from relief_onnx.options import resolve
 from relief_onnx.session import Session
 from relief_onnx.solve import RIDGE, solve

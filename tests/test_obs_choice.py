@@ -21,7 +21,7 @@ from relief_onnx.inverse import inverse_root
 from relief_onnx.layers import Layer, find
 from relief_onnx.masks import Masks
 from relief_onnx.model import input_specs, prepare
-from relief_onnx.obs import FLOOR_OF_FLOW, TRUST, Pool
+from relief_onnx.obs_pool import FLOOR_OF_FLOW, TRUST, Pool
 from relief_onnx.replay import Replay
 from relief_onnx.session import Session
 from relief_onnx.solve import LEAST_BLOCK, SOLVE_FLOPS
@@ -95,7 +95,7 @@ def prune(rows: int = 128, **options: Any) -> relief_onnx.Result:
 
 def test_the_report_says_whose_mask_it_is() -> None:
     choice = prune().report["flow"]["choice"]
-    assert choice.keys() == {"taken", "errors", "samples", "operations", "operations_unbounded", "rounds", "left"}
+    assert choice.keys() == {"taken", "errors", "samples", "operations", "operations_unbounded", "rounds", "left", "power", "power_errors"}
     assert choice["errors"].keys() == {"flow", "flow-obs"}
     assert choice["taken"] == "flow-obs"
     assert choice["samples"] == 32
