@@ -16,9 +16,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks import flow_data
-from benchmarks.flow_inputs import lines, passages, scenes
+from benchmarks.flow_inputs import lines, scenes
 from benchmarks.flow_sound import FRAME, RATE, SHIFT, _utterance
 from benchmarks.zoo_models import ZOO, feed
+from benchmarks.zoo_text import mixed_passages
 
 __all__ = ["samples"]
 
@@ -43,11 +44,10 @@ def _stored(name: str, split: str, count: int, folder: Path) -> list[Feed]:
 
 
 def _text(name: str, split: str, count: int, folder: Path) -> list[Feed]:
-    ids = passages(split, count)
+    ids = mixed_passages(split, count)
     ones = np.ones_like(ids)
-    return [
-        {"input_ids": ids[i : i + 1], "attention_mask": ones[i : i + 1], "token_type_ids": 0 * ones[i : i + 1]} for i in range(len(ids))
-    ]
+    given = {"input_ids": ids, "attention_mask": ones} | ({"token_type_ids": 0 * ones} if name == "minilm_l6_int8" else {})
+    return [{key: value[i : i + 1] for key, value in given.items()} for i in range(len(ids))]
 
 
 # Per model: the side in pixels, what to subtract and divide by, whether channels come last, the input's name.
@@ -169,8 +169,7 @@ _MADE: Mapping[str, tuple[frozenset[str], Callable[[str, str, int, Path], list[F
     ),
     "pictures": (frozenset(_IMAGES), _images),
     "pages": (frozenset({"ppocrv4_det"}), _pages),
-    "text": (frozenset({"minilm_l3"}), _stored),
-    "sentences": (frozenset({"minilm_l6_int8"}), _text),
+    "sentences": (frozenset({"minilm_l3", "minilm_l6_int8"}), _text),
     "frames": (frozenset({"dtln_2"}), _stored),
     "speech": (frozenset({"dtln_1"}), _dtln),
     "speech, streaming": (frozenset({"gtcrn"}), _gtcrn),
