@@ -133,10 +133,10 @@ def switched(parts: Parts, original: Graph) -> Iterator[None]:
             return _Mixed(original, graph, feeds, wanted, threads=threads)
         return _Fixed(original if parts.inputs == "original" else graph, feeds, wanted, threads=threads)
 
-    def solve(x: Any, target: Any, weight: Any, bias: Any, keep: Any, free_bias: bool, *more: Any) -> tuple[Any, Any]:
+    def solve(x: Any, target: Any, weight: Any, bias: Any, keep: Any, free_bias: bool, *more: Any, **named: Any) -> tuple[Any, Any]:
         target = replace(target, one_sided=target.one_sided and parts.relu)
         start = np.zeros_like(weight) if parts.towards == "zero" else weight
-        weight, bias = solving.solve(x, target, start, bias, keep, free_bias and parts.free_bias, *more)
+        weight, bias = solving.solve(x, target, start, bias, keep, free_bias and parts.free_bias, *more, **named)
         return _spread(x, target, weight, bias, parts.spread) if parts.spread else (weight, bias)
 
     with ExitStack() as stack:
