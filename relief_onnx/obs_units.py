@@ -2,8 +2,9 @@
 
 In steps of equal work from the whole network: every layer is solved for again (as in `repair`), a unit is worth what the squared errors
 of all neurons that read it would grow by without it, each as a part of the neuron's variance and times its R^EXPONENT (see `worth`; the
-taps of a kernel go together), and units are ranked by worth / MACs^exponent. That is done for each exponent of EXPONENTS; of these
-choices and flow's own the one is taken whose outputs, repaired, are closest to the original's on samples that the repair did not see.
+taps of a kernel go together), and units are ranked by worth / MACs^exponent: over the whole network, for each exponent of EXPONENTS, and
+once more within each group, which keeps as many as flow leaves it. Of these choices and flow's own the one is taken whose outputs,
+repaired, are closest to the original's on samples that the repair did not see.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ Doubles = NDArray[np.float64]
 Feed = Mapping[str, NDArray[Any]]
 
 STEPS, EXPONENTS = 4, (0.75, 1.0)
+# Times the largest loss: units that are worth so much stay, whatever their MACs.
+BEYOND = 1e9
+# Exponent, and whether groups keep flow's numbers of units.
+TRIES = (*((exponent, False) for exponent in EXPONENTS), (EXPONENTS[0], True))
 
 
 def improve_units(
@@ -49,14 +54,15 @@ def improve_units(
     feeds = samples_of(dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
     half = (len(feeds) + 1) // 2
     search = _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
-    candidates, total = [tuple(first)], 1 + len(EXPONENTS) * (STEPS + 1)
+    candidates, total = [tuple(first)], 1 + len(TRIES) * (STEPS + 1)
     done = 0
-    for exponent in EXPONENTS:
+    for exponent, as_flow in TRIES:
         choices: tuple[Choice, ...] = ()
         for step in range(1, STEPS + 1):
             progress("choose", done, total)
-            losses = search.losses(choices)
-            choices = choose(_completed(losses, relevance), exponent, 1.0 - (1.0 - share) * step / STEPS)
+            losses = _completed(search.losses(choices), relevance)
+            wanted = _with_numbers_of(first, losses) if as_flow else losses
+            choices = choose(wanted, exponent, 1.0 - (1.0 - share) * step / STEPS)
             done += 1
         candidates.append(choices)
     errors = []
@@ -72,6 +78,16 @@ def _completed(losses: Mapping[int, float], relevance: Mapping[int, float]) -> d
     known = [unit for unit in losses if unit in relevance]
     scale = sum(losses[unit] for unit in known) / max(sum(relevance[unit] for unit in known), 1e-300)
     return {unit: scale * own for unit, own in relevance.items()} | dict(losses)
+
+
+def _with_numbers_of(first: Sequence[Choice], losses: Mapping[int, float]) -> dict[int, float]:
+    """Losses, out of reach for as many units of each group as flow's choice leaves it, the best ones."""
+    found, beyond = dict(losses), BEYOND * max(losses.values(), default=0.0)
+    for choice in first:
+        left = len(choice.group.free) - len(choice.removed)
+        for unit in sorted(choice.group.free, key=lambda unit: -losses.get(unit, 0.0))[:left]:
+            found[unit] = losses.get(unit, 0.0) + beyond
+    return found
 
 
 class _Search:

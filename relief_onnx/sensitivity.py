@@ -23,8 +23,8 @@ __all__ = ["Trials", "factors"]
 
 # How far from the middle of all a factor may be.
 RANGE = 1e3
-# Samples that errors of the outputs are measured on.
-SAMPLES = 128
+# Below this part of the largest error foreseen there is only noise.
+NOISE = 1e-6
 
 
 @dataclass
@@ -47,8 +47,9 @@ def factors(model: onnx.ModelProto, trials: Trials, feeds: Sequence[Mapping[str,
     """The factor of each weight; 1 is the middle of all, which is what layers have that lost nothing in their trial."""
     wanted = emitted(model, feeds, threads)
     found: dict[str, float] = {}
+    least = NOISE * max(trials.foreseen.values(), default=0.0)
     for key, new in trials.new.items():
-        if new and trials.foreseen[key] > 0:
+        if new and trials.foreseen[key] > least:
             error = distance(wanted, emitted(apply_weights(model, new), feeds, threads))
             if np.isfinite(error):
                 found |= dict.fromkeys(trials.weights[key], error / trials.foreseen[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_flow import other_digits
 from test_repair import plain, system
 
 import relief_onnx
+from relief_onnx import obs_units
 from relief_onnx.cut import FLOOR
 from relief_onnx.errors import NothingPrunedError, RecipeError
 from relief_onnx.graph import Graph
@@ -214,6 +216,21 @@ def test_units_of_all_architectures(name: str) -> None:
         return
     assert result.report["units_removed"] > 0
     assert result.report["timing"]["choose"] > 0
+
+
+def test_one_choice_of_units_has_flows_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of each group as by flow, but not all the same ones."""
+    model = onnx.load(str(SAMPLES / "resnet8.onnx"))
+    feed = {model.graph.input[0].name: digits(256)}
+    options: dict[str, Any] = {"granularity": "channel", "keep": "60%", "repair": "least-squares", "round_to": 1, "threads": 1}
+    flow = relief_onnx.prune(model, [feed], criterion="flow", **options)
+    monkeypatch.setattr(obs_units, "TRIES", ((0.75, True),))
+    later = itertools.count()
+    monkeypatch.setattr(obs_units, "distance", lambda wanted, found: -next(later))  # the last one wins
+    chosen = relief_onnx.prune(model, [feed], criterion="flow-obs", **options)
+    numbers = [[row["units_kept"] for row in result.report["groups"]] for result in (flow, chosen)]
+    assert numbers[0] == numbers[1]
+    assert any(not np.array_equal(flow.masks.keep[weight], chosen.masks.keep[weight]) for weight in flow.masks.keep)
 
 
 def test_units_that_go_stay_away() -> None:
