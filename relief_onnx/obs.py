@@ -42,8 +42,8 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLES, DRAWN, ROUNDS = 512, 768, 3
 # Samples that layers are tried on by themselves.
 TRIED = 128
-# Powers of the layers' factors that are tried; the first stands unless another is clearly better (see `sensitivity`).
-POWERS = (0.0, 0.5, 1.0)
+# Powers of the layers' factors that are tried; the first stands unless another is clearly better (see `sensitivity`), on so many judges.
+POWERS, JUDGES = (0.0, 0.5, 1.0), 80
 # Part of the work that all solves of one contest may take.
 CONTEST = 0.25
 # As in flow's own ranking.
@@ -133,7 +133,7 @@ def improve(
     weighed = None
     for step in range(1, steps + 1):
         appraise(additions=False)
-        if step == 1 and pattern is None and drawn.unseen:
+        if step == 1 and pattern is None and drawn.judged >= JUDGES:
             progress("choose", done, total)
             pools, weighed = _weighed(network, pools, current)
         floors = []

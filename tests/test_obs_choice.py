@@ -103,6 +103,7 @@ def test_the_report_says_whose_mask_it_is() -> None:
     assert prune(criterion="flow").report["flow"]["choice"] is None
     few = prune(rows=64).report["flow"]["choice"]
     assert (few["taken"], few["errors"], few["samples"]) == ("flow-obs", {}, 0)
+    assert (choice["power"], choice["power_errors"]) == (0.0, {})  # 32 judges are too few for that
 
 
 def test_flows_mask_is_taken_where_it_repairs_better(monkeypatch: pytest.MonkeyPatch) -> None:

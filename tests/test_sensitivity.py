@@ -94,7 +94,7 @@ def test_a_stage_that_hides_errors_gets_fewer_weights(monkeypatch: pytest.Monkey
     assert found[obs_powers] < 0.8 * found[(0.0,)]
 
 
-def test_layers_of_a_real_recurrent_network_are_weighed() -> None:
+def test_layers_of_a_real_recurrent_network_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     """DTLN's second half: an encoder, two LSTM steps as products, a mask and a decoder; gates hide most of what their sums lose."""
     path = real_model("dtln_2")
     model = onnx.load(str(path))
@@ -108,6 +108,7 @@ def test_layers_of_a_real_recurrent_network_are_weighed() -> None:
         feeds.append({sound: (0.1 * tones + 0.01 * rng.standard_normal(512)).astype(np.float32).reshape(1, 1, 512), state: memory})
         memory = session.run(feeds[-1])[1]
     options: dict[str, Any] = {"granularity": "weight", "keep": "48%", "repair": "least-squares", "storage": "dense", "threads": 1}
+    monkeypatch.setattr(obs, "JUDGES", 40)
     result = relief_onnx.prune(path, feeds, **options)
     choice = result.report["flow"]["choice"]
     assert choice["power"] > 0
