@@ -88,17 +88,15 @@ class Health:
     def _gone(self) -> set[str]:
         return {name for branch in self.dead_branches for name in branch.nodes}
 
-    def warnings(self) -> list[str]:
-        """One sentence each."""
+    def warnings(self, advice: str) -> list[str]:
+        """One sentence each; `advice` says how more would stay."""
         found = []
         if self.collapsed:
-            found.append(
-                f"hardly anything is left of {_some(self.collapsed, 'layer')}; the model has probably lost its function, raise alpha"
-            )
+            found.append(f"hardly anything is left of {_some(self.collapsed, 'layer')}; the model has probably lost its function; {advice}")
         detached = [name for name in self.after.detached if name not in self.before.detached]
         if detached:
             verb = "depends" if len(detached) == 1 else "depend"
-            found.append(f"{_some(detached, 'output')} no longer {verb} on the input: everything on the way was removed, raise alpha")
+            found.append(f"{_some(detached, 'output')} no longer {verb} on the input: everything on the way was removed; {advice}")
         found += [f"the branch into {item.join} died and was removed as a block, {len(item.nodes)} nodes" for item in self.dead_branches]
         if self.after.depth < self.before.depth:
             found.append(f"the model is less deep: {self.after.depth} layers on its longest way instead of {self.before.depth}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLES, DRAWN, ROUNDS = 512, 768, 3
 # Samples that layers are tried on by themselves.
 TRIED = 128
-# Powers of the layers' factors that are tried; the first stands unless another is clearly better (see `sensitivity`), on so many judges.
+# Powers of the layers' factors (see `sensitivity`) that are tried where so many samples judge; the first stands unless one is better.
 POWERS, JUDGES = (0.0, 0.5, 1.0), 80
 # Part of the work that all solves of one contest may take.
 CONTEST = 0.25
@@ -158,11 +159,11 @@ def improve(
     return replace(found, masks=candidates[contest.winner], contest=contest)
 
 
-def _weighed(network: _Network, pools: Sequence[Pool], current: Callable[[Sequence[Pool]], Masks]) -> tuple[list[Pool], Contest | None]:
+def _weighed(network: _Network, pools: Sequence[Pool], current: Callable[[Sequence[Pool]], Masks]) -> tuple[list[Pool], Contest]:
     """The pools with layers weighed by what their errors do to the outputs, and how that was decided: a cut at once for each power."""
 
     def tried(own: Sequence[Pool]) -> Masks:
-        copies = [pool.scaled([1.0] * len(pool.layers)) for pool in own]
+        copies = [copy(pool) for pool in own]  # a cut makes new flags
         for pool in copies:
             if pool.steps:
                 pool.cut(1.0)
@@ -227,7 +228,7 @@ class _Network:
         self._value |= {weight: factor * self._value[weight] for weight, factor in by.items()}
 
     def contest(self, candidates: Mapping[str, Masks], rough: bool = False) -> Contest:
-        """Which masks are best once repaired; `rough` repairs leave out the Relus behind layers, which saves half of the time."""
+        """Which masks are best once repaired; `rough` repairs leave out the Relus behind layers, and their rounds."""
         makers = {name: partial(self._repaired, own, rough) for name, own in candidates.items()}
         return best(self._original.model, makers, self._drawn, self._threads)
 

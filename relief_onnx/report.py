@@ -324,8 +324,8 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
     if evidence.improved is not None and evidence.improved.effort.left:
         count = len(evidence.improved.effort.left)
         found.append(f"{count} of the weights keep flow's mask: choosing them again would take too long (flow.choice.left in the report)")
-    found += health.warnings()
     advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
+    found += health.warnings(advice)
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
     if worst < 0.9:
         found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); {advice}")
