@@ -182,7 +182,8 @@ class Subject:
         if parts is None:
             return masked
         with switched(parts, graph):
-            return repairs.repair(graph, masked, flags, self.weights, self.dataset, samples=parts.samples, threads=self.threads)[0]
+            feeds = repairs.samples_of(self.dataset, min(parts.samples or repairs.SAMPLES, repairs.SAMPLES))
+            return repairs.repair(graph, masked, flags, self.weights, feeds, threads=self.threads)[0]
 
     def judged(self, model: onnx.ModelProto) -> Row:
         """score on the test samples, and the variance of the first output over the original's; None where it is not a number."""

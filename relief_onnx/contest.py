@@ -53,6 +53,11 @@ class Contest:
         first, least = next(iter(self.errors)), min(self.errors, key=lambda name: self.errors[name])
         return least if self.errors[least] < (1 - MARGIN) * self.errors[first] else first
 
+    def document(self) -> dict[str, Any]:
+        """Errors, null where outputs are not finite, and how many samples judged."""
+        errors = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
+        return {"errors": errors, "samples": self.samples}
+
 
 def draw(dataset: Dataset, limit: int, seed: int) -> Draw:
     """At most `limit` samples, the judge's every third batch."""

@@ -14,6 +14,7 @@ from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.replay import Replay
+from relief_onnx.ridge import few_rows
 from relief_onnx.rows import layer_rows
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
@@ -59,16 +60,23 @@ class Equations:
             found[units] = np.var(x @ self._weight[units].T.astype(np.float32), axis=0, dtype=np.float64)
         return found
 
-    def solved(self, flops: float = SOLVE_FLOPS) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+    @property
+    def few(self) -> bool:
+        """Whether rows are so few that a larger ridge may do better on others."""
+        return few_rows(len(self._x), self._keep)
+
+    def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution.
 
-        flops: about what that may take.
+        flops: about what that may take. validated: see `solve`.
         """
         weight, bias = self._weight * self._keep, self._bias.copy()
         errors = np.zeros(2)
         total = float(self._wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
         for x, units, target in self._groups():
-            found = solve(x, target, weight[units], bias[units], self._keep[units], self._free, flops=flops)
+            found = solve(
+                x, target, weight[units], bias[units], self._keep[units], self._free, flops=flops, validated=validated
+            )  # fmt: skip
             for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
                 errors[place] += _error(x, target, w, b)
             weight[units], bias[units] = found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["kept_solution"]
+__all__ = ["kept_solution", "rough_solution"]
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -21,6 +21,8 @@ Flags = NDArray[np.bool_]
 TOLERANCE = 1e-3
 # Steps: at most, and as many as there are whatever they take; as many again for what single precision leaves over.
 MOST, LEAST = 500, 30
+# Where solutions are only compared.
+ROUGH = 0.03
 
 
 def kept_solution(moments: Doubles, pull: Doubles, ridge: float, keep: Flags, flops: float) -> Doubles:
@@ -30,10 +32,7 @@ def kept_solution(moments: Doubles, pull: Doubles, ridge: float, keep: Flags, fl
     """
     units, features = pull.shape
     limit = int(np.clip(flops / max(2.0 * units * features**2, 1.0), LEAST, MOST))
-    # In units of each input's own size, so that single precision does.
-    sizes = 1 / np.sqrt(np.diag(moments) + ridge)
-    system = moments * sizes[:, None] * sizes
-    system[np.diag_indices(features)] = 1.0
+    system, sizes = _scaled(moments, ridge)
     right = np.where(keep, pull, 0.0) * sizes
     single, inside = system.astype(np.float32), keep.astype(np.float32)
     found = _descended(single, right, inside, limit)
@@ -41,14 +40,29 @@ def kept_solution(moments: Doubles, pull: Doubles, ridge: float, keep: Flags, fl
     return np.asarray(found * sizes)
 
 
-def _descended(system: Floats, right: Doubles, inside: Floats, limit: int) -> Doubles:
+def rough_solution(moments: Doubles, pull: Doubles, ridge: float, keep: Flags, steps: int) -> Doubles:
+    """The same to a few parts in a hundred, or as far as so many steps lead: to compare ridges."""
+    system, sizes = _scaled(moments, ridge)
+    found = _descended(system.astype(np.float32), np.where(keep, pull, 0.0) * sizes, keep.astype(np.float32), steps, 0, ROUGH)
+    return np.asarray(found * sizes)
+
+
+def _scaled(moments: Doubles, ridge: float) -> tuple[Doubles, Doubles]:
+    """M + ridge in units of each input's own size, so that single precision does, and 1 / those sizes."""
+    sizes = 1 / np.sqrt(np.diag(moments) + ridge)
+    system = moments * sizes[:, None] * sizes
+    system[np.diag_indices(len(system))] = 1.0
+    return system, sizes
+
+
+def _descended(system: Floats, right: Doubles, inside: Floats, limit: int, least: int = LEAST, tolerance: float = TOLERANCE) -> Doubles:
     """The solution as single precision has it. inside: 1 where a row may have weights, 0 elsewhere."""
     lengths = np.sqrt(np.square(right).sum(1, keepdims=True))
     residual: NDArray[Any] = (right / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
     found, direction = np.zeros_like(residual), residual.copy()
     squared = np.square(residual).sum(1, keepdims=True)
     for number in range(limit):
-        if number >= LEAST and not (squared > TOLERANCE**2).any():
+        if number >= least and not (squared > tolerance**2).any():
             break
         image = (direction @ system) * inside
         along = (direction * image).sum(1, keepdims=True)

@@ -17,6 +17,7 @@ from relief_onnx.channels import Choice, relevance
 from relief_onnx.clock import Clock
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
+from relief_onnx.contest import Contest
 from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
@@ -39,7 +40,8 @@ from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.probes import instrument
 from relief_onnx.ranks import is_first
 from relief_onnx.recalibrate import normalisations, recalibrate
-from relief_onnx.repair import Repaired, repair
+from relief_onnx.repair import Repaired
+from relief_onnx.repair_choice import repaired as repaired_best
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.scoring import Scores, read_scores, write_arrays
@@ -145,10 +147,11 @@ def prune(
     if options.trains:
         retrained: Mapping[str, Any] | None
         repaired: tuple[Repaired, ...] = ()
+        ridge: Contest | None = None
         cut, graph, retrained = _trained(job, scores)
     else:
         cut = _cut(job, ready, options, scores)
-        graph, repaired = _repaired(job, cut)
+        graph, repaired, ridge = _repaired(job, cut)
         graph, retrained = _recalibrated(job, cut, graph)
     options, masks, flags, gates = cut.options, cut.masks, cut.flags, cut.gates
     with clock("mask"):
@@ -166,7 +169,7 @@ def prune(
         shipped, packed = pack_with_inner(final, names, inner) if options.storage == "auto" else (final, ())
     evidence = Evidence(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
-        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained, states,
+        passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained, states, ridge,
     )  # fmt: skip
     if not evidence.pruned:
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
@@ -347,16 +350,16 @@ def _improved(
     )  # fmt: skip
 
 
-def _repaired(job: _Job, cut: _Cut) -> tuple[Graph, tuple[Repaired, ...]]:
-    """The graph with the weights that are left solved for again, where that is wanted."""
+def _repaired(job: _Job, cut: _Cut) -> tuple[Graph, tuple[Repaired, ...], Contest | None]:
+    """The graph with the weights that are left solved for again, where that is wanted, and how the ridge was decided."""
     if job.options.repair == "none" or not cut.flags:
-        return cut.graph, ()
+        return cut.graph, (), None
     with job.clock("repair"), _named(job.ready.path):
         masked = apply_weights(cut.graph.model, applied(cut.graph, cut.flags))
-        model, rows = repair(
+        model, rows, ridge = repaired_best(
             cut.ready.graph, masked, cut.flags, job.weights, job.dataset, removed=cut.removed, **job.draws()
         )  # fmt: skip
-    return Graph(model), rows
+    return Graph(model), rows, ridge
 
 
 def _recalibrates(options: Options) -> bool:
@@ -384,7 +387,7 @@ def _trained(job: _Job, scores: str | os.PathLike[str] | None) -> tuple[_Cut, Gr
         cut = _cut(job, current, options, scores if number == 1 else None, before, rounds.folder(number))
         graph = cut.graph
         if options.criterion == "flow-obs" and options.training.rewind is None:
-            graph, _ = _repaired(job, cut)
+            graph = _repaired(job, cut)[0]
         graph = rounds.rewound(graph)
         graph, again = _recalibrated(job, cut, graph)
         with job.clock("train"):

@@ -24,6 +24,7 @@ from relief_onnx.layers import Layer
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_reads import Cell, cell_of, read_by_r, steps_of, stored
 from relief_onnx.replay import Replay
+from relief_onnx.ridge import few_rows
 from relief_onnx.rows import POSITIONS
 from relief_onnx.session import Session
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
@@ -222,7 +223,9 @@ class Loop:
             total = total + _read(rows, block, part, self._kind.hidden) @ weight.T + bias
         return np.asarray(total, np.float32)
 
-    def _pass(self, rows: _Rows, current: _Weights, appraise: dict[str, Appraisal] | None) -> tuple[_Weights, Doubles]:
+    def _pass(
+        self, rows: _Rows, current: _Weights, appraise: dict[str, Appraisal] | None, validated: bool = False
+    ) -> tuple[_Weights, Doubles]:
         """New weights from those rows; of each row the squared errors of masked and new weights, and the target's variance [3, rows]."""
         new = _Weights(current.w.copy(), current.r.copy(), (current.biases[0].copy(), current.biases[1].copy()))
         errors = np.zeros((3, *self._sizes))
@@ -239,12 +242,14 @@ class Loop:
             errors[0][at] += np.square(before - wanted, dtype=np.float64).mean(0)
             errors[2][at] += wanted.var(0, dtype=np.float64)
             if parts:
-                self._solve(rows, wanted, block, parts, new, appraise)
+                self._solve(rows, wanted, block, parts, new, appraise, validated)
                 wanted = wanted - self._sums(new, rows, block, parts)
                 errors[1][at] += np.square(wanted, dtype=np.float64).mean(0)
         return new, errors.reshape(3, -1)
 
-    def _solve(self, rows: _Rows, wanted: Floats, block: _Block, parts: str, new: _Weights, appraise: dict[str, Appraisal] | None) -> None:
+    def _solve(
+        self, rows: _Rows, wanted: Floats, block: _Block, parts: str, new: _Weights, appraise: dict[str, Appraisal] | None, validated: bool
+    ) -> None:
         """Write new weights of a block's rows into `new`; the ridge sees each part in units of its own activity."""
         at = (block.direction, block.rows)
         reads = [_read(rows, block, part, self._kind.hidden) for part in parts]
@@ -260,7 +265,7 @@ class Loop:
         if appraise is not None:
             first = next(iter(appraise.values())).part(len(keep))
             judged = Appraisal.empty(keep.shape, 1, first.additions, first.flops * len(parts))
-        found, offset = solve(x, target, weight, bias, keep, bool(free), judged)
+        found, offset = solve(x, target, weight, bias, keep, bool(free), judged, validated=validated)
         ends = np.cumsum([0, *(part.shape[1] for part in reads)])
         for place, (part, scale) in enumerate(zip(parts, scales, strict=True)):
             own = slice(ends[place], ends[place + 1])
@@ -273,15 +278,22 @@ class Loop:
 
     # -- what is asked ----------------------------------------------------------------------------------------------------
 
-    def solved(self) -> tuple[_Weights, Doubles]:
+    @property
+    def few(self) -> bool:
+        """Whether rows are so few that a larger ridge may do better on others."""
+        kept = np.concatenate([own.reshape(-1, own.shape[-1]) for own in self._keep.values()], axis=1)
+        return few_rows(len(self._wanted.x), kept)
+
+    def solved(self, validated: bool = False) -> tuple[_Weights, Doubles]:
         """New weights, and of each row the errors before and after and the variance of the targets [3, rows]."""
-        if ("solved",) not in self._done:
+        key = ("solved", validated)
+        if key not in self._done:
             weights, errors = self._masked, np.zeros((3, 0))
             for number in range(PASSES):
-                weights, found = self._pass(self._now.rows(weights, self._picked), weights, None)
+                weights, found = self._pass(self._now.rows(weights, self._picked), weights, None, validated)
                 errors = found if number == 0 else np.stack([errors[0], found[1], found[2]])
-            self._done[("solved",)] = weights, errors
-        result: tuple[_Weights, Doubles] = self._done[("solved",)]
+            self._done[key] = weights, errors
+        result: tuple[_Weights, Doubles] = self._done[key]
         return result
 
     def appraised(self, additions: bool, flops: float = math.inf) -> tuple[_Weights, dict[str, Appraisal]]:
@@ -328,9 +340,14 @@ class PartEquations(Equations):
         """See `Loop.variance`."""
         return self._loop.variance(self._part)
 
-    def solved(self, flops: float = SOLVE_FLOPS) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+    @property
+    def few(self) -> bool:
+        """See `Equations.few`."""
+        return self._loop.few
+
+    def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors of the node's rows before and after."""
-        weights, errors = self._loop.solved()
+        weights, errors = self._loop.solved(validated)
         before, after, total = errors.sum(1)
         return self._loop.initializers(weights, self._part), (float(before / (total + 1e-30)), float(after / (total + 1e-30)))
 

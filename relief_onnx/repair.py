@@ -25,7 +25,7 @@ from relief_onnx.recurrent_equations import Loop, inputs_of, start_of
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["Repaired", "Visit", "refusal", "repair", "samples_of", "sweep"]
+__all__ = ["SAMPLES", "Repaired", "Visit", "refusal", "repair", "samples_of", "sweep"]
 
 Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -36,36 +36,41 @@ SAMPLES, BATCH = 1024, 32
 
 @dataclass(frozen=True)
 class Repaired:
-    """What became of a layer: its error before and after, as parts of the variance of its target, or the reason why it was left."""
+    """What became of a layer: its error before and after, as parts of the variance of its target, or the reason why it was left.
+
+    few: whether rows were so few that a larger ridge may do better on others (see `ridge`).
+    """
 
     layer: Layer
     before: float = 0.0
     after: float = 0.0
     reason: str = ""
+    few: bool = False
 
 
 Visit = Callable[[Layer, Equations], dict[str, NDArray[Any]]]
 
 
 def repair(
-    original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], dataset: Dataset,
-    *, removed: Mapping[str, Flags] | None = None, samples: int | None = None, seed: int = 0, threads: int = 0,
+    original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], feeds: Sequence[Feed],
+    *, removed: Mapping[str, Flags] | None = None, seed: int = 0, threads: int = 0, validated: bool = False,
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:  # fmt: skip
     """A copy of `masked` with new values of the weights that are left, and a row for each layer of the chosen `weights`.
 
     original: the model before pruning. masked: the same model with zeros, perhaps with new biases. flags: by initializer, what stays.
-    removed: by weight, units [out] that go as a whole. Raises DataError, ModelError.
+    feeds: see `samples_of`. removed: by weight, units [out] that go as a whole. validated: see `solve`. Raises DataError, ModelError.
     """
     graph = Graph(masked)
     plan = find(graph)
     rows = {layer.name: Repaired(layer, reason=reason) for layer in plan.layers if (reason := refusal(plan, layer, weights))}
-    feeds = samples_of(dataset, SAMPLES if samples is None else min(samples, SAMPLES), seed)
 
     def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
         progress("repair", layer.node, len(graph.nodes))
-        found, errors = equations.solved()
-        rows[layer.name] = Repaired(layer, *errors) if found else Repaired(layer, reason="its equations have no finite solution")
+        found, errors = equations.solved(validated=validated)
+        rows[layer.name] = (
+            Repaired(layer, *errors, few=equations.few) if found else Repaired(layer, reason="its equations have no finite solution")
+        )
         return found
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
@@ -75,7 +80,7 @@ def repair(
     return (apply_weights(masked, new) if new else masked), listed
 
 
-def samples_of(dataset: Dataset, limit: int, seed: int) -> list[Feed]:
+def samples_of(dataset: Dataset, limit: int = SAMPLES, seed: int = 0) -> list[Feed]:
     """At most `limit` samples in batches, the same for every sweep."""
     return [batch.feed for batch in dataset.batches(BATCH, limit=limit, seed=seed)]
 

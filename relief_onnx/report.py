@@ -18,6 +18,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.compensate import Shift
+from relief_onnx.contest import Contest
 from relief_onnx.cut import Floor
 from relief_onnx.dataset import Dataset
 from relief_onnx.health import Health, check_health
@@ -69,6 +70,7 @@ class Evidence:
     improved: Improved | None = None
     retrained: Mapping[str, Any] | None = None
     states: tuple[StateChange, ...] = ()
+    ridge: Contest | None = None
 
     @property
     def pruned(self) -> bool:
@@ -269,6 +271,7 @@ def build_report(
         },
         "repair": {
             "method": evidence.options.repair,
+            "ridge": None if evidence.ridge is None else {"taken": evidence.ridge.winner, **evidence.ridge.document()},
             "layers": [
                 {
                     "node": row.layer.name, "weight": row.layer.weight, "reason": row.reason,

@@ -1,7 +1,7 @@
 """Least squares for the weights that are left of a layer, neuron by neuron, in closed form.
 
 For neuron j with kept inputs S: min |X_S w + b - t|^2 + lambda |w - w_old|^2, lambda = RIDGE times the mean diagonal of X'X (X centred),
-more where there are few rows: FEW_ROWS times the kept inputs per row.
+more where there are few rows: FEW_ROWS times the kept inputs per row, or what `ridge` finds.
 The bias b is free and costs nothing. Where only the positive part of the neuron counts (a Relu follows), a negative target is met by any
 negative output: those targets are set to what the neuron emits now and the equations are solved again, a few times, with larger steps.
 With less than ROUNDS_ROWS rows for each kept input that would fit the rows and not the neuron, so all of the target is met.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.gradients import kept_solution
 from relief_onnx.inverse import inverse_root
+from relief_onnx.ridge import best_part, few_rows
 from relief_onnx.worth import LEAST_TRIED, TRIED, Appraisal
 
 __all__ = ["SOLVE_FLOPS", "Target", "operations", "solve"]
@@ -66,18 +67,20 @@ class Target:
 
 def solve(
     x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool, appraisal: Appraisal | None = None,
-    flops: float = SOLVE_FLOPS,
+    flops: float = SOLVE_FLOPS, validated: bool = False,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """New weights [out, features] and biases [out]; 0 where `keep` [out, features] is not.
 
     x: [rows, features]; weight, bias: those that the solution stays close to. appraisal: takes what each weight is then worth.
-    flops: about what it may take.
+    flops: about what it may take. validated: with a ridge chosen by cross-validation where rows are few.
     """
     weight = np.where(keep, weight, 0.0)
     inputs = float(keep.sum(1).mean()) if keep.size else 0.0
     ridge = max(RIDGE, FEW_ROWS * inputs / max(len(x), 1))
     if target.one_sided and len(x) < ROUNDS_ROWS * inputs:
         target = replace(target, one_sided=False)
+    if validated and x.shape[1] <= MOMENT_FEATURES and few_rows(len(x), keep):
+        ridge = _validated(x, target, weight, bias, keep, free_bias)
     in_moments = not target.one_sided and x.shape[1] <= MOMENT_FEATURES
     if in_moments and appraisal is None:
         return _by_gradients(x, target, weight, bias, keep, free_bias, ridge, min(flops, SOLVE_FLOPS))
@@ -90,6 +93,13 @@ def solve(
         for block in blocks:
             weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, ridge, appraisal if turn == turns - 1 else None)
     return weight, bias
+
+
+def _validated(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool) -> float:
+    goal = target.of(np.zeros_like(target.wanted))
+    offset = goal.mean(0, dtype=np.float64) if free_bias else bias
+    mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
+    return best_part(x - mean.astype(np.float32), goal - offset.astype(np.float32), weight, keep)
 
 
 @dataclass(frozen=True)

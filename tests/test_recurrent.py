@@ -24,7 +24,7 @@ from relief_onnx.model import input_specs, prepare, share_again
 from relief_onnx.pack import unpack
 from relief_onnx.recurrent_equations import Loop
 from relief_onnx.recurrent_reads import cell_of, steps_of
-from relief_onnx.repair import repair
+from relief_onnx.repair import repair, samples_of
 from relief_onnx.replay import Replay
 from relief_onnx.session import Session
 from relief_onnx.walk import trace
@@ -256,7 +256,8 @@ def test_nothing_removed_is_nothing_changed() -> None:
     """With all weights kept the old ones solve the equations: the ridge pulls to them, and the inputs are the original's."""
     node = made("GRU", "fb", False)
     graph = Graph(prepare(model(node, layers=True)))
-    masked, rows = repair(graph, graph.model, {}, frozenset("wr"), open_dataset(smooth_feeds(node, 4), input_specs(graph.model)))
+    feeds = samples_of(open_dataset(smooth_feeds(node, 4), input_specs(graph.model)))
+    masked, rows = repair(graph, graph.model, {}, frozenset("wr"), feeds)
     assert {row.layer.weight for row in rows} == {"w", "r"}
     assert all(row.before < 1e-8 and row.after < 1e-8 for row in rows)
     for item in masked.graph.initializer:

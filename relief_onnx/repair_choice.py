@@ -1,0 +1,52 @@
+"""Repair with the ridge that does best on samples that it has not seen: one rule for all layers, or chosen layer by layer (`ridge`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from relief_onnx.contest import Contest, best, draw
+from relief_onnx.dataset import Dataset
+from relief_onnx.graph import Graph
+from relief_onnx.repair import SAMPLES, Repaired, repair, samples_of
+
+__all__ = ["repaired"]
+
+Flags = NDArray[np.bool_]
+
+RULE, VALIDATED = "rule", "validated"
+# Samples for the contest: to repair with, and every third batch to judge.
+DRAWN = 384
+
+
+def repaired(
+    original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], dataset: Dataset,
+    *, removed: Mapping[str, Flags] | None = None, samples: int | None = None, seed: int = 0, threads: int = 0,
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> tuple[onnx.ModelProto, tuple[Repaired, ...], Contest | None]:  # fmt: skip
+    """As `repair`, and how the ridge was decided: None where rows are plenty in every layer, or too few samples to judge.
+
+    Raises DataError, ModelError.
+    """
+    limit = SAMPLES if samples is None else min(samples, SAMPLES)
+
+    def on(feeds: Sequence[Mapping[str, NDArray[Any]]], validated: bool) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:
+        return repair(
+            original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads, validated=validated, progress=progress
+        )  # fmt: skip
+
+    feeds = samples_of(dataset, limit, seed)
+    model, rows = on(feeds, False)
+    drawn = draw(dataset, min(limit, DRAWN), seed)
+    if not drawn.judged or not any(row.few for row in rows):
+        return model, rows, None
+    makers = {name: partial(lambda own: on(drawn.fit, own)[0], name == VALIDATED) for name in (RULE, VALIDATED)}
+    contest = best(original.model, makers, drawn, threads)
+    if contest.winner == VALIDATED:
+        model, rows = on(feeds, True)
+    return model, rows, contest
