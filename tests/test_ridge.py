@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import Net
 from numpy.typing import NDArray
 
 import relief_onnx
@@ -13,7 +14,6 @@ from relief_onnx import solve as solving
 from relief_onnx.contest import Contest
 from relief_onnx.ridge import ENOUGH_ROWS, PARTS, best_part
 from relief_onnx.solve import Target, solve
-from builders import Net
 
 Array = NDArray[Any]
 
