@@ -21,7 +21,8 @@ from relief_onnx.options import Options
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.scoring import Scores
 from relief_onnx.states import NO_STATES, find_states
-from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left
+from relief_onnx.two_ways import paired
+from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left, unit_values
 from relief_onnx.walk import trace
 
 __all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "local_alpha", "pools", "shrinks", "silenced"]
@@ -73,6 +74,7 @@ def decide(
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
         return Chosen(masks, keep_all(plan, weights), floors=floors)
     coupling = trace(graph, plan, find_states(graph, plan) if options.allow_state_change else NO_STATES)
+    coupling = paired(coupling, unit_values(plan, coupling, scores))
     sample = next(iter(dataset.batches(1, limit=1)))
     macs = macs_of_layers(graph, plan, sample)
 

@@ -18,7 +18,7 @@ from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.groupnorms import GroupNorm
-from relief_onnx.moves import cuts_of, pad_places, pads_of
+from relief_onnx.moves import cuts_of, long_axes, pad_places, pads_of
 from relief_onnx.sizes import read_sizes, size_origin
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
@@ -82,9 +82,12 @@ class Cut:
         return ~np.isin(units, self._gone)
 
     def kept(self, tensor: str, axis: int) -> Flags | None:
-        """Which entries of a tracked axis stay; None where nothing goes along it."""
+        """Which entries of a tracked axis stay; None where nothing goes along it.
+
+        Where each direction of a recurrent node has units of its own, those of the first: as many stay in each.
+        """
         picture = self.coupling.pictures.get(tensor)
-        if picture is None or picture.shape[axis] == 1:
+        if picture is None or picture.shape[axis] == 1 or axis != long_axes(picture)[-1]:
             return None
         flags = self.keep(line_of(picture, axis))
         return None if flags.all() else flags

@@ -106,9 +106,8 @@ def _without_weights(arrays: Graph, coupling: Coupling) -> set[int]:
             alive |= set(coupling.outputs[layers["R"].key].tolist())
     for tie in coupling.ties:
         if tie.zeroable and arrays.is_float(tie.initializer):
-            other = tuple(axis for axis in range(len(arrays.initializers[tie.initializer].dims)) if axis != tie.axis)
-            holds = (arrays.array(tie.initializer) != 0).any(other)
-            found |= set(tie.units.tolist())
+            holds = tie.holding(arrays.array(tie.initializer) != 0)
+            found |= set(tie.units.reshape(-1).tolist())
             alive |= set(tie.units[holds].tolist())
     return found - alive
 
