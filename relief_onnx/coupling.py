@@ -46,7 +46,7 @@ class Tie:
     def holding(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of its units have anything in an array of flags like the initializer, as `units` are."""
         own = (self.axis,) if self.across is None else (self.across, self.axis)
-        found = flags.any(tuple(axis for axis in range(flags.ndim) if axis not in own))
+        found: NDArray[np.bool_] = np.asarray(flags.any(tuple(axis for axis in range(flags.ndim) if axis not in own)))
         return found.T if self.across is not None and self.across > self.axis else found
 
     def taken(self, array: NDArray[Any], keep: NDArray[np.bool_]) -> NDArray[Any]:

@@ -31,6 +31,8 @@ __all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "local_alpha
 Choose = Callable[[Mapping[int, float], float, float], tuple[Choice, ...]]
 # (what is coupled, flow's choice, how to choose, the share of the MACs) -> a better choice
 Search = Callable[[Coupling, Sequence[Choice], Choose, float], tuple[Choice, ...]]
+# What units are worth by a better measure than flow.
+Worth = Callable[[Coupling], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,18 @@ class Chosen:
 
 def decide(
     graph: Graph, plan: Plan, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset, search: Search | None = None,
+    worth: Worth | None = None,
 ) -> Chosen:  # fmt: skip
     """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay.
 
-    search: finds a better choice of units, given flow's.
+    search: finds a better choice of units, given flow's. worth: what units are worth to it, to pair those of two directions by.
     """
     if not options.by_channel:
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
         return Chosen(masks, keep_all(plan, weights), floors=floors)
     coupling = trace(graph, plan, find_states(graph, plan) if options.allow_state_change else NO_STATES)
-    coupling = paired(coupling, unit_values(plan, coupling, scores))
+    if coupling.ways:
+        coupling = paired(coupling, unit_values(plan, coupling, scores) if worth is None else worth(coupling))
     sample = next(iter(dataset.batches(1, limit=1)))
     macs = macs_of_layers(graph, plan, sample)
 

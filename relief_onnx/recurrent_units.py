@@ -19,7 +19,7 @@ from relief_onnx.coupling import Units, ZeroReader
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
 from relief_onnx.moves import Barrier, long_axes
-from relief_onnx.nodes import STANDARD, rounds_states
+from relief_onnx.nodes import STANDARD, is_level, rounds_states
 from relief_onnx.ops import row_of
 from relief_onnx.recurrent_layers import Recurrent, own_half, whole_bias
 from relief_onnx.recurrent_reads import cell_of
@@ -56,7 +56,7 @@ def walk_recurrent(walk: Walk, index: int, node: onnx.NodeProto, layers: Mapping
     hidden = walk.units.fresh(kind.directions * kind.hidden).reshape(kind.directions, kind.hidden)
     if kind.directions > 1 and kind.hidden > 1:
         walk.ways.append(hidden)
-    if rounds_states(node):
+    if rounds_states(node) or is_level(node):
         walk.unite(hidden, hidden[:1], where)
     rows, across = np.tile(hidden, kind.gates), 0 if kind.directions > 1 else None
     inputs = {

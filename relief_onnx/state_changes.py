@@ -69,8 +69,8 @@ def _changes(graph: Graph, plan: Plan, coupling: Coupling, states: States, opera
     left: set[int] = set()
     for layer in plan.layers:
         if layer.recurrent is not None and layer.recurrent.part == "R" and layer.weight in operation.kept:
-            kind, columns = layer.recurrent, operation.kept[layer.weight][1]
-            read = coupling.inputs[layer.key].reshape(kind.directions, -1, kind.hidden)[:, 0]
+            columns = operation.kept[layer.weight][1]
+            read = coupling.inputs[layer.key].reshape(layer.recurrent.directions, -1, layer.recurrent.hidden)[:, 0]
             left |= set((read[:, columns] if columns.ndim == 1 else np.take_along_axis(read, columns, 1)).reshape(-1).tolist())
     found = []
     for kind, names in (("input", states.inputs), ("output", [name for name in graph.outputs if name in states.outputs])):

@@ -49,7 +49,7 @@ def paired(coupling: Coupling, values: Mapping[int, float] | None = None) -> Cou
                 units.unite(a, b)
     # Nodes that share some of their units may have got in each other's way: then by place.
     while True:
-        uneven = [rows for rows in coupling.ways if any((np.sort(row) != np.sort(units.canonical(rows[0]))).any() for row in units.canonical(rows))]
+        uneven = [rows for rows in coupling.ways if (np.diff(np.sort(units.canonical(rows), 1), axis=0) != 0).any()]
         if not uneven:
             break
         for rows in uneven:
@@ -61,9 +61,8 @@ def paired(coupling: Coupling, values: Mapping[int, float] | None = None) -> Cou
 
 def _ranked(row: Units, values: Mapping[int, float] | None, pinned: Mapping[int, str]) -> list[int]:
     """Pinned units first, then the best."""
-    if values is None:
-        return row.tolist()
-    worth = [(unit not in pinned, -values.get(unit, 0.0), place) for place, unit in enumerate(row.tolist())]
+    table = values or {}
+    worth = [(values is not None and unit not in pinned, -table.get(unit, 0.0), place) for place, unit in enumerate(row.tolist())]
     return [int(row[place]) for _, _, place in sorted(worth)]
 
 

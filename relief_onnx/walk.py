@@ -409,6 +409,9 @@ class Walk:
             if rows_of(picture, self.ways) is not None and name not in counted:
                 continue
             if len(long_axes(picture)) > 1:
+                for rows in self.ways:  # both directions in another order
+                    if all(np.isin(picture, row).any() for row in rows):
+                        self.unite(rows, rows[:1], "it is part of an axis that is split")
                 picture = squeezed(self.units.canonical(picture))
                 while len(tracked := long_axes(picture)) > 1:
                     first = picture.take([0], tracked[0])
