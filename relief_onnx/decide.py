@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from relief_onnx.caches import find_all_states
 from relief_onnx.channels import Choice, unit_masks, without_units
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor, Pool, cut, pattern_masks
@@ -20,7 +21,7 @@ from relief_onnx.ops import row_of
 from relief_onnx.options import Options
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.scoring import Scores
-from relief_onnx.states import NO_STATES, find_states
+from relief_onnx.states import NO_STATES
 from relief_onnx.two_ways import paired
 from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left, unit_values
 from relief_onnx.walk import trace
@@ -76,7 +77,7 @@ def decide(
     if not options.by_channel:
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
         return Chosen(masks, keep_all(plan, weights), floors=floors)
-    coupling = trace(graph, plan, find_states(graph, plan) if options.allow_state_change else NO_STATES)
+    coupling = trace(graph, plan, find_all_states(graph, plan) if options.allow_state_change else NO_STATES)
     if coupling.ways:
         coupling = paired(coupling, unit_values(plan, coupling, scores) if worth is None else worth(coupling))
     sample = next(iter(dataset.batches(1, limit=1)))

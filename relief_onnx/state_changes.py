@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.caches import find_all_states
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph, Shape
 from relief_onnx.layers import Plan
 from relief_onnx.moves import long_axes
-from relief_onnx.states import States, find_states, masked_states, without_masks
+from relief_onnx.states import States, masked_states, without_masks
 from relief_onnx.surgery import Operation, operate
 
 __all__ = ["Signature", "StateChange", "cut_states", "declared", "narrowed", "state_warning"]
@@ -58,7 +59,7 @@ def cut_states(
     """
     if coupling is None:
         return operate(model), masked, ()
-    states, arrays = find_states(graph, plan), Graph(model)
+    states, arrays = find_all_states(graph, plan), Graph(model)
     operation = operate(masked_states(model, arrays, coupling, states), states)
     operation = replace(operation, model=without_masks(operation.model, states))
     return operation, masked_states(masked, arrays, coupling, states), _changes(graph, plan, coupling, states, operation)
@@ -68,10 +69,8 @@ def _changes(graph: Graph, plan: Plan, coupling: Coupling, states: States, opera
     """What surgery took from the states of a model with that graph, plan and coupling."""
     left: set[int] = set()
     for layer in plan.layers:
-        if layer.recurrent is not None and layer.recurrent.part == "R" and layer.weight in operation.kept:
-            columns = operation.kept[layer.weight][1]
-            read = coupling.inputs[layer.key].reshape(layer.recurrent.directions, -1, layer.recurrent.hidden)[:, 0]
-            left |= set((read[:, columns] if columns.ndim == 1 else np.take_along_axis(read, columns, 1)).reshape(-1).tolist())
+        if layer.weight in operation.kept:
+            left |= set(coupling.outputs[layer.key][operation.kept[layer.weight][0]].tolist())
     found = []
     for kind, names in (("input", states.inputs), ("output", [name for name in graph.outputs if name in states.outputs])):
         for name in names:

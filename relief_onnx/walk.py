@@ -140,8 +140,14 @@ class Walk:
     def level(self, name: str) -> None:
         """Where a tensor has the units of both directions of a recurrent node side by side: hold those at the same place together."""
         picture = self.pictures.get(name)
-        if picture is not None and rows_of(picture, self.ways) is not None:
+        if picture is not None and self._has_ways(picture):
             self.collapse(name, long_axes(picture)[:1], "both directions of a recurrent node lose the same units")
+
+    def _has_ways(self, picture: Units) -> bool:
+        """Whether a picture has the units of both directions of a recurrent node, or others that are coupled to them place by place."""
+        if not self.ways or len(long_axes(picture)) != 2:
+            return False
+        return rows_of(self.units.canonical(picture), [self.units.canonical(rows) for rows in self.ways]) is not None
 
     def _step(self, index: int, node: onnx.NodeProto) -> None:
         if index not in self.recurrent and not moves_whole(node):
@@ -406,7 +412,7 @@ class Walk:
         """A tensor with two tracked axes can only lose whole lines: of groups side by side, each loses the same places."""
         counted = {name for reader in self.zero_readers for name, _ in reader.factors}
         for name, picture in self.pictures.items():
-            if rows_of(picture, self.ways) is not None and name not in counted:
+            if self._has_ways(picture) and name not in counted:
                 continue
             if len(long_axes(picture)) > 1:
                 for rows in self.ways:  # both directions in another order
