@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import UNTRACKED, Barrier, Picture, Together, dims_of, long_axes
-from relief_onnx.nodes import STANDARD
+from relief_onnx.nodes import STANDARD, subgraphs
 
 __all__ = ["fewer_places", "scatter_nd"]
 
@@ -99,9 +99,7 @@ def _evaluated(graph: Graph, name: str) -> NDArray[Any] | None:
             return None
         elif graph.producer[tensor] not in wanted:
             node = graph.nodes[graph.producer[tensor]]
-            if node.domain not in STANDARD or any(
-                item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for item in node.attribute
-            ):
+            if node.domain not in STANDARD or any(subgraphs(node)):
                 return None
             known = graph.values(tensor) if node.op_type == "Shape" else None
             if node.op_type == "Shape" and (known is None or any(entry.value is None for entry in known)):

@@ -17,6 +17,7 @@ from relief_onnx.layers import Plan
 from relief_onnx.moves import long_axes
 from relief_onnx.states import States, masked_states, without_masks
 from relief_onnx.surgery import Operation, operate
+from relief_onnx.walk import trace
 
 __all__ = ["Signature", "StateChange", "cut_states", "declared", "narrowed", "state_warning"]
 
@@ -60,6 +61,8 @@ def cut_states(
     if coupling is None:
         return operate(model), masked, ()
     states, arrays = find_all_states(graph, plan), Graph(model)
+    if coupling.ways:  # what surgery takes from each direction may be other pairs than those that were ranked
+        coupling = trace(graph, plan, states)
     operation = operate(masked_states(model, arrays, coupling, states), states)
     operation = replace(operation, model=without_masks(operation.model, states))
     return operation, masked_states(masked, arrays, coupling, states), _changes(graph, plan, coupling, states, operation)
