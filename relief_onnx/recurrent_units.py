@@ -136,7 +136,19 @@ def _tie_state(walk: Walk, name: str, hidden: Units, where: str, batch_first: bo
     if own.ndim == 3 and own.shape[2] == hidden.shape[1] > 1 and set(long_axes(own)) <= {2, 1 if batch_first else 0}:
         walk.unite(own.reshape(-1, hidden.shape[1]), hidden, where)  # of one row: that place of every direction
     elif not is_zero(graph, name):  # one that is goes with the first unit (see `edits`)
-        walk.pin(hidden, f"{where}: its first state {name} is not made of units that can go (an input of the model, say)")
+        walk.pin(hidden, f"{where}: its first state {name} is not made of units that can go ({_made_by(graph, name)})")
+
+
+def _made_by(graph: Graph, name: str) -> str:
+    """Where a first state comes from, in words."""
+    while name in graph.producer and graph.nodes[graph.producer[name]].op_type in _MOVING - {"Concat"}:
+        name = graph.nodes[graph.producer[name]].input[0]
+    if name not in graph.producer:
+        return f"it is input {name} of the model" if name not in graph.initializers else f"it is {name}, in a layout that cannot be cut"
+    index = graph.producer[name]
+    node = graph.nodes[index]
+    others = ", whose branches may each need their shapes" if node.op_type == "If" else ""
+    return f"{node.op_type} node {graph.names[index]} makes it{others}"
 
 
 def is_zero(graph: Graph, name: str) -> bool:
