@@ -101,8 +101,10 @@ def main() -> None:
         milliseconds = f"{row['plain_ms']:9.2f} {row['interpreter_ms']:15.2f}"
         print(f"{row['network']:10s} {row['batch']:5d} {milliseconds} {row['ratio']:6.2f} {row['ratio_of_processor_time']:9.2f}  {blocks}")
     if not options.quick:
+        target = RESULTS / "interpreter.json"
+        before = json.loads(target.read_text()) if target.exists() else {}
         document = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "aim": AIM, "rows": rows}
-        (RESULTS / "interpreter.json").write_text(json.dumps(document, indent=2) + "\n")
+        target.write_text(json.dumps(document | {key: before[key] for key in ("zoo",) if key in before}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

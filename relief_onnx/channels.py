@@ -258,8 +258,7 @@ def unit_masks(graph: Graph, plan: Plan, coupling: Coupling, removed: frozenset[
         if tie.initializer in fixed or stays.all() or not graph.is_float(tie.initializer):
             continue
         shape = tuple(graph.initializers[tie.initializer].dims)
-        line = stays.reshape([-1 if axis == tie.axis else 1 for axis in range(len(shape))])
-        flags[tie.initializer] = flags.get(tie.initializer, np.ones(shape, bool)) & line
+        flags[tie.initializer] = flags.get(tie.initializer, np.ones(shape, bool)) & tie.spread(stays, len(shape))
     keep, bias_keep = dict(masks.keep), dict(masks.bias_keep)
     for weight, layers in plan.by_weight().items():
         layer = layers[0]

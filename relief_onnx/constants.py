@@ -135,7 +135,7 @@ class Constants:
             found = self.values.get(name)
             if found is None or found.ndim != 3 or found.shape[2] != kind.hidden:
                 return stored_zeros(self.graph, name, kind, batch_first)
-            return np.broadcast_to((found == 0).all((0, 1)), sizes)
+            return np.broadcast_to((found == 0).all(0 if batch_first else 1), sizes)
 
         zero = np.where(always_zero(self.graph, index, layers, self.weights, starts), 0.0, np.nan)
         for name in node.output:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 __all__ = ["InputSpec", "Kept"]
 
-# By weight: which of its rows and columns [out, in per group] are left.
+# By weight: which of its rows and columns [out, in per group] are left. Columns are [directions, kept] where each direction of a recurrent
+# node has lost others.
 Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]
 
 

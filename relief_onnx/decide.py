@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from relief_onnx.caches import find_all_states
 from relief_onnx.channels import Choice, unit_masks, without_units
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor, Pool, cut, pattern_masks
@@ -20,8 +21,9 @@ from relief_onnx.ops import row_of
 from relief_onnx.options import Options
 from relief_onnx.patterns import parse_pattern
 from relief_onnx.scoring import Scores
-from relief_onnx.states import NO_STATES, find_states
-from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left
+from relief_onnx.states import NO_STATES
+from relief_onnx.two_ways import paired
+from relief_onnx.unit_budget import COST_EXPONENT, choose_units, macs_left, unit_values
 from relief_onnx.walk import trace
 
 __all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "local_alpha", "pools", "shrinks", "silenced"]
@@ -30,6 +32,8 @@ __all__ = ["Choose", "Chosen", "Search", "decide", "kept_portions", "local_alpha
 Choose = Callable[[Mapping[int, float], float, float], tuple[Choice, ...]]
 # (what is coupled, flow's choice, how to choose, the share of the MACs) -> a better choice
 Search = Callable[[Coupling, Sequence[Choice], Choose, float], tuple[Choice, ...]]
+# What units are worth by a better measure than flow.
+Worth = Callable[[Coupling], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,18 @@ class Chosen:
 
 def decide(
     graph: Graph, plan: Plan, options: Options, scores: Scores, weights: frozenset[str], dataset: Dataset, search: Search | None = None,
+    worth: Worth | None = None,
 ) -> Chosen:  # fmt: skip
     """What the rule keeps of the chosen weights: whole units first, then connections or weights inside those that stay.
 
-    search: finds a better choice of units, given flow's.
+    search: finds a better choice of units, given flow's. worth: what units are worth to it, to pair those of two directions by.
     """
     if not options.by_channel:
         masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
         return Chosen(masks, keep_all(plan, weights), floors=floors)
-    coupling = trace(graph, plan, find_states(graph, plan) if options.allow_state_change else NO_STATES)
+    coupling = trace(graph, plan, find_all_states(graph, plan) if options.allow_state_change else NO_STATES)
+    if coupling.ways:
+        coupling = paired(coupling, unit_values(plan, coupling, scores) if worth is None else worth(coupling))
     sample = next(iter(dataset.batches(1, limit=1)))
     macs = macs_of_layers(graph, plan, sample)
 

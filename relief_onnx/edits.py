@@ -18,7 +18,8 @@ from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.groupnorms import GroupNorm
-from relief_onnx.moves import cuts_of, pad_places, pads_of
+from relief_onnx.moves import cuts_of, long_axes, pad_places, pads_of
+from relief_onnx.scatters import fewer_places
 from relief_onnx.sizes import read_sizes, size_origin
 
 __all__ = ["Cut", "edit_nodes", "set_attribute", "set_initializer", "unused"]
@@ -82,9 +83,12 @@ class Cut:
         return ~np.isin(units, self._gone)
 
     def kept(self, tensor: str, axis: int) -> Flags | None:
-        """Which entries of a tracked axis stay; None where nothing goes along it."""
+        """Which entries of a tracked axis stay; None where nothing goes along it.
+
+        Where each direction of a recurrent node has units of its own, those of the first: as many stay in each.
+        """
         picture = self.coupling.pictures.get(tensor)
-        if picture is None or picture.shape[axis] == 1:
+        if picture is None or picture.shape[axis] == 1 or axis != long_axes(picture)[-1]:
             return None
         flags = self.keep(line_of(picture, axis))
         return None if flags.all() else flags
@@ -289,6 +293,14 @@ def _edit_pad(cut: Cut, index: int, node: onnx.NodeProto) -> None:
         _retarget(cut, index, node, 1, {places.index(place): size for place, size in changed.items()})
 
 
+def _edit_scatter(cut: Cut, index: int, node: onnx.NodeProto) -> None:
+    for axis in cut.sizes(node.output[0]):
+        flags = cut.kept(node.output[0], axis)
+        left = fewer_places(cut.graph, node, axis, flags) if flags is not None else None
+        if left is not None:
+            node.input[1] = cut.constant(f"{node.output[0]}/places", left)
+
+
 def _edit_groups(cut: Cut, index: int, node: onnx.NodeProto) -> None:
     flags = cut.kept(node.input[0], 1)
     if flags is not None:
@@ -319,6 +331,7 @@ _EDITS: Mapping[str, Edit] = {
     "Slice": _edit_slice,
     "Gather": _edit_gather,
     "Pad": _edit_pad,
+    "ScatterND": _edit_scatter,
     "GroupNormalization": _edit_groups,
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _edit_hidden_size),
 }

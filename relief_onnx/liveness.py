@@ -25,6 +25,7 @@ from relief_onnx.nodes import rounds_states
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_reads import cell_of
 from relief_onnx.recurrent_units import as_picture, read_units, tiled
+from relief_onnx.two_ways import balanced
 
 __all__ = ["Fold", "Removal", "find_dead"]
 
@@ -230,6 +231,7 @@ class _Liveness:
             # No tensor may become empty: neither a layer's output nor a part of it. Parts first: what they keep serves the whole.
             if units.issuperset(own):
                 units.discard(min(own, key=lambda unit: (costs[unit], unit)))
+        units = balanced(units, self.coupling.ways, costs)
         silenced = {layer.key: ~self._live(layer) for layer in self._free}
         return Removal(
             units, self._folds(units), self.constants.weights, silenced, bool(dead_inputs(self.graph, self.coupling, self.constants))

@@ -13,9 +13,12 @@ __all__ = [
     "attributes",
     "block_of",
     "captured",
+    "clear_level",
     "handed_on",
     "home_of",
+    "is_level",
     "mark_blocks",
+    "mark_level",
     "mark_mirror",
     "mark_rounded",
     "mark_taken",
@@ -120,6 +123,26 @@ _ROUNDED = "relief-onnx/rounded/1"
 def mark_rounded(node: onnx.NodeProto) -> None:
     """Note that the file's operator rounds a recurrent node's states by the range of all hidden units."""
     node.doc_string = _ROUNDED
+
+
+# Ends the documentation of a recurrent node with two directions whose gate rows share scales.
+_LEVEL = "\nrelief-onnx/level/1"
+
+
+def mark_level(node: onnx.NodeProto) -> None:
+    """Note that the file has one scale for the rows at a place of both directions, so that the same places must go."""
+    node.doc_string += _LEVEL
+
+
+def is_level(node: onnx.NodeProto) -> bool:
+    """Whether that was noted with `mark_level`."""
+    return node.doc_string.endswith(_LEVEL)
+
+
+def clear_level(node: onnx.NodeProto) -> None:
+    """Take that note off."""
+    if is_level(node):
+        unmark(node, node.doc_string.removesuffix(_LEVEL))
 
 
 def rounds_states(node: onnx.NodeProto) -> bool:

@@ -29,7 +29,7 @@ from relief_onnx.obs import EXPONENT, SAMPLES
 from relief_onnx.repair import Visit, refusal, samples_of, sweep
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["improve_units"]
+__all__ = ["improve_units", "unit_losses"]
 
 Doubles = NDArray[np.float64]
 Feed = Mapping[str, NDArray[Any]]
@@ -71,6 +71,19 @@ def improve_units(
         errors.append(search.error(candidate))
         done += 1
     return candidates[int(np.argmin(errors))]
+
+
+def unit_losses(
+    graph: Graph, plan: Plan, coupling: Coupling, relevance: Mapping[int, float], value: Mapping[str, Doubles], weights: frozenset[str],
+    dataset: Dataset, *, samples: int | None = None, seed: int = 0, threads: int = 0,
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> dict[int, float]:  # fmt: skip
+    """What each unit is worth while none is gone yet. Arguments as those of `improve_units`. Raises DataError, ModelError."""
+    feeds = samples_of(dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
+    half = (len(feeds) + 1) // 2
+    progress("choose", 0, 1)
+    search = _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
+    return _completed(search.losses(()), relevance)
 
 
 def _completed(losses: Mapping[int, float], relevance: Mapping[int, float]) -> dict[int, float]:

@@ -33,6 +33,7 @@ from relief_onnx import moves
 from relief_onnx.graph import Graph
 from relief_onnx.moves import Carry
 from relief_onnx.reshapes import reshape
+from relief_onnx.scatters import scatter_nd
 
 __all__ = ["OPERATORS", "PASSING", "OperatorRow", "passing_row_of", "row_of"]
 
@@ -114,6 +115,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("Split", _carry(moves.split, "kept")),
     **_rows("Slice", _carry(moves.slice_, "kept")),
     **_rows("Gather", _carry(moves.gather, "kept")),
+    **_rows("ScatterND", _carry(scatter_nd, "kept", data=(0, 2), relevance="join")),
     **_rows("GatherND", _carry(moves.gather_nd, "kept")),
     **_rows("LSTM GRU RNN", OperatorRow("recurrent")),
     **_rows("Expand", OperatorRow("grow", moves.expand, constant="kept")),
@@ -147,7 +149,7 @@ PASSING: Mapping[str, OperatorRow] = {
         OperatorRow("mix"),
     ),
     **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
-    **_rows("ScatterElements ScatterND Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
+    **_rows("ScatterElements Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
 }
 
 

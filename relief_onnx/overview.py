@@ -22,6 +22,7 @@ from relief_onnx.options import resolve
 from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.reasons import TABLE_REASON
 from relief_onnx.report import quality_report
+from relief_onnx.two_ways import paired
 from relief_onnx.walk import trace
 
 __all__ = ["comparison", "data_overview", "overview"]
@@ -30,7 +31,7 @@ __all__ = ["comparison", "data_overview", "overview"]
 def overview(source: files.ModelSource) -> dict[str, Any]:
     """What can be pruned, what is coupled, and what cannot be pruned and why; no data is needed."""
     ready = prepare(source)
-    coupling = trace(ready.graph, ready.plan)
+    coupling = paired(trace(ready.graph, ready.plan))
     shapes = {name: shape for name, (_, shape) in ready.graph.types.items()}
     layers = [_layer_row(layer, coupling, layer_macs(ready.graph, layer, shapes)) for layer in ready.plan.layers]
     tables = [_table_row(readers) for readers in ready.plan.by_table().values()]
@@ -101,8 +102,7 @@ def _coupled_params(ready: Prepared, coupling: Coupling) -> int:
         if tie.initializer in known and graph.is_float(tie.initializer):
             dims = tuple(graph.initializers[tie.initializer].dims)
             free = (tie.units >= 0) & ~np.isin(tie.units, pinned)
-            line = free.reshape([-1 if axis == tie.axis else 1 for axis in range(len(dims))])
-            reached[tie.initializer] = reached.get(tie.initializer, np.zeros(dims, bool)) | line
+            reached[tie.initializer] = reached.get(tie.initializer, np.zeros(dims, bool)) | tie.spread(free, len(dims))
     return sum(int(flags.sum()) for flags in reached.values())
 
 

@@ -22,7 +22,7 @@ from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
-from relief_onnx.decide import Choose, Chosen, Search, decide, kept_portions, pools, silenced
+from relief_onnx.decide import Choose, Chosen, Search, Worth, decide, kept_portions, pools, silenced
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
@@ -32,7 +32,7 @@ from relief_onnx.leftovers import training_notes
 from relief_onnx.masks import Masks, applied, both, initializer_masks, insert
 from relief_onnx.measuring import measure_scores, work_folder
 from relief_onnx.obs import Improved, improve
-from relief_onnx.obs_units import improve_units
+from relief_onnx.obs_units import improve_units, unit_losses
 from relief_onnx.options import Options, idle, resolve
 from relief_onnx.paper import Gate, PaperRules, both_gates
 from relief_onnx.patterns import parse_pattern
@@ -279,8 +279,8 @@ def _cut(
         else:
             found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder, job.tables(ready.plan))
     with job.clock("mask"):
-        search = _search(job, ready, found) if options.criterion == "flow-obs" else None
-        chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset, search)
+        search, worth = _search(job, ready, found) if options.criterion == "flow-obs" else (None, None)
+        chosen = decide(ready.graph, ready.plan, options, found, job.weights, job.dataset, search, worth)
         chosen = table_masks(ready.graph, ready.plan, options, found, job.weights, chosen)
         masks, gates = rules.apply(chosen.masks)
         if before is not None:
@@ -297,18 +297,21 @@ def _cut(
     return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, improved)
 
 
-def _search(job: _Job, ready: Prepared, scores: Scores) -> Search:
-    """A better choice of whole units than flow's."""
+def _search(job: _Job, ready: Prepared, scores: Scores) -> tuple[Search, Worth]:
+    """A better choice of whole units than flow's, and what units are worth to it before any is gone."""
+    value = {name: score.relevance for name, score in scores.items() if score.relevance is not None}
 
     def search(coupling: Coupling, first: Sequence[Choice], choose: Choose, share: float) -> tuple[Choice, ...]:
-        value = {name: score.relevance for name, score in scores.items() if score.relevance is not None}
+        given = ready.graph, ready.plan, coupling, relevance(ready.plan, coupling, scores), value
         with job.clock("choose"), _named(ready.path):
-            return improve_units(
-                ready.graph, ready.plan, coupling, relevance(ready.plan, coupling, scores), value, tuple(first), choose, share, job.weights,
-                job.dataset, **job.draws(),
-            )  # fmt: skip
+            return improve_units(*given, tuple(first), choose, share, job.weights, job.dataset, **job.draws())
 
-    return search
+    def worth(coupling: Coupling) -> Mapping[int, float]:
+        given = ready.graph, ready.plan, coupling, relevance(ready.plan, coupling, scores), value
+        with job.clock("choose"), _named(ready.path):
+            return unit_losses(*given, job.weights, job.dataset, **job.draws())
+
+    return search, worth
 
 
 def _shifted(job: _Job, ready: Prepared, options: Options, scores: Scores, chosen: Chosen, masks: Masks) -> tuple[Graph, tuple[Shift, ...]]:

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from relief_onnx.graph import Graph
 from relief_onnx.grids import RANGES, Grid
 from relief_onnx.layers import find
-from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.nodes import captured, is_level, mark_level, rounds_states, subgraphs
 from relief_onnx.quantised_rows import Chain, Claim, Place, chains, is_quantising, places
 from relief_onnx.requantise import Axes, Requantise, Standing
 
@@ -129,6 +129,7 @@ class _Lowering:
                         if copy.output:
                             self.readers[copy.output[0], slot] = name
         self._store(result)
+        self._mark(result)
         restore = Requantise(
             graph.model, self.grids, self._axes(result), self.standing, self.chains, self.readers, self.made, self.copies
         )  # fmt: skip
@@ -224,6 +225,14 @@ class _Lowering:
             for position in range(len(field) - 1, -1, -1):
                 if field[position].name not in keep and (field is model.graph.value_info or field[position].name in self.graph.uses):
                     del field[position]
+
+    def _mark(self, model: onnx.ModelProto) -> None:
+        """Bidirectional nodes with a scale for each row: it holds for both directions."""
+        for layer in find(Graph(model)).layers:
+            if layer.recurrent is not None and layer.recurrent.directions > 1 and layer.weight in self.grids:
+                node, grid = model.graph.node[layer.node], self.grids[layer.weight]
+                if grid.scale.size > 1 and not is_level(node) and not rounds_states(node):
+                    mark_level(node)
 
     def _axes(self, model: onnx.ModelProto) -> dict[str, Axes]:
         """Which axes of each stored tensor are rows, and which columns, of which weight."""

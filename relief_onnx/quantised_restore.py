@@ -13,7 +13,7 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
 from relief_onnx.grids import Grid
-from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.nodes import captured, clear_level, subgraphs
 from relief_onnx.quantised_rows import Claim, Place
 from relief_onnx.surgery import apply_weights
 
@@ -61,6 +61,8 @@ class _Back:
             new for index, node in enumerate(self.graph.nodes) for new in self.new.get(index, [] if index in self.gone else [node])
         ]  # fmt: skip
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        for node in copies:
+            clear_level(node)
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
         self._store()

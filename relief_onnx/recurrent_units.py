@@ -1,7 +1,7 @@
 """Hidden units of LSTM, GRU and RNN nodes: what is coupled, which are always 0, and which are read.
 
 A hidden unit is its rows of all gates in W, R, B and P, its column of R, its place in the first states, and its entry in every output.
-Both directions have one `hidden_size`, so the same places go in each. A unit is always 0 where its candidate gate hears nothing (no
+Each direction has units of its own, of which as many go in each (`two_ways`). A unit is always 0 where its candidate gate hears nothing (no
 weight, no bias) and it starts from 0: then it can go. Where its first state comes from elsewhere (an input of the model) it stays.
 """
 
@@ -19,7 +19,8 @@ from relief_onnx.coupling import Units, ZeroReader
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
 from relief_onnx.moves import Barrier, long_axes
-from relief_onnx.nodes import STANDARD, rounds_states
+from relief_onnx.nodes import STANDARD, is_level, rounds_states
+from relief_onnx.ops import row_of
 from relief_onnx.recurrent_layers import Recurrent, own_half, whole_bias
 from relief_onnx.recurrent_reads import cell_of
 from relief_onnx.sources import Source, trace_constant
@@ -34,6 +35,10 @@ Values = NDArray[np.float64]
 
 # The gate whose row decides what a unit becomes, in the order of the rows.
 CANDIDATE: Mapping[str, int] = {"LSTM": 3, "GRU": 2, "RNN": 0}
+# Operators that move states along axes or leave them as they are.
+_MOVING = frozenset({
+    "Cast", "Concat", "Dropout", "Flatten", "Gather", "Identity", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+})  # fmt: skip
 # Operators that make zeros of zeros.
 _SPREADING = frozenset({"Expand", "Slice", "Gather", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Tile"})
 
@@ -48,35 +53,51 @@ def walk_recurrent(walk: Walk, index: int, node: onnx.NodeProto, layers: Mapping
     others = [axis for axis in long_axes(picture) if axis != 2]
     if others:
         raise Barrier("it carries other axes than the one it reads", others)
-    hidden = walk.units.fresh(kind.hidden)
-    rows = np.tile(hidden, kind.gates)
+    hidden = walk.units.fresh(kind.directions * kind.hidden).reshape(kind.directions, kind.hidden)
+    if kind.directions > 1 and kind.hidden > 1:
+        walk.ways.append(hidden)
+    if rounds_states(node) or is_level(node):
+        walk.unite(hidden, hidden[:1], where)
+    rows, across = np.tile(hidden, kind.gates), 0 if kind.directions > 1 else None
     inputs = {
         "W": np.broadcast_to(picture.reshape(-1), layers["W"].in_per_group).copy(),
-        "R": np.tile(hidden, layers["R"].groups),
+        "R": np.repeat(hidden, layers["R"].groups // kind.directions, 0).reshape(-1),
     }
     for slot, part in enumerate("WR", 1):
         layer, since = layers[part], len(walk.ties)
         source = trace_constant(graph, node.input[slot])
         assert isinstance(source, Source)
         why = f"{where}: its weight {layer.weight} reaches the node through a layout that mixes channels"
-        walk.tie_view(source.name, source.view, 1, rows, why, True)
-        walk.tie_view(source.name, source.view, 2, inputs[part][: layer.in_per_group], why, True)
+        walk.tie_view(source.name, source.view, 1, _lines(rows), why, True, across)
+        columns = (inputs[part], None) if part == "W" else (_lines(hidden), across)
+        walk.tie_view(source.name, source.view, 2, columns[0], why, True, columns[1])
         walk.used(source.name, {tie.axis for tie in walk.ties[since:]})
-        walk.inputs[layer.key], walk.outputs[layer.key] = inputs[part], np.tile(rows, kind.directions)
+        walk.inputs[layer.key], walk.outputs[layer.key] = inputs[part], rows.reshape(-1)
     if kind.hidden == 1:
         walk.pin(hidden, f"{where} has one hidden unit")
     _tie_vectors(walk, index, node, kind, hidden, where)
     for slot in (5, 6):
         if len(node.input) > slot and node.input[slot]:
-            _tie_state(walk, node.input[slot], hidden, where)
+            _tie_state(walk, node.input[slot], hidden, where, cell_of(node).batch_first)
     for place, name in enumerate(node.output):
         if name:
             rank = 4 if place == 0 else 3
             if len(graph.shape(name) or (0,) * rank) != rank:
                 raise Barrier(f"{name} has another number of axes than the standard says")
-            walk.pictures[name] = hidden.reshape([1] * (rank - 1) + [-1])
+            walk.pictures[name] = as_picture(hidden, rank, cell_of(node).batch_first)
             if rounds_states(node) and kind.hidden > 1:
                 walk.zero_readers.append(ZeroReader(index, ((name, rank - 1),)))
+
+
+def _lines(units: Units) -> Units:
+    """Units [directions, n] as a tie has them: of one direction [n]."""
+    return units[0] if len(units) == 1 else units
+
+
+def moves_whole(node: onnx.NodeProto) -> bool:
+    """Whether a node leaves each entry of a state as it is, or makes another of it that is 0 where it is: units stay apart there."""
+    row = row_of(node)
+    return node.op_type in _MOVING or (row is not None and row.kind == "mix" and len(node.input) == 1)
 
 
 def _tie_vectors(walk: Walk, index: int, node: onnx.NodeProto, kind: Recurrent, hidden: Units, where: str) -> None:
@@ -95,25 +116,39 @@ def _tie_vectors(walk: Walk, index: int, node: onnx.NodeProto, kind: Recurrent, 
         if not isinstance(source, Source):
             walk.pin(hidden, f"{where}: {name} is computed")
             continue
-        walk.tie_view(source.name, source.view, 1, np.tile(hidden, count), f"{where}: {name} cannot be cut", True)
+        across = 0 if kind.directions > 1 else None
+        walk.tie_view(source.name, source.view, 1, _lines(np.tile(hidden, count)), f"{where}: {name} cannot be cut", True, across)
         walk.used(source.name, {tie.axis for tie in walk.ties[since:]})
 
 
-def _tie_state(walk: Walk, name: str, hidden: Units, where: str) -> None:
+def _tie_state(walk: Walk, name: str, hidden: Units, where: str, batch_first: bool) -> None:
     """A first state: stored, 0 everywhere, or what other units make."""
     graph = walk.graph
     walk.rank_known([name])
     source = trace_constant(graph, name)
     if isinstance(source, Source) and len(source.view.shape) == 3:
         since = len(walk.ties)
-        walk.tie_view(source.name, source.view, 2, hidden, f"{where}: {name} cannot be cut", True)
+        across = (1 if batch_first else 0) if len(hidden) > 1 else None
+        walk.tie_view(source.name, source.view, 2, _lines(hidden), f"{where}: {name} cannot be cut", True, across)
         walk.used(source.name, {tie.axis for tie in walk.ties[since:]})
         return
     own = walk.picture(name)
-    if long_axes(own) == [2] and own.shape[2] == len(hidden):
-        walk.unite(own.reshape(-1), hidden, where)
+    if own.ndim == 3 and own.shape[2] == hidden.shape[1] > 1 and set(long_axes(own)) <= {2, 1 if batch_first else 0}:
+        walk.unite(own.reshape(-1, hidden.shape[1]), hidden, where)  # of one row: that place of every direction
     elif not is_zero(graph, name):  # one that is goes with the first unit (see `edits`)
-        walk.pin(hidden, f"{where}: its first state {name} is not made of units that can go (an input of the model, say)")
+        walk.pin(hidden, f"{where}: its first state {name} is not made of units that can go ({_made_by(graph, name)})")
+
+
+def _made_by(graph: Graph, name: str) -> str:
+    """Where a first state comes from, in words."""
+    while name in graph.producer and graph.nodes[graph.producer[name]].op_type in _MOVING - {"Concat"}:
+        name = graph.nodes[graph.producer[name]].input[0]
+    if name not in graph.producer:
+        return f"it is input {name} of the model" if name not in graph.initializers else f"it is {name}, in a layout that cannot be cut"
+    index = graph.producer[name]
+    node = graph.nodes[index]
+    others = ", whose branches may each need their shapes" if node.op_type == "If" else ""
+    return f"{node.op_type} node {graph.names[index]} makes it{others}"
 
 
 def is_zero(graph: Graph, name: str) -> bool:

@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from relief_onnx.caches import find_all_states
 from relief_onnx.coupling import Coupling
 from relief_onnx.graph import Graph, Shape
 from relief_onnx.layers import Plan
 from relief_onnx.moves import long_axes
-from relief_onnx.states import States, find_states, masked_states, without_masks
+from relief_onnx.states import States, masked_states, without_masks
 from relief_onnx.surgery import Operation, operate
+from relief_onnx.walk import trace
 
 __all__ = ["Signature", "StateChange", "cut_states", "declared", "narrowed", "state_warning"]
 
@@ -58,7 +60,9 @@ def cut_states(
     """
     if coupling is None:
         return operate(model), masked, ()
-    states, arrays = find_states(graph, plan), Graph(model)
+    states, arrays = find_all_states(graph, plan), Graph(model)
+    if coupling.ways:  # what surgery takes from each direction may be other pairs than those that were ranked
+        coupling = trace(graph, plan, states)
     operation = operate(masked_states(model, arrays, coupling, states), states)
     operation = replace(operation, model=without_masks(operation.model, states))
     return operation, masked_states(masked, arrays, coupling, states), _changes(graph, plan, coupling, states, operation)
@@ -68,9 +72,8 @@ def _changes(graph: Graph, plan: Plan, coupling: Coupling, states: States, opera
     """What surgery took from the states of a model with that graph, plan and coupling."""
     left: set[int] = set()
     for layer in plan.layers:
-        if layer.recurrent is not None and layer.recurrent.part == "R" and layer.weight in operation.kept:
-            columns = operation.kept[layer.weight][1]
-            left |= set(coupling.inputs[layer.key][: layer.in_per_group][columns].tolist())
+        if layer.weight in operation.kept:
+            left |= set(coupling.outputs[layer.key][operation.kept[layer.weight][0]].tolist())
     found = []
     for kind, names in (("input", states.inputs), ("output", [name for name in graph.outputs if name in states.outputs])):
         for name in names:

@@ -22,9 +22,11 @@ from relief_onnx.nodes import STANDARD
 from relief_onnx.recurrent import initial_states
 from relief_onnx.recurrent_reads import cell_of
 
-__all__ = ["NO_STATES", "States", "find_states", "masked_states", "without_masks"]
+__all__ = ["NO_STATES", "States", "find_states", "masked_states", "origins", "without_masks"]
 
-_MOVES = frozenset({"Identity", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Slice", "Split", "Gather", "Concat", "Cast"})
+_MOVES = frozenset({
+    "Identity", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Slice", "Split", "Gather", "Concat", "Cast", "Expand", "ScatterND",
+})  # fmt: skip
 _MASK = "/state_mask"
 
 
@@ -40,7 +42,11 @@ NO_STATES = States()
 
 
 def find_states(graph: Graph, plan: Plan) -> States:
-    """The state inputs and outputs of recurrent nodes. An input's axis is its last that is as long as the node has hidden units."""
+    """The state inputs and outputs of recurrent nodes.
+
+    An input's axis is its last that is as long as the node has hidden units; where none is, the last that is several times as long (both
+    directions, h and c, or several nodes side by side).
+    """
     given = {info.name for info in graph.inputs if graph.types.get(info.name, (0, None))[0] in FLOATS} - set(graph.outputs)
     inputs: dict[str, int] = {}
     made: set[str] = set()
@@ -49,14 +55,16 @@ def find_states(graph: Graph, plan: Plan) -> States:
         assert kind is not None
         made |= {name for name in graph.nodes[index].output if name}
         for state in initial_states(graph.nodes[index]):
-            for name in _origins(graph, state, frozenset()) & given:
-                axes = [axis for axis, size in enumerate(graph.shape(name) or ()) if size == kind.hidden]
+            for name in origins(graph, state, frozenset()) & given:
+                sizes = [(axis, size) for axis, size in enumerate(graph.shape(name) or ()) if isinstance(size, int) and size]
+                axes = [axis for axis, size in sizes if size == kind.hidden] or [axis for axis, size in sizes if size % kind.hidden == 0]
                 if axes and kind.hidden > 1:
                     inputs.setdefault(name, axes[-1])
-    return States(inputs, frozenset(name for name in graph.outputs if _origins(graph, name, frozenset(made)) <= made))
+    ends = made | set(inputs)
+    return States(inputs, frozenset(name for name in graph.outputs if origins(graph, name, frozenset(made)) <= ends))
 
 
-def _origins(graph: Graph, name: str, stop: frozenset[str]) -> set[str]:
+def origins(graph: Graph, name: str, stop: frozenset[str]) -> set[str]:
     """The tensors that `name` is moved from; those in `stop` count as origins."""
     found, todo, seen = set(), [name], set()
     while todo:
@@ -66,7 +74,7 @@ def _origins(graph: Graph, name: str, stop: frozenset[str]) -> set[str]:
             found.add(tensor)
         elif tensor not in seen:
             seen.add(tensor)
-            todo += node.input if node.op_type == "Concat" else node.input[:1]
+            todo += node.input if node.op_type == "Concat" else node.input[: 3 if node.op_type == "ScatterND" else 1 : 2]
     return found
 
 
@@ -106,9 +114,8 @@ def _without_weights(arrays: Graph, coupling: Coupling) -> set[int]:
             alive |= set(coupling.outputs[layers["R"].key].tolist())
     for tie in coupling.ties:
         if tie.zeroable and arrays.is_float(tie.initializer):
-            other = tuple(axis for axis in range(len(arrays.initializers[tie.initializer].dims)) if axis != tie.axis)
-            holds = (arrays.array(tie.initializer) != 0).any(other)
-            found |= set(tie.units.tolist())
+            holds = tie.holding(arrays.array(tie.initializer) != 0)
+            found |= set(tie.units.reshape(-1).tolist())
             alive |= set(tie.units[holds].tolist())
     return found - alive
 

@@ -25,6 +25,7 @@ from relief_onnx.liveness import Fold, Removal, find_dead
 from relief_onnx.recurrent_layers import made
 from relief_onnx.sources import VIEW_OPERATORS
 from relief_onnx.states import NO_STATES, States
+from relief_onnx.two_ways import chosen_columns, composed, crossed
 from relief_onnx.views import View
 from relief_onnx.walk import trace
 
@@ -82,8 +83,8 @@ def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tup
         if weight in now or weight not in stored:
             surviving[weight] = np.zeros_like(first.surviving[weight])
         if weight in now:
-            surviving[weight][np.ix_(rows, columns)] = second.surviving[weight]
-            both[weight] = (rows[now[weight][0]], columns[now[weight][1]])
+            surviving[weight][crossed(rows, columns)] = second.surviving[weight]
+            both[weight] = (rows[now[weight][0]], composed(columns, now[weight][1]))
     left = {output for node in second.model.graph.node for output in node.output}
     channels = {
         output: (before, second.channels.get(output, (after, after if output in left else 0))[1])
@@ -123,6 +124,10 @@ def _kept(layer: Layer, coupling: Coupling, removal: Removal) -> tuple[NDArray[n
     rows = np.flatnonzero(~_gone(coupling.outputs[layer.key], removal))
     if layer.groups > 1 and layer.in_per_group == 1:
         return rows, np.arange(1)
+    if layer.recurrent is not None and layer.recurrent.part == "R":
+        kind = layer.recurrent
+        read = coupling.inputs[layer.key].reshape(kind.directions, -1, kind.hidden)[:, 0]
+        return rows, chosen_columns(~_gone(read, removal))
     return rows, np.flatnonzero(~_gone(coupling.inputs[layer.key][: layer.in_per_group], removal))
 
 
@@ -210,7 +215,7 @@ def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Remo
         keep = cut.keep(tie.units)
         if not keep.all():
             current = next(item for item in model.graph.initializer if item.name == tie.initializer)
-            set_initializer(model, tie.initializer, numpy_helper.to_array(current).compress(keep, tie.axis))
+            set_initializer(model, tie.initializer, tie.taken(numpy_helper.to_array(current), keep))
     sizes = {name: cut.sizes(name) for name in coupling.pictures}
     edit_nodes(cut)
     sizes |= _follow_views(cut, before)

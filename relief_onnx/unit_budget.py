@@ -12,7 +12,7 @@ from relief_onnx.coupling import Coupling
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.scoring import Scores
 
-__all__ = ["COST_EXPONENT", "choose_units", "macs_left"]
+__all__ = ["COST_EXPONENT", "choose_units", "macs_left", "unit_values"]
 
 # Units are ranked by importance / MACs^exponent, between importance alone (0) and importance per MAC (1); see docs/flow.md.
 COST_EXPONENT = 0.75
@@ -31,7 +31,7 @@ def choose_units(
     """
     by_flow = all(score.relevance is not None for score in scores.values())
     grouped = groups(plan, coupling)
-    values = importance or (relevance if by_flow else consumer_shares)(plan, coupling, scores)
+    values = importance or unit_values(plan, coupling, scores)
     worth = _worths(plan, coupling, values, macs, exponent) if by_flow else values
 
     def chosen(rule: Keep) -> list[Choice]:
@@ -46,6 +46,12 @@ def choose_units(
     if keep is None:
         return chosen(by_share(alpha))
     return _within(plan, coupling, lambda step: chosen(by_share(lambda layer: 1.0 - step / STEPS)), STEPS, keep, macs)
+
+
+def unit_values(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, float]:
+    """Importance of units: by flow where that was measured, else their share in what reads them."""
+    by_flow = all(score.relevance is not None for score in scores.values())
+    return (relevance if by_flow else consumer_shares)(plan, coupling, scores)
 
 
 def _within(

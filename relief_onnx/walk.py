@@ -22,9 +22,10 @@ from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
 from relief_onnx.nodes import block_of
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
-from relief_onnx.recurrent_units import walk_recurrent
+from relief_onnx.recurrent_units import moves_whole, walk_recurrent
 from relief_onnx.sources import VIEW_OPERATORS, Source, trace_constant
 from relief_onnx.states import NO_STATES, States
+from relief_onnx.two_ways import rows_of
 from relief_onnx.unions import UnionFind
 from relief_onnx.views import View
 
@@ -60,6 +61,7 @@ class Walk:
     sources: dict[str, View] = field(default_factory=dict)
     zero_readers: list[ZeroReader] = field(default_factory=list)
     restored: Mapping[int, GroupNorm] = field(default_factory=dict)
+    ways: list[Units] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.layers, self.recurrent = self.plan.single(), self.plan.recurrent()
@@ -97,6 +99,7 @@ class Walk:
         for index, node in enumerate(graph.nodes):
             self._visit(index, node)
         for name in graph.outputs:
+            self.level(name)
             if name not in self.states.outputs:
                 self.pin(self.picture(name), "it is an output of the model")
         for name, uses in graph.uses.items():
@@ -134,7 +137,22 @@ class Walk:
         self.pictures[name] = picture
         return True
 
+    def level(self, name: str) -> None:
+        """Where a tensor has the units of both directions of a recurrent node side by side: hold those at the same place together."""
+        picture = self.pictures.get(name)
+        if picture is not None and self._has_ways(picture):
+            self.collapse(name, long_axes(picture)[:1], "both directions of a recurrent node lose the same units")
+
+    def _has_ways(self, picture: Units) -> bool:
+        """Whether a picture has the units of both directions of a recurrent node, or others that are coupled to them place by place."""
+        if not self.ways or len(long_axes(picture)) != 2:
+            return False
+        return rows_of(self.units.canonical(picture), [self.units.canonical(rows) for rows in self.ways]) is not None
+
     def _step(self, index: int, node: onnx.NodeProto) -> None:
+        if index not in self.recurrent and not moves_whole(node):
+            for name in node.input:
+                self.level(name)
         if index in self.layers:
             self._layer(self.layers[index])
             return
@@ -299,15 +317,20 @@ class Walk:
         """Note one use of an initializer, with the axes that it ties to units."""
         self._tied_uses.setdefault(initializer, []).append(axes)
 
-    def tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool) -> None:
+    def tie_view(self, name: str, view: View, axis: int, units: Units, why: str, zeroable: bool, across: int | None = None) -> None:
+        """Units along an axis of a view of an initializer; [across, axis] where they are others in each entry of that axis."""
         if view.shape[axis] == 1:
             self.pin(units, why)
             return
         source = view.source_axis(axis)
         if source is None:
             self.pin(units, why)
-        else:
-            self.ties.append(Tie(name, source, units, zeroable))
+            return
+        lead = None if across is None else view.source_axis(across)
+        if across is not None and lead is None:
+            self.unite(units, units[:1], why)
+            units = units[0]
+        self.ties.append(Tie(name, source, units, zeroable, lead))
 
     def tie_constant(self, tensor: str, picture: Units, where: str, zeroable: bool) -> None:
         """A constant that is broadcast against `picture`: its long axes follow the units."""
@@ -364,6 +387,7 @@ class Walk:
             self.sources,
             self.zero_readers,
             self.restored,
+            [canonical(rows) for rows in self.ways],
         )
 
     def _keep_what_others_read(self) -> None:
@@ -386,8 +410,14 @@ class Walk:
 
     def _make_boxes(self) -> None:
         """A tensor with two tracked axes can only lose whole lines: of groups side by side, each loses the same places."""
+        counted = {name for reader in self.zero_readers for name, _ in reader.factors}
         for name, picture in self.pictures.items():
+            if self._has_ways(picture) and name not in counted:
+                continue
             if len(long_axes(picture)) > 1:
+                for rows in self.ways:  # both directions in another order
+                    if all(np.isin(picture, row).any() for row in rows):
+                        self.unite(rows, rows[:1], "it is part of an axis that is split")
                 picture = squeezed(self.units.canonical(picture))
                 while len(tracked := long_axes(picture)) > 1:
                     first = picture.take([0], tracked[0])

@@ -17,6 +17,7 @@ from relief_onnx.masks import Masks, applied, initializer_masks, insert
 from relief_onnx.model import prepare
 from relief_onnx.session import Session
 from relief_onnx.surgery import Operation, apply_weights, operate
+from relief_onnx.two_ways import paired
 from relief_onnx.walk import trace
 
 Feed = dict[str, NDArray[Any]]
@@ -96,6 +97,9 @@ def units_switched_off(
     graph = Graph(prepare(model))
     plan = find(graph)
     coupling = trace(graph, plan)
+    if coupling.ways:  # directions lose other units, but as many: in random pairs
+        units = sorted({unit for rows in coupling.ways for unit in rows.reshape(-1).tolist()})
+        coupling = paired(coupling, dict(zip(units, rng.random(len(units)).tolist(), strict=True)))
     chosen = random_units(coupling, rng)
     flags = initializer_masks(plan, unit_masks(graph, plan, coupling, chosen, Masks({}, {})))
     return insert(graph, flags), operate(apply_weights(graph.model, applied(graph, flags))), plan, coupling, chosen
@@ -121,7 +125,7 @@ def assert_units_are_gone(operation: Operation, plan: Plan, coupling: Coupling, 
         stay = int((~np.isin(coupling.outputs[layer.node], gone)).sum())
         assert operation.channels[layer.name][1] <= stay, f"{layer.name} still has {operation.channels[layer.name][1]} channels, not {stay}"
     for tie in coupling.ties:
-        stay = int((~np.isin(tie.units, gone)).sum())
+        stay = int((~np.isin(tie.units if tie.across is None else tie.units[0], gone)).sum())
         if tie.initializer in left:
             assert left[tie.initializer][tie.axis] <= stay, f"{tie.initializer} still has {left[tie.initializer]}, not {stay} on {tie.axis}"
 

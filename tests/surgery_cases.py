@@ -53,6 +53,18 @@ def unary(operator: str, opset: int = 17, before: str | None = None, **values: A
     return ALL, opset, build
 
 
+def some_of(net: Net, x: str, rows: tuple[int, int] = (0, 0)) -> str:
+    """The first sample, or some rows of it, changed."""
+    first = net.op("Slice", x, net.ints(0), net.ints(1), net.ints(0))
+    return str(net.op("Sin", net.op("Slice", first, net.ints(rows[0]), net.ints(rows[1]), net.ints(2)) if any(rows) else first))
+
+
+def box_of(*places: int | tuple[int, int]) -> NDArray[np.int64]:
+    """Indices of every entry of a box, one number for each axis: all places up to a number, or a range."""
+    lines = [np.arange(*place) if isinstance(place, tuple) else np.arange(place) for place in places]
+    return np.stack(np.meshgrid(*lines, indexing="ij"), -1)
+
+
 def recurrent(operator: str, gates: int) -> Case:
     def build(net: Net, x: str, layer: str) -> tuple[str, int]:
         weights = net.weight(1, gates * 5, C), net.weight(1, gates * 5, 5)
@@ -382,6 +394,8 @@ CASES |= {
     "Pad/channels": image(lambda net, x: padded(net, x, 1, 2, "input")),
     "Pad/channels, attribute": image(lambda net, x: padded(net, x, 2, 1, "attribute"), opset=10),
     "GatherND": (("MatMul",), 17, lambda net, x, layer: net.op("GatherND", x, net.constant(np.asarray([[1], [0]])))),
+    "ScatterND": (("MatMul",), 17, lambda net, x, layer: net.op("ScatterND", x, net.constant(np.asarray([[1]])), some_of(net, x))),
+    "ScatterND/box": image(lambda net, x: net.op("ScatterND", x, net.constant(box_of((0, 1), C, (2, 4), 6)), some_of(net, x, (4, 6)))),
     "LSTM": recurrent("LSTM", 4),
     "GRU": recurrent("GRU", 3),
     "RNN": recurrent("RNN", 1),

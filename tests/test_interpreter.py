@@ -21,6 +21,7 @@ from surgery_cases import CASES, sandwich
 
 from benchmarks.interpreter import measure
 from benchmarks.interpreter_models import LeNet5, build, to_onnx
+from benchmarks.interpreter_zoo import compared, differences
 from benchmarks.zoo_models import SHARED, feed, rows
 from relief_onnx.errors import ModelError, Unsupported
 from relief_onnx.interpreter import Network
@@ -74,6 +75,25 @@ def test_every_weight_of_a_real_model_gets_a_gradient(row: dict[str, Any]) -> No
     for name, weight in network.weights().items():
         assert weight.grad is not None, name
         assert bool(torch.isfinite(weight.grad).all()), name
+
+
+def test_the_comparison_with_onnxruntime_can_fail() -> None:
+    """A difference of a thousandth is seen, and a weight without a way back to it."""
+    net = Net(seed=1)
+    x = net.input(2, 4)
+    hidden = net.op("MatMul", x, net.weight(4, 3))
+    second = net.weight(3, 2)
+    model = net.model(net.op("Round", hidden), net.op("MatMul", hidden, second))
+    given = {x: np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)}
+    found = compared(model, {"random": [given]})
+    assert found["max_rel"] < 1e-5
+    assert found["without_gradient"] == []
+    assert compared(net.model(net.op("Round", hidden)), {"random": [given]})["without_gradient"] == [second]  # nobody reads it now
+    a = np.array([1.0, -4.0])
+    assert differences(a, a * 1.001) == pytest.approx((4e-3, 1e-3))
+    assert differences(a * 1e-9, a * 0) == pytest.approx((4e-9, 4e-7))
+    with pytest.raises(ValueError, match="where onnxruntime has"):
+        differences(a, a[None])
 
 
 PAIRS = [(case, layer) for case, (layers, _, _) in CASES.items() for layer in layers]
