@@ -1,0 +1,188 @@
+"""Layers of bodies within bodies: scored with what they really meet, pruned in place, the file otherwise as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import nested_cases as nested
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+import relief_onnx
+from relief_onnx.control import settle
+from relief_onnx.data import open_dataset
+from relief_onnx.model import input_specs
+from relief_onnx.overview import overview
+from relief_onnx.prepared import prepare
+
+names = pytest.mark.parametrize("name", nested.CASES)
+
+
+def outputs(model: onnx.ModelProto, feed: Any) -> Any:
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
+
+
+def samples(model: onnx.ModelProto, count: int = 6) -> list[nested.Arrays]:
+    inputs = {item.name for item in model.graph.input}
+    return [{name: value for name, value in feed.items() if name in inputs} for feed in nested.feeds(count)]
+
+
+def stored(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Every float tensor that a file holds, at any depth."""
+
+    def walk(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]]:
+        yield from ((item.name, numpy_helper.to_array(item)) for item in graph.initializer)
+        for node in graph.node:
+            for item in node.attribute:
+                if item.type == onnx.AttributeProto.TENSOR:
+                    yield node.output[0], numpy_helper.to_array(item.t)
+                elif item.type == onnx.AttributeProto.GRAPH:
+                    yield from walk(item.g)
+
+    return dict(walk(model.graph))
+
+
+def shape_of(model: onnx.ModelProto) -> list[Any]:
+    """Names and operators, at any depth."""
+
+    def walk(graph: onnx.GraphProto) -> list[Any]:
+        found: list[Any] = [[item.name for item in graph.input], [item.name for item in graph.output]]
+        for node in graph.node:
+            bodies = [walk(item.g) for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
+            found.append((node.op_type, node.name, list(node.input), list(node.output), node.doc_string, bodies))
+        return found
+
+    return walk(model.graph)
+
+
+@names
+def test_nothing_pruned_nothing_changed(name: str) -> None:
+    """Also: the working model is sound, computes the same, and has a layer for each weight that runs."""
+    case = nested.CASES[name]
+    model = case.model()
+    data = samples(model)
+    opened = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    assert {layer.weight for layer in opened.plan.layers} == case.weights - set(case.silent)
+    onnx.checker.check_model(opened.graph.model, full_check=True)
+    for feed in data:
+        np.testing.assert_allclose(outputs(opened.graph.model, feed), outputs(model, feed), rtol=1e-5, atol=1e-6)
+    back = opened.restored(opened.graph.model)
+    assert back.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+@names
+@pytest.mark.parametrize("criterion", ["relief", "wanda"])
+def test_scores_are_of_what_weights_meet(name: str, criterion: str) -> None:
+    case, given = nested.CASES[name], nested.weights()
+    model = case.model()
+    data = samples(model)
+    met: dict[str, list[NDArray[Any]]] = {}
+    for feed in data:
+        for weight, rows in case.meets(feed, given):
+            met.setdefault(weight, []).append(rows.reshape(-1, rows.shape[-1]))
+    scores = relief_onnx.score(model, data, criterion=criterion)
+    ready = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    by_weight = ready.plan.by_weight()
+    assert met.keys() == by_weight.keys()
+    for weight, layers in by_weight.items():
+        x = np.concatenate(met[weight])
+        magnitude = np.abs(given[weight] if weight in ("wg", "wl") else given[weight].T)
+        size = np.abs(x).mean(0) if criterion == "relief" else np.sqrt(np.square(x).mean(0))
+        wanted = magnitude * size
+        found = np.mean([scores[layer.name].score.reshape(wanted.shape) for layer in layers], 0)
+        if len(layers) > 1:
+            continue  # each reader has rows of its own: see below
+        bias = np.abs(given[case.bias[weight]]) if weight in case.bias else np.zeros(len(wanted))
+        total = wanted.sum(1) + bias
+        np.testing.assert_allclose(found, wanted / total[:, None], rtol=1e-4, atol=1e-6)
+        sums = scores[layers[0].name].score.reshape(len(wanted), -1).sum(1) + scores[layers[0].name].bias_score
+        np.testing.assert_allclose(sums, 1, rtol=1e-6)
+
+
+def test_readers_of_one_weight_have_scores_of_their_own() -> None:
+    case, given = nested.CASES["shared"], nested.weights()
+    model = case.model()
+    data = samples(model)
+    scores = relief_onnx.score(model, data, criterion="relief")
+    x = np.concatenate([feed["x"].reshape(-1, nested.X) for feed in data])
+    chosen = np.concatenate([xi for feed in data for xi in feed["x"] if xi.sum() > 0])
+    for layer, rows in (("node_main", x), ("node_direct", x), ("node_o_then", 2 * chosen)):
+        wanted = np.abs(given["wa"].T) * np.abs(rows).mean(0)
+        np.testing.assert_allclose(scores[layer].score, wanted / wanted.sum(1, keepdims=True), rtol=1e-4)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relief": {"criterion": "relief", "alpha": 0.8, "mean_shift": "off", "storage": "dense"},
+    "flow": {"keep": "60%", "storage": "dense"},
+    "packed": {"keep": "60%", "granularity": "weight"},
+    "channels": {"keep": "70%", "granularity": "channel+weight", "round_to": 1, "storage": "dense"},
+}
+
+
+@names
+@pytest.mark.parametrize("options", OPTIONS)
+def test_pruned_in_place(name: str, options: str) -> None:
+    """The file keeps its names and nodes at every depth; zeros are where the masks say; what never ran is as it was, and listed."""
+    case = nested.CASES[name]
+    model = case.model()
+    data = samples(model)
+    found = relief_onnx.prune(model, data, **OPTIONS[options])
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert set(rows) == case.weights
+    before, after = stored(model), stored(found.model)
+    for weight in case.silent:
+        assert rows[weight]["status"] == "skipped"
+        assert "never ran" in rows[weight]["reason"]
+        np.testing.assert_array_equal(after[weight], before[weight])
+    assert {rows[weight]["status"] for weight in case.weights - set(case.silent)} <= {"pruned", "kept"}
+    assert any(rows[weight]["status"] == "pruned" for weight in case.weights - {"last"})
+    if options == "relief":
+        assert shape_of(found.model) == shape_of(model)
+        for weight, keep in found.masks.keep.items():
+            mask = keep if weight in ("wg", "wl") else keep.T
+            np.testing.assert_array_equal(after[weight], before[weight] * mask)
+    onnx.checker.check_model(found.model, full_check=True)
+    outputs(found.model, data[0])
+    for field in ("input", "output"):
+        assert [item.name for item in getattr(found.model.graph, field)] == [item.name for item in getattr(model.graph, field)]
+
+
+@names
+def test_inspect_knows_no_data(name: str) -> None:
+    rows = {row["weight"]: row for row in overview(nested.CASES[name].model())["skipped"]}
+    assert all("depends on the data" in row["reason"] for weight, row in rows.items() if weight not in ("last",))
+
+
+@pytest.mark.parametrize("granularity", ["connection", "weight"])
+def test_a_convolution_in_a_branch_within_a_loop(granularity: str) -> None:
+    case, given = nested.windowed(False), nested.weights()
+    model = case.model()
+    data = samples(model)
+    met = np.concatenate([rows for feed in data for weight, rows in case.meets(feed, given) if weight == "k"])
+    scores = relief_onnx.score(model, data, criterion="relief", granularity=granularity)["node_v"]
+    reached = np.abs(given["k"][:, 0]) * np.abs(met).mean(0).mean(0)  # [filters, taps]
+    bias = np.abs(given["kb"]) * np.sqrt(met.shape[1]) if granularity == "connection" else np.abs(given["kb"])
+    if granularity == "connection":
+        reached = np.sqrt(np.square(np.einsum("npt,ot->nop", np.abs(met), np.abs(given["k"][:, 0]))).sum(-1)).mean(0)[:, None]
+    total = reached.sum(1) + bias
+    np.testing.assert_allclose(scores.score.reshape(reached.shape), reached / total[:, None], rtol=1e-4)
+    np.testing.assert_allclose(scores.score.reshape(len(total), -1).sum(1) + scores.bias_score, 1, rtol=1e-6)
+    found = relief_onnx.prune(model, data, criterion="relief", alpha=0.8, granularity=granularity, mean_shift="off")
+    assert {row["weight"]: row["status"] for row in found.report["layers"]} == {
+        "k": "pruned" if granularity == "weight" else "kept", "wb": "pruned", "last": "pruned",
+    }  # fmt: skip
+
+
+def test_images_of_another_size_in_every_run() -> None:
+    """Convolutions stay, with a reason; products beside them are scored all the same."""
+    model = nested.windowed(True).model()
+    found = relief_onnx.prune(model, samples(model), criterion="relief", alpha=0.8)
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert rows["wb"]["status"] == "pruned"
+    assert rows["k"]["reason"].startswith("it lives inside the then_branch of If node node_o_in inside the body of Loop node node_j")
+    np.testing.assert_array_equal(stored(found.model)["k"], nested.weights()["k"])
