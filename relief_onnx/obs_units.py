@@ -51,7 +51,7 @@ def improve_units(
     relevance: R of units, for those that no layer reads. value: R of the units of each layer [out], by layer name. first: flow's choice.
     Raises DataError, ModelError.
     """
-    feeds = samples_of(dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
+    feeds = samples_of(graph, dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
     half = (len(feeds) + 1) // 2
     search = _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
     candidates, total = [tuple(first)], 1 + len(TRIES) * (STEPS + 1)
@@ -100,7 +100,7 @@ class _Search:
         self._graph, self._plan, self._coupling = graph, plan, coupling
         self._value = {name: own**EXPONENT for name, own in value.items()}
         self._whole = keep_all(plan, weights)
-        self._layers = [layer for layer in plan.layers if not refusal(plan, layer, weights)]
+        self._layers = [layer for layer in plan.layers if layer.inside is None and not refusal(plan, layer, weights)]
         self._feeds, self._unseen, self._seed, self._threads = feeds, unseen, seed, threads
         self._variances: dict[str, Doubles] = {}
         self._wanted = emitted(graph.model, unseen, threads)

@@ -78,6 +78,11 @@ def relu(x: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
+def unmet(feed: Arrays, w: Arrays) -> Iterator[tuple[str, NDArray[Any]]]:
+    """For networks of which nobody asks what they meet."""
+    yield from ()
+
+
 # -- what each network meets --------------------------------------------------------------------------------------------------
 
 

@@ -83,8 +83,7 @@ def test_flow(operator: str, options: dict[str, Any]) -> None:
     assert found.report["quality"]["agreement"]["y"]["cosine"] > 0.8
     if "repair" in options:
         reasons = {row["weight"]: row["reason"] for row in found.report["repair"]["layers"]}
-        assert "inside a body" in reasons["w2"]
-        assert not reasons["w1"]
+        assert not any(reasons.values())
 
 
 def test_a_body_that_never_runs() -> None:

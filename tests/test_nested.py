@@ -19,6 +19,7 @@ from relief_onnx.data import open_dataset
 from relief_onnx.model import input_specs
 from relief_onnx.overview import overview
 from relief_onnx.prepared import prepare
+from relief_onnx.repair import repair
 
 names = pytest.mark.parametrize("name", nested.CASES)
 
@@ -186,3 +187,83 @@ def test_images_of_another_size_in_every_run() -> None:
     assert rows["wb"]["status"] == "pruned"
     assert rows["k"]["reason"].startswith("it lives inside the then_branch of If node node_o_in inside the body of Loop node node_j")
     np.testing.assert_array_equal(stored(found.model)["k"], nested.weights()["k"])
+
+
+@names
+@pytest.mark.parametrize("options", [{"criterion": "flow"}, {"criterion": "relief", "mean_shift": "off"}, {}])
+def test_repaired_in_place(name: str, options: dict[str, Any]) -> None:
+    """Every layer of its own is solved for; the outputs on the calibration samples are closer than without."""
+    case = nested.CASES[name]
+    model = case.model()
+    data = [{key: value[:, :1] if key == "x" else value for key, value in feed.items()} for feed in samples(model, 48)]
+    common = {"granularity": "weight", "keep": "50%", "storage": "dense", **options}
+    plain = relief_onnx.prune(model, data, **common)
+    found = relief_onnx.prune(model, data, repair="least-squares", **common)
+    rows = {row["weight"]: row for row in found.report["repair"]["layers"]}
+    for weight in case.weights - set(case.silent):
+        if name == "shared" and weight in ("wa", "last"):
+            assert rows[weight]["reason"] == "several nodes read its weight"
+        else:
+            assert not rows[weight]["reason"], weight
+            assert rows[weight]["error_after"] <= rows[weight]["error_before"] + 1e-9
+    wanted = [outputs(model, feed) for feed in data]
+    errors = [
+        sum(np.square(outputs(made, feed) - own).sum() for feed, own in zip(data, wanted, strict=True))
+        for made in (plain.model, found.model)
+    ]
+    assert errors[1] < errors[0] or name == "shared"
+    before, after = stored(model), stored(found.model)
+    for weight in case.silent:
+        np.testing.assert_array_equal(after[weight], before[weight])
+    for weight, keep in found.masks.keep.items():
+        mask = (keep if weight in ("wg", "wl") else keep.T).reshape(after[weight].shape)
+        assert not after[weight][~mask].any()
+    assert shape_of(found.model) == shape_of(model) or options != {"criterion": "relief", "mean_shift": "off"}
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Scan"])
+def test_repair_is_that_of_the_network_without_a_body(operator: str) -> None:
+    """Inputs from the pruned network as repaired so far, targets from the original: the same equations in the same order."""
+    step = "p = MatMul(xi, wa) q = Add(p, ba) h = Tanh(q) o = MatMul(h, ws)"
+    each = {
+        "Loop": f'j = Loop (steps, "") <body = each (int64 i, bool going) => (bool again, float[N, 10] o) {{'
+        f"again = Identity(going) xi = Gather <axis = 0> (x, i) {step} }}>",
+        "Scan": f"j = Scan <num_scan_inputs = 1, body = each (float[N, 8] xi) => (float[N, 10] o) {{ {step} }}> (x)",
+    }[operator]
+    text = "net (float[5, N, 8] x) => (float[5, N, 4] y) <int64 steps = {5}> { STEPS  y = MatMul(j, last) }"
+    bodied = nested.Case(
+        text.replace("STEPS", each), {"net": ("last",), "each": ("wa", "constant ba", "constant ws")}, nested.unmet
+    ).model()
+    flat = text.replace("STEPS", step.replace("xi", "x").replace("o =", "j ="))
+    plain = nested.Case(flat, {"net": ("last", "wa", "ba", "ws")}, nested.unmet).model()
+    data = [{"x": feed["x"]} for feed in nested.feeds(10)]
+    options = {"criterion": "relief", "alpha": 0.7, "repair": "least-squares", "storage": "dense", "mean_shift": "off"}
+    found, wanted = (relief_onnx.prune(model, data, **options) for model in (bodied, plain))
+    before, after = stored(wanted.model), stored(found.model)
+    for weight in ("wa", "ba", "ws", "last"):
+        np.testing.assert_allclose(after[weight], before[weight], rtol=1e-3, atol=1e-4)
+    assert not np.allclose(after["ws"], nested.weights()["ws"] * found.masks.keep["ws"].T, atol=1e-3)
+
+
+def test_batches_that_take_another_way_once_pruned_have_no_say() -> None:
+    """The branch depends on what is pruned; where no batch takes the same way in both networks the layer keeps its weights."""
+    case = nested.CASES["If in Loop"]
+    model = case.model()
+    data = samples(model)
+    ready = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    graph = ready.graph
+    turned = onnx.ModelProto()
+    turned.CopyFrom(graph.model)
+    body = next(
+        item.g
+        for node in turned.graph.node
+        if node.output[0] == "j" or "j" in node.output
+        for item in node.attribute
+        if item.name == "body"
+    )
+    next(node for node in body.node if node.op_type == "Greater").op_type = "Less"
+    weights = frozenset(layer.weight for layer in ready.plan.layers)
+    _, rows = repair(graph, turned, {}, weights, open_dataset(data, input_specs(model)))
+    reasons = {row.layer.weight: row.reason for row in rows}
+    assert reasons["wa"] == reasons["wb"] == "its body runs in other rounds once pruned"
+    assert not reasons["last"]
