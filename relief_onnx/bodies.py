@@ -14,7 +14,20 @@ from relief_onnx.graph import Graph
 from relief_onnx.lifting import constant_of, names_in, rename_in, unused_name
 from relief_onnx.nodes import STANDARD, captured, subgraphs
 
-__all__ = ["BODIES", "Held", "Names", "as_model", "as_stored", "bodies_of", "keep_only", "key_of", "opened", "put_back", "unique_bodies"]
+__all__ = [
+    "BODIES",
+    "Held",
+    "Names",
+    "Opened",
+    "as_model",
+    "as_stored",
+    "bodies_of",
+    "keep_only",
+    "key_of",
+    "opened",
+    "put_back",
+    "unique_bodies",
+]
 
 # Operators with bodies, and the attributes that hold them.
 BODIES: Mapping[str, tuple[str, ...]] = {"Loop": ("body",), "Scan": ("body",), "If": ("then_branch", "else_branch")}
@@ -152,6 +165,71 @@ def _written(graph: onnx.GraphProto) -> Iterable[str]:
         yield from (name for name in node.output if name)
         for body in subgraphs(node):
             yield from _written(body)
+
+
+# Where a tensor of the main graph was put: its place there, and the way down, attributes and first outputs of nodes in turn.
+Sunk = Mapping[str, tuple[int, tuple[str, ...]]]
+
+
+def sunk(model: onnx.ModelProto, output: str) -> tuple[onnx.ModelProto, Sunk]:
+    """A copy in which stored tensors that only one body within a node reads are in that body, where any body of the node has nodes whose
+    weights are rewritten: what is captured cannot be.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    node = next(item for item in result.graph.node if output in item.output)
+    if not any(_hides(child) for child in _within(node)):
+        return result, {}
+    read = [name for item in result.graph.node for name in item.input] + [item.name for item in result.graph.output]
+    read += [name for item in result.graph.node if item is not node for body in subgraphs(item) for name in captured(body)]
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for place, item in enumerate(result.graph.initializer):
+        reached = _down(node, item.name) if item.name not in read else None
+        if reached is not None:
+            body, way = reached
+            found[item.name] = place, way
+            body.initializer.append(item)
+    keep_only(result.graph.initializer, lambda item: item.name not in found)
+    return result, found
+
+
+def risen(graph: onnx.GraphProto, node: onnx.NodeProto, tensors: Sunk) -> None:
+    """Undo `sunk` in the main graph, for what its body still has."""
+    for name, (place, way) in sorted(tensors.items(), key=lambda item: item[1][0]):
+        at, body = node, onnx.GraphProto()
+        for attribute, output in zip(way[::2], (*way[1::2], ""), strict=True):
+            body = bodies_of(at)[attribute]
+            at = next((item for item in body.node if output and output in item.output), at)
+        held = next((item for item in body.initializer if item.name == name), None)
+        if held is not None:
+            graph.initializer.insert(min(place, len(graph.initializer)), held)
+            body.initializer.remove(held)
+
+
+def _within(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
+    for body in bodies_of(node).values():
+        for child in body.node:
+            yield child
+            yield from _within(child)
+
+
+def _hides(node: onnx.NodeProto) -> bool:
+    """Whether a node's weights may be rewritten before they are looked at."""
+    return node.domain not in STANDARD or "Quantize" in node.op_type or "Integer" in node.op_type or node.op_type.startswith("QLinear")
+
+
+def _down(node: onnx.NodeProto, name: str) -> tuple[onnx.GraphProto, tuple[str, ...]] | None:
+    """The innermost body that is alone in reading a tensor from the graph around the node, and the way; None where there are several."""
+    bodies = [(key, body) for key, body in bodies_of(node).items() if name in captured(body)]
+    if len(bodies) != 1:
+        return None
+    key, body = bodies[0]
+    readers = [child for child in body.node if name in _reads(child)]
+    if len(readers) == 1 and name not in readers[0].input and not any(item.name == name for item in body.output):
+        deeper = _down(readers[0], name)
+        if deeper is not None:
+            return deeper[0], (key, key_of(readers[0]), *deeper[1])
+    return body, (key,)
 
 
 def keep_only(field: Any, wanted: Callable[[Any], bool]) -> None:

@@ -9,11 +9,13 @@ place (`loops`). A body that never ran is left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from relief_onnx import model as files
@@ -22,10 +24,11 @@ from relief_onnx.data_checks import batch_axis
 from relief_onnx.dataset import Dataset
 from relief_onnx.datatypes import Kept
 from relief_onnx.errors import DataError
+from relief_onnx.exposed import Exposed, Path, conceal, settled
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.lifting import BRANCHES, Lift, inlined, lift, sink
-from relief_onnx.loops import Exposed, Path, conceal, expose
+from relief_onnx.loops import expose
 from relief_onnx.lowering import Lowered, Restore, lower
 from relief_onnx.nodes import mark_taken, subgraphs, taken_branch, unmark
 from relief_onnx.prepared import Prepared
@@ -71,7 +74,7 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
         found, silent = _exposed(model, output, dataset, draws) if ready.graph.opset >= OPSET else (None, False)
         if found is not None:
             model = found[0]
-            restores.append(partial(_concealed, record=found[1]))
+            restores.append(_Concealed(found[1]))
         else:
             model, before = _marked(model, output, "none" if silent and not taken_branch(_node(model, output)) else "both")
             notes.setdefault(output, before)
@@ -163,8 +166,20 @@ def _sunk(model: onnx.ModelProto, kept: Kept, record: Lift) -> onnx.ModelProto:
     return sink(model, record)
 
 
-def _concealed(model: onnx.ModelProto, kept: Kept, record: Exposed) -> onnx.ModelProto:
-    return conceal(model, record)
+@dataclass(frozen=True)
+class _Concealed:
+    """The way back from mirrors; `notes` say what the form of the file changes besides values."""
+
+    record: Exposed
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
+        return conceal(model, self.record)
+
+    def settled(self, model: onnx.ModelProto, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[onnx.ModelProto, _Concealed]:
+        """The model with values that the form of the file can hold, and the way back from there."""
+        model, record, notes = settled(model, self.record, flags)
+        return model, _Concealed(record, tuple(notes))
 
 
 def _unmarked(model: onnx.ModelProto, kept: Kept, notes: Mapping[str, str]) -> onnx.ModelProto:

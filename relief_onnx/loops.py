@@ -9,55 +9,24 @@ body comes first: its mirrors are layers of the body, and go out with the others
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx.bodies import Held, Names, as_model, as_stored, bodies_of, keep_only, key_of, opened, put_back, unique_bodies
-from relief_onnx.borders import Added, Border, removed
+from relief_onnx.bodies import Names, Opened, as_stored, bodies_of, keep_only, key_of, opened, sunk, unique_bodies
+from relief_onnx.borders import Border
+from relief_onnx.exposed import Body, Exposed, Path
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
-from relief_onnx.nodes import captured, mark_mirror, mark_taken, runs_of, subgraphs, unmark
+from relief_onnx.lowering import INNER_PASSES, Lowered, lower
+from relief_onnx.nodes import captured, mark_mirror, mark_taken, runs_of, subgraphs
 from relief_onnx.sources import Source, trace_constant
 
-__all__ = ["Exposed", "Path", "conceal", "expose"]
-
-# From the outside in: the first output of a node, the attribute that is its body, and so on.
-Path = tuple[str, ...]
+__all__ = ["expose"]
 
 _MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
-
-
-@dataclass
-class Exposed:
-    """What was added for a node to the graph around it, and to its bodies.
-
-    output: the node's first one, in the file; home: the same, or what stands for it while we work. runs: by the path of a body (outputs of
-    nodes and attributes, from the outside in) the tensor [runs] that holds a number of its own for each run. nodes: tensors of
-    mirrors. moved: by the name of a weight, the body that it is from and its place there. images: whether convolutions read what may have
-    another size in every run, which would not lie one after the other.
-    """
-
-    output: str
-    added: Added
-    documentation: str = ""
-    home: str = ""
-    runs: dict[Path, str] = field(default_factory=dict)
-    nodes: set[str] = field(default_factory=set)
-    moved: dict[str, tuple[str, int]] = field(default_factory=dict)
-    images: bool = False
-    bodies: dict[str, _Body] = field(default_factory=dict)
-
-
-@dataclass
-class _Body:
-    """What was done to one body. inner: its own nodes with bodies, in order. marked: documentation of those without layers that run."""
-
-    held: Held
-    inner: list[Exposed] = field(default_factory=list)
-    marked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,8 +45,9 @@ def expose(
 
     ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions, whose inputs have to be as large in every run.
     """
-    ready = unique_bodies(model, output)
-    return _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()
+    ready, tensors = sunk(unique_bodies(model, output), output)
+    found = _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()
+    return None if found is None else (found[0], replace(found[1], sunk=tensors))
 
 
 class _Work:
@@ -143,7 +113,8 @@ class _Work:
     def _open(self, name: str, body: onnx.GraphProto) -> None:
         """Make a body a model, in which the nodes that have bodies themselves are laid open first."""
         found = opened(self.graph, body)
-        record, model = _Body(found.held), found.model
+        lowered = _lowered(found)
+        record, model = Body(found.held, lowered), lowered.model
         for output in [key_of(node) for node in model.graph.node if bodies_of(node) and key_of(node)]:
             path = (*self.path, name)
             inner = _Work(model, output, path, self.look).run() if self._looked(name) else None
@@ -320,40 +291,12 @@ def _sweep(body: onnx.GraphProto, mirrors: Collection[str]) -> None:
     body.node.extend(nodes)
 
 
-def conceal(model: onnx.ModelProto, record: Exposed) -> onnx.ModelProto:
-    """The way back: without the mirrors, with every weight in the body that it is from unless something else reads it by now."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph, added = result.graph, record.added
-    node = next((item for item in graph.node if record.home in item.output and bodies_of(item)), None)
-    gone = record.nodes | added.nodes
-    described = gone | added.names
-    keep_only(graph.node, lambda item: item is node or gone.isdisjoint(item.output))
-    keep_only(graph.initializer, lambda item: item.name not in added.initializers)
-    keep_only(graph.value_info, lambda item: item.name not in described - set(added.stacked.values()))
-    if node is None:
-        return result
-    unmark(node, record.documentation)
-    removed(node, added)
-    bodies = bodies_of(node)
-    _inward(graph, node, bodies, record)
-    for name, own in record.bodies.items():
-        inside = as_model(result, bodies[name])
-        for item in inside.graph.node:
-            if key_of(item) in own.marked:
-                unmark(item, own.marked[key_of(item)])
-        for inner in reversed(own.inner):
-            inside = conceal(inside, inner)
-        put_back(inside.graph, own.held)
-        bodies[name].CopyFrom(inside.graph)
-    return result
-
-
-def _inward(graph: onnx.GraphProto, node: onnx.NodeProto, bodies: Mapping[str, onnx.GraphProto], record: Exposed) -> None:
-    read = {name for item in graph.node for name in item.input} | {info.name for info in graph.output}
-    read |= {name for item in graph.node if item is not node for inner in subgraphs(item) for name in captured(inner)}
-    stored = {item.name: item for item in graph.initializer}
-    back = {name: place for name, place in record.moved.items() if name in stored and name not in read}
-    for name, (where, place) in sorted(back.items(), key=lambda item: item[1][1]):
-        bodies[where].initializer.insert(place, stored[name])
-    keep_only(graph.initializer, lambda item: item.name not in back)
+def _lowered(found: Opened) -> Lowered:
+    """What hides weights in a body laid open; nothing of it where that would rewrite what others read too."""
+    lowered = lower(found.model, INNER_PASSES)
+    after = {item.name: item for item in lowered.model.graph.initializer}
+    foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
+    rewritten = (
+        after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items()
+    )  # fmt: skip
+    return Lowered(found.model) if any(rewritten) else lowered

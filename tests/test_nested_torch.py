@@ -68,6 +68,8 @@ def arrays(model: onnx.ModelProto) -> dict[str, Any]:
         graph = pending.pop()
         found |= {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
         for node in graph.node:
-            found |= {node.output[0]: onnx.numpy_helper.to_array(item.t) for item in node.attribute if item.type == onnx.AttributeProto.TENSOR}
+            for item in node.attribute:
+                if item.type == onnx.AttributeProto.TENSOR:
+                    found[node.output[0]] = onnx.numpy_helper.to_array(item.t)
             pending += [item.g for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
     return found

@@ -1,0 +1,146 @@
+"""Quantised and fused nodes within bodies within bodies: pruned as in the main graph, written back in their own form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from fused_cases import CASES as FUSED
+from helpers import digits
+from onnx import TensorProto, helper, numpy_helper
+from test_quantised import quantised
+from test_quantised_packed import blocks, dynamic
+from test_quantised_packed import feed as block_feed
+from test_quantised_packed import steps as lstm_steps
+
+import relief_onnx
+from relief_onnx.control import settle
+from relief_onnx.data import open_dataset
+from relief_onnx.model import input_specs
+from relief_onnx.prepared import prepare
+
+Feed = dict[str, Any]
+
+
+def wrapped(model: onnx.ModelProto, captured: bool) -> onnx.ModelProto:
+    """The whole network in a branch within a Loop of one round. captured: its tensors stay in the main graph."""
+    inside = onnx.GraphProto(name="one")
+    inside.node.extend(model.graph.node)
+    outside = [] if captured else model.graph.initializer
+    inside.initializer.extend(outside)
+    names = [info.name for info in model.graph.output]
+    ranks = [len(info.type.tensor_type.shape.dim) for info in model.graph.output]
+    inside.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in zip(names, ranks, strict=True)
+    )
+    zeros = [numpy_helper.from_array(np.zeros([1] * rank, np.float32)) for rank in ranks]
+    nothing = helper.make_graph(
+        [helper.make_node("Constant", [], [f"{name}/no"], value=value) for name, value in zip(names, zeros, strict=True)], "two", [],
+        [helper.make_tensor_value_info(f"{name}/no", TensorProto.FLOAT, [None] * rank) for name, rank in zip(names, ranks, strict=True)],
+    )  # fmt: skip
+    choice = helper.make_node("If", ["flag"], [f"{name}/if" for name in names], name="choice", then_branch=inside, else_branch=nothing)
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["going"], ["again"]), choice], "each",
+        [helper.make_tensor_value_info("round", TensorProto.INT64, []), helper.make_tensor_value_info("going", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("again", TensorProto.BOOL, [])]
+        + [helper.make_tensor_value_info(f"{name}/if", TensorProto.FLOAT, [None] * rank) for name, rank in zip(names, ranks, strict=True)],
+    )  # fmt: skip
+    loop = helper.make_node("Loop", ["rounds", ""], [f"{name}/all" for name in names], name="loop", body=body)
+    ends = [helper.make_node("Gather", [f"{name}/all", "nought"], [f"{name}/out"], axis=0) for name in names]
+    numbers = [numpy_helper.from_array(np.array(1), "rounds"), numpy_helper.from_array(np.array(0), "nought")]
+    stored = [*(model.graph.initializer if captured else ()), *numbers]
+    taken = {item.name for item in model.graph.initializer}
+    inputs = [info for info in model.graph.input if info.name not in taken]
+    graph = helper.make_graph(
+        [loop, *ends], "net", [*inputs, helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info(f"{name}/out", TensorProto.FLOAT, [None] * rank) for name, rank in zip(names, ranks, strict=True)],
+        stored,
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=model.opset_import)
+    made.ir_version = model.ir_version
+    onnxruntime.InferenceSession(made.SerializeToString())
+    return made
+
+
+MODELS: dict[str, Any] = {
+    "QDQ": lambda: (quantised("products", "QDQ"), {"image": digits(8)}),
+    "QOperator": lambda: (quantised("products", "QOperator"), {"image": digits(8)}),
+    "dynamic": lambda: (quantised("products", "dynamic"), {"image": digits(8)}),
+    "QDQ of images": lambda: (quantised("lenet5", "QDQ"), {"image": digits(8)}),
+    "QLinear of images": lambda: (quantised("lenet5", "QOperator"), {"image": digits(8)}),
+    "MatMulNBits": lambda: _with(blocks(), block_feed()),
+    "DynamicQuantizeLSTM": lambda: _with(dynamic(1, True), lstm_steps()),
+    **{f"fused {name}": FUSED[name] for name in ("conv relu", "gemm", "skip, bias", "attention", "bias gelu")},
+}
+
+
+def _with(model: onnx.ModelProto, values: Any) -> tuple[onnx.ModelProto, Feed]:
+    taken = {item.name for item in model.graph.initializer}
+    name = next(item.name for item in model.graph.input if item.name not in taken)
+    return model, values if isinstance(values, dict) else {name: values}
+
+
+def operators(graph: onnx.GraphProto) -> list[str]:
+    found = []
+    for node in graph.node:
+        found.append(node.op_type)
+        for item in node.attribute:
+            if item.type == onnx.AttributeProto.GRAPH:
+                found += operators(item.g)
+    return sorted(found)
+
+
+def tensors(graph: onnx.GraphProto) -> dict[str, bytes]:
+    found = {item.name: numpy_helper.to_array(item).tobytes() for item in graph.initializer}
+    for node in graph.node:
+        for item in node.attribute:
+            if item.type == onnx.AttributeProto.GRAPH:
+                found |= tensors(item.g)
+    return found
+
+
+def feeds(feed: Feed) -> tuple[list[Feed], list[Feed]]:
+    """Samples for the plain network, and for the wrapped one with some for which it does not run."""
+    count = len(next(iter(feed.values())))
+    plain = [{name: value[i : i + 1] for name, value in feed.items()} for i in range(count)]
+    return plain, [{**one, "flag": np.array(flag)} for one in plain for flag in ((True, False) if one is plain[0] else (True,))]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_pruned_nothing_changed(name: str, captured: bool) -> None:
+    model, feed = MODELS[name]()
+    made = wrapped(model, captured)
+    data = feeds(feed)[1]
+    opened = settle(prepare(made), open_dataset(data, input_specs(made)), samples=None, seed=0, threads=1)
+    assert {layer.weight for layer in opened.plan.layers} == {layer.weight for layer in prepare(model).plan.layers}
+    back = opened.restored(opened.graph.model)
+    assert operators(back.graph) == operators(made.graph)
+    assert tensors(back.graph) == tensors(made.graph)
+    for one in data[:3]:
+        wanted = onnxruntime.InferenceSession(made.SerializeToString()).run(None, one)
+        for a, b in zip(wanted, onnxruntime.InferenceSession(back.SerializeToString()).run(None, one), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_pruned_as_in_the_main_graph(name: str, captured: bool) -> None:
+    model, feed = MODELS[name]()
+    plain, data = feeds(feed)
+    options = {"criterion": "relief", "alpha": 0.7, "granularity": "weight", "mean_shift": "off", "storage": "dense", "threads": 1}
+    found, wanted = relief_onnx.prune(wrapped(model, captured), data, **options), relief_onnx.prune(model, plain, **options)
+    assert found.masks.keep.keys() == wanted.masks.keep.keys()
+    for weight, keep in wanted.masks.keep.items():
+        assert (found.masks.keep[weight] != keep).mean() <= 0.01, weight
+        assert not keep.all()
+    assert operators(found.model.graph) == operators(wrapped(model, captured).graph)
+    made = [
+        onnxruntime.InferenceSession(one.SerializeToString()).run(None, feed)
+        for one, feed in ((found.model, data[0]), (wanted.model, plain[0]))
+    ]
+    for a, b in zip(*made, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
