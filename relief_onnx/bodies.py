@@ -13,6 +13,7 @@ from relief_onnx import model as files
 from relief_onnx.graph import Graph
 from relief_onnx.lifting import constant_of, names_in, rename_in, unused_name
 from relief_onnx.nodes import STANDARD, captured, subgraphs
+from relief_onnx.recurrent_layers import GATES
 
 __all__ = [
     "BODIES",
@@ -215,7 +216,13 @@ def _within(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
 
 def _hides(node: onnx.NodeProto) -> bool:
     """Whether a node's weights may be rewritten before they are looked at."""
-    return node.domain not in STANDARD or "Quantize" in node.op_type or "Integer" in node.op_type or node.op_type.startswith("QLinear")
+    return (
+        node.op_type in GATES
+        or node.domain not in STANDARD
+        or "Quantize" in node.op_type
+        or "Integer" in node.op_type
+        or node.op_type.startswith("QLinear")
+    )
 
 
 def _down(node: onnx.NodeProto, name: str) -> tuple[onnx.GraphProto, tuple[str, ...]] | None:

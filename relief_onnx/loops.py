@@ -20,13 +20,16 @@ from relief_onnx.borders import Border
 from relief_onnx.exposed import Body, Exposed, Path
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.lifting import names_in
 from relief_onnx.lowering import INNER_PASSES, Lowered, lower
 from relief_onnx.nodes import captured, mark_mirror, mark_taken, runs_of, subgraphs
+from relief_onnx.recurrent_layers import WITHIN
+from relief_onnx.recurrent_mirrors import Batch, can_mirror
 from relief_onnx.sources import Source, trace_constant
 
 __all__ = ["expose"]
 
-_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def expose(
 ) -> tuple[onnx.ModelProto, Exposed] | None:
     """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer.
 
-    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions, whose inputs have to be as large in every run.
+    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions and recurrent nodes, whose inputs have to be as large in
+    every run.
     """
     ready, tensors = sunk(unique_bodies(model, output), output)
     found = _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()
@@ -51,15 +55,17 @@ def expose(
 
 
 class _Work:
-    """One node of a graph; `path` leads to that graph."""
+    """One node of a graph; `path` leads to that graph, `scope` are names of the graphs around it."""
 
-    def __init__(self, model: onnx.ModelProto, output: str, path: Path, look: _Look) -> None:
+    def __init__(self, model: onnx.ModelProto, output: str, path: Path, look: _Look, scope: frozenset[str] = frozenset()) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
         self.graph = Graph(model)
         self.node = next(item for item in self.model.graph.node if output in item.output)
         self.path, self.look, self.names = (*path, output), look, look.names
         self.border = Border(self.graph, self.node, look.names)
+        # What bodies see, and so may not name anew.
+        self.scope = scope | self.graph.producer.keys() | self.graph.initializers.keys() | {item.name for item in model.graph.input}
         self.record = Exposed(output, self.border.added, self.node.doc_string)
         self.bodies = bodies_of(self.node)
         self.inner: dict[str, Graph] = {}
@@ -79,6 +85,10 @@ class _Work:
         places = {item.name: place for own in self.bodies.values() for place, item in enumerate(own.initializer)}
         lifted: dict[tuple[str, str], str] = {}
         for name, layer in chosen:
+            if layer.recurrent is not None:
+                if layer.recurrent.part == "W":
+                    self._mirror_recurrent(name, layer, places)
+                continue
             key = name, layer.input
             if key not in lifted:
                 lifted[key] = self._lift(name, layer)
@@ -113,13 +123,14 @@ class _Work:
     def _open(self, name: str, body: onnx.GraphProto) -> None:
         """Make a body a model, in which the nodes that have bodies themselves are laid open first."""
         found = opened(self.graph, body)
-        lowered = _lowered(found)
+        lowered = _lowered(found, self.scope)
         record, model = Body(found.held, lowered), lowered.model
         for output in [key_of(node) for node in model.graph.node if bodies_of(node) and key_of(node)]:
             path = (*self.path, name)
-            inner = _Work(model, output, path, self.look).run() if self._looked(name) else None
+            inner = _Work(model, output, path, self.look, self.scope).run() if self._looked(name) else None
             if inner is None:
-                silent = self.look.ran is not None and _Work(model, output, path, replace(self.look, ran=None)).run() is not None
+                every = replace(self.look, ran=None)
+                silent = self.look.ran is not None and _Work(model, output, path, every, self.scope).run() is not None
                 node = next(item for item in model.graph.node if output in item.output)
                 record.marked[output] = node.doc_string
                 mark_taken(node, "none" if silent else "idle")
@@ -140,12 +151,19 @@ class _Work:
                 elsewhere = any(weight not in found for found in others)
                 if elsewhere or not self._looked(name) or not all(self._possible(self.inner[name], layer) for layer in layers):
                     refused.add(weight)
-        return refused
+        pairs = [pair for plan in plans.values() for pair in plan.recurrent().values()]
+        while True:  # W and R of a node go together
+            more = {own.weight for pair in pairs if any(one.weight in refused for one in pair.values()) for own in pair.values()} - refused
+            if not more:
+                return refused
+            refused |= more
 
     def _possible(self, graph: Graph, layer: Layer) -> bool:
         """Whether the mirror can be made: the operator is known, so are axes that matter, and the weight's way needs no constants."""
-        if layer.op not in _MIRRORED or (layer.is_convolution and self.look.rows_only):
+        if layer.op not in _MIRRORED or (self.look.rows_only and (layer.is_convolution or layer.recurrent is not None)):
             return False
+        if layer.recurrent is not None:
+            return can_mirror(graph, layer)
         source = trace_constant(graph, self._fed(graph, layer))
         if not isinstance(source, Source):
             return False
@@ -214,15 +232,45 @@ class _Work:
         del node.input[2:]
         if bias and layer.bias is not None and layer.bias.node == layer.node:
             node.input.append(bias)
-        node.output[0] = self.names.free(f"{node.output[0]}/mirror")
-        known = {item.name for item in (*self.model.graph.node, *self.mirrors)}
-        node.name = node.name or key_of(graph.nodes[layer.node])
-        node.name = self.names.free(f"{self.record.output}/{node.name}") if node.name in known else node.name
-        mark_mirror(node, self.record.home, self._stamp(body, runs_of(graph.nodes[layer.node])))
-        self.mirrors.append(node)
+        self._add(node, body, graph.nodes[layer.node])
         if bias and layer.bias is not None and layer.bias.node != layer.node:
             after = self.names.free(f"{node.output[0]}/sum")
             self.mirrors.append(helper.make_node("Add", [node.output[0], bias], [after], name=after))
+
+    def _add(self, node: onnx.NodeProto, body: str, original: onnx.NodeProto) -> None:
+        """A mirror, with a name of its own."""
+        node.output[:] = [self.names.free(f"{key_of(original)}/mirror")]
+        known = {item.name for item in (*self.model.graph.node, *self.mirrors)}
+        node.name = node.name or key_of(original)
+        node.name = self.names.free(f"{self.record.output}/{node.name}") if node.name in known else node.name
+        mark_mirror(node, self.record.home, self._stamp(body, runs_of(original)))
+        self.mirrors.append(node)
+
+    def _mirror_recurrent(self, body: str, layer: Layer, places: Mapping[str, int]) -> None:
+        """A recurrent node with the sequences of all runs as one batch, and one of no steps behind them."""
+        graph, node = self.inner[body], onnx.NodeProto()
+        node.CopyFrom(graph.nodes[layer.node])
+        batch = Batch(self.border, body, node, graph, self.names)
+        self.record.images |= batch.steps is None
+        inputs = batch.handed_out(layer)
+        self.record.home = self.record.home or self._home()
+        for slot, name in enumerate(node.input):
+            if slot not in inputs and name and name in graph.initializers:
+                self._outward(graph, body, name, places)
+            elif slot not in inputs and name and (source := trace_constant(graph, name)) is not None and isinstance(source, Source):
+                self._outward(graph, body, source.name, places)
+                inputs[slot] = self._way(graph, source.name, name)
+            elif slot == 3 and name:
+                joins = graph.nodes[graph.producer[name]]
+                for half in joins.input:
+                    self._outward(graph, body, half, places)
+                inputs[slot] = self.names.free(f"{name}/mirror")
+                self.mirrors.append(helper.make_node("Concat", joins.input, [inputs[slot]], name=f"{inputs[slot]}{WITHIN}", axis=1))
+        self.mirrors += batch.nodes
+        node.input.extend([""] * (max(inputs) + 1 - len(node.input)))
+        for slot, name in inputs.items():
+            node.input[slot] = name
+        self._add(node, body, graph.nodes[layer.node])
 
     def _in_rows(self, layer: Layer, node: onnx.NodeProto, rank: int, bias: str) -> str:
         """Let a mirror read rows [n, in] where the layer reads columns; the bias as it then adds it."""
@@ -291,12 +339,11 @@ def _sweep(body: onnx.GraphProto, mirrors: Collection[str]) -> None:
     body.node.extend(nodes)
 
 
-def _lowered(found: Opened) -> Lowered:
-    """What hides weights in a body laid open; nothing of it where that would rewrite what others read too."""
+def _lowered(found: Opened, scope: frozenset[str]) -> Lowered:
+    """What hides weights in a body laid open; nothing of it where that would rewrite what others read too, or make names of the `scope`."""
     lowered = lower(found.model, INNER_PASSES)
     after = {item.name: item for item in lowered.model.graph.initializer}
     foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
-    rewritten = (
-        after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items()
-    )  # fmt: skip
-    return Lowered(found.model) if any(rewritten) else lowered
+    rewritten = (after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items())
+    made = (names_in(lowered.model.graph) - names_in(found.model.graph)) & scope
+    return Lowered(found.model) if made or any(rewritten) else lowered

@@ -144,3 +144,92 @@ def test_pruned_as_in_the_main_graph(name: str, captured: bool) -> None:
     ]
     for a, b in zip(*made, strict=True):
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+
+
+def recurrent(operator: str, direction: str, lengths: bool = False) -> tuple[onnx.ModelProto, Feed]:
+    """One recurrent node with a bias and first states, from x [4, N, 7] to its last state and all of them."""
+    rng = np.random.default_rng(0)
+    both, gates = 1 + (direction == "bidirectional"), {"LSTM": 4, "GRU": 3, "RNN": 1}[operator]
+    stored = {
+        "W": rng.normal(0, 0.5, (both, gates * 6, 7)), "R": rng.normal(0, 0.5, (both, gates * 6, 6)), "B": rng.normal(0, 0.5, (both, gates * 12)),
+        "start": rng.normal(0, 0.5, (7, 6)),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=0), helper.make_node("MatMul", ["m", "start"], ["s"], name="start_of"),
+        helper.make_node("Unsqueeze", ["s", "nought_axis"], ["h1"]), helper.make_node("Concat", ["h1"] * both, ["h0"], axis=0),
+        helper.make_node(operator, ["x", "W", "R", "B", "lengths" if lengths else "", "h0"], ["Y", "Y_h"], name="rec", hidden_size=6, direction=direction),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in stored.items()]
+    tensors.append(numpy_helper.from_array(np.array([0]), "nought_axis"))
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, "N", 7])]
+    inputs += [helper.make_tensor_value_info("lengths", TensorProto.INT32, ["N"])] if lengths else []
+    ends = [
+        helper.make_tensor_value_info("Y", TensorProto.FLOAT, [None] * 4),
+        helper.make_tensor_value_info("Y_h", TensorProto.FLOAT, [None] * 3),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "net", inputs, ends, tensors), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    feed = {"x": rng.normal(0.3, 1, (4, 6, 7)).astype(np.float32)}
+    return model, feed | ({"lengths": np.array([1, 4, 3, 2, 4, 1], np.int32)} if lengths else {})
+
+
+KINDS = [("LSTM", "forward", False), ("GRU", "bidirectional", False), ("RNN", "reverse", False), ("LSTM", "bidirectional", True)]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_recurrent_nodes(kind: tuple[str, str, bool], captured: bool) -> None:
+    """Their scores are those of the network without control flow; nothing else changes."""
+    model, feed = recurrent(*kind)
+    made = wrapped(model, captured)
+    data = [{**feed, "flag": np.array(flag)} for flag in (True, False)]
+    opened = settle(prepare(made), open_dataset(data, input_specs(made)), samples=None, seed=0, threads=1)
+    back = opened.restored(opened.graph.model)
+    assert operators(back.graph) == operators(made.graph)
+    assert tensors(back.graph) == tensors(made.graph)
+    found, wanted = (relief_onnx.score(one, given, criterion="relief", threads=1) for one, given in ((made, data), (model, [feed])))
+    for part in ("rec/W", "rec/R", "start_of"):
+        np.testing.assert_allclose(found[part].score, wanted[part].score, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(found[part].bias_score, wanted[part].bias_score, rtol=1e-4, atol=1e-7)
+    for options in ({"criterion": "relief", "alpha": 0.7}, {"keep": "50%", "repair": "least-squares", "granularity": "channel+weight"}):
+        pruned = relief_onnx.prune(made, data, threads=1, **options)
+        rows = {row["weight"]: row for row in pruned.report["layers"]}
+        assert rows["W"]["status"] == rows["R"]["status"] == "pruned"
+        if "repair" in options:
+            reasons = {row["weight"]: row["reason"] for row in pruned.report["repair"]["layers"]}
+            assert reasons["W"] == "it is recurrent and runs inside a body of control flow"
+
+
+def test_a_recurrent_node_over_many_rounds() -> None:
+    """Chunks of a sequence with a state that goes round: as the whole sequence at once."""
+    model, feed = recurrent("GRU", "forward")
+    x = np.random.default_rng(4).normal(0.3, 1, (3, 4, 6, 7)).astype(np.float32)
+    inputs = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, "N", 6]),
+    ]  # fmt: skip
+    nodes = [
+        helper.make_node("Identity", ["on"], ["more"]), helper.make_node("Gather", ["x", "i"], ["xi"], axis=0),
+        helper.make_node("GRU", ["xi", "W", "R", "B", "", "h"], ["Y", "h_next"], name="rec", hidden_size=6),
+    ]  # fmt: skip
+    ends = [
+        helper.make_tensor_value_info("more", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("h_next", TensorProto.FLOAT, [1, "N", 6]),
+    ]
+    held = [item for item in model.graph.initializer if item.name in "WRB"]
+    body = helper.make_graph(nodes, "each", inputs, ends, held)
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["rounds", "", "h0"], ["last"], name="loop", body=body)], "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4, "N", 7]), helper.make_tensor_value_info("h0", TensorProto.FLOAT, [1, "N", 6])],
+        [helper.make_tensor_value_info("last", TensorProto.FLOAT, [1, "N", 6])], [numpy_helper.from_array(np.array(3), "rounds")],
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    h0 = np.random.default_rng(5).normal(0, 0.5, (1, 6, 6)).astype(np.float32)
+    del model.graph.node[:4]
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 12
+    model.graph.input.append(helper.make_tensor_value_info("h0", TensorProto.FLOAT, [1, "N", 6]))
+    found = relief_onnx.score(made, [{"x": x, "h0": h0}], criterion="relief", threads=1)
+    wanted = relief_onnx.score(model, [{"x": x.reshape(12, 6, 7), "h0": h0}], criterion="relief", threads=1)
+    for part in ("rec/W", "rec/R"):
+        np.testing.assert_allclose(found[part].score, wanted[part].score, rtol=1e-4, atol=1e-7)
