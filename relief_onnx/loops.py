@@ -46,8 +46,8 @@ def expose(
 ) -> tuple[onnx.ModelProto, Exposed] | None:
     """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer.
 
-    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions and recurrent nodes, whose inputs have to be as large in
-    every run.
+    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions and recurrent nodes, whose inputs have to be as
+    large in every run.
     """
     ready, tensors = sunk(unique_bodies(model, output), output)
     found = _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()

@@ -151,13 +151,18 @@ def recurrent(operator: str, direction: str, lengths: bool = False) -> tuple[onn
     rng = np.random.default_rng(0)
     both, gates = 1 + (direction == "bidirectional"), {"LSTM": 4, "GRU": 3, "RNN": 1}[operator]
     stored = {
-        "W": rng.normal(0, 0.5, (both, gates * 6, 7)), "R": rng.normal(0, 0.5, (both, gates * 6, 6)), "B": rng.normal(0, 0.5, (both, gates * 12)),
+        "W": rng.normal(0, 0.5, (both, gates * 6, 7)), "R": rng.normal(0, 0.5, (both, gates * 6, 6)),
+        "B": rng.normal(0, 0.5, (both, gates * 12)),
         "start": rng.normal(0, 0.5, (7, 6)),
     }  # fmt: skip
     nodes = [
-        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=0), helper.make_node("MatMul", ["m", "start"], ["s"], name="start_of"),
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=0),
+        helper.make_node("MatMul", ["m", "start"], ["s"], name="start_of"),
         helper.make_node("Unsqueeze", ["s", "nought_axis"], ["h1"]), helper.make_node("Concat", ["h1"] * both, ["h0"], axis=0),
-        helper.make_node(operator, ["x", "W", "R", "B", "lengths" if lengths else "", "h0"], ["Y", "Y_h"], name="rec", hidden_size=6, direction=direction),
+        helper.make_node(
+            operator, ["x", "W", "R", "B", "lengths" if lengths else "", "h0"], ["Y", "Y_h"], name="rec", hidden_size=6,
+            direction=direction,
+        ),
     ]  # fmt: skip
     tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in stored.items()]
     tensors.append(numpy_helper.from_array(np.array([0]), "nought_axis"))
@@ -203,7 +208,7 @@ def test_recurrent_nodes(kind: tuple[str, str, bool], captured: bool) -> None:
 
 def test_a_recurrent_node_over_many_rounds() -> None:
     """Chunks of a sequence with a state that goes round: as the whole sequence at once."""
-    model, feed = recurrent("GRU", "forward")
+    model = recurrent("GRU", "forward")[0]
     x = np.random.default_rng(4).normal(0.3, 1, (3, 4, 6, 7)).astype(np.float32)
     inputs = [
         helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("on", TensorProto.BOOL, []),
@@ -221,7 +226,8 @@ def test_a_recurrent_node_over_many_rounds() -> None:
     body = helper.make_graph(nodes, "each", inputs, ends, held)
     graph = helper.make_graph(
         [helper.make_node("Loop", ["rounds", "", "h0"], ["last"], name="loop", body=body)], "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4, "N", 7]), helper.make_tensor_value_info("h0", TensorProto.FLOAT, [1, "N", 6])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4, "N", 7]),
+         helper.make_tensor_value_info("h0", TensorProto.FLOAT, [1, "N", 6])],
         [helper.make_tensor_value_info("last", TensorProto.FLOAT, [1, "N", 6])], [numpy_helper.from_array(np.array(3), "rounds")],
     )  # fmt: skip
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
