@@ -40,8 +40,10 @@ class Source(Protocol):
 class Equations:
     """Rows of one layer, at some positions of all samples, and its weights as they were before.
 
-    keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are.
+    keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are. met: whether there are rows.
     """
+
+    met = True
 
     def __init__(
         self, graph: Graph, layer: Layer, aim: Aim, keep: Flags | None, bias_keep: Flags | None, removed: Flags | None,
@@ -61,11 +63,7 @@ class Equations:
                 self._solved &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
         self._x, self._wanted, other = self._rows(before, after, seed)
         self._shift = other + aim.shift.astype(np.float32)
-
-    @property
-    def rows(self) -> int:
-        """How many there are; none where no batch had a say."""
-        return len(self._x)
+        self.met = len(self._x) > 0
 
     def variance(self) -> Doubles:
         """Of what the weights as they were emit, per row [out]."""
@@ -79,7 +77,7 @@ class Equations:
 
         flops: about what that may take.
         """
-        if not self.rows:
+        if not self.met:
             return {}, (0.0, 0.0)
         weight, bias = self._weight * self._keep, self._bias.copy()
         errors = np.zeros(2)

@@ -67,7 +67,7 @@ def repair(
     def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
         progress("repair", layer.node, len(graph.nodes))
         found, errors = equations.solved()
-        reason = "its equations have no finite solution" if equations.rows else "its body runs in other rounds once pruned"
+        reason = "its equations have no finite solution" if equations.met else "its body runs in other rounds once pruned"
         rows[layer.name] = Repaired(layer, *errors) if found else Repaired(layer, reason=reason)
         return found
 
