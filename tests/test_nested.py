@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers import real_model
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -267,3 +268,25 @@ def test_batches_that_take_another_way_once_pruned_have_no_say() -> None:
     reasons = {row.layer.weight: row.reason for row in rows}
     assert reasons["wa"] == reasons["wb"] == "its body runs in other rounds once pruned"
     assert not reasons["last"]
+
+
+def test_a_speech_detector_at_both_rates() -> None:
+    """Both networks of the file in one run. Its LSTMs read weights that a branch which never runs reads too: they stay, with a reason."""
+    path = real_model("silero_vad_v6")
+    rng = np.random.default_rng(0)
+    sizes = [(576, 16000), (288, 8000)] * 3
+    data = [
+        {
+            "input": rng.normal(0, 0.1, (1, size)).astype(np.float32), "state": rng.normal(0, 0.3, (2, 1, 128)).astype(np.float32),
+            "sr": np.array(rate, np.int64),
+        }
+        for size, rate in sizes
+    ]  # fmt: skip
+    found = relief_onnx.prune(path, data, keep="50%", granularity="weight", repair="least-squares", criterion="flow")
+    rows = found.report["layers"]
+    assert [row["status"] for row in rows if row["op"] == "Conv"] == ["pruned"] * 12
+    assert all(row["reason"] and "decoder.rnn" in row["weight"] for row in rows if row["op"] != "Conv")
+    repaired = found.report["repair"]["layers"]
+    assert len(repaired) == 12
+    assert all(not row["reason"] and row["error_after"] <= row["error_before"] for row in repaired)
+    assert found.report["output"]["bytes"] < found.report["input"]["bytes"]
