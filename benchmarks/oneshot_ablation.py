@@ -182,7 +182,7 @@ class Subject:
         if parts is None:
             return masked
         with switched(parts, graph):
-            feeds = repairs.samples_of(self.dataset, min(parts.samples or repairs.SAMPLES, repairs.SAMPLES))
+            feeds = repairs.samples_of(graph, self.dataset, min(parts.samples or repairs.SAMPLES, repairs.SAMPLES))
             return repairs.repair(graph, masked, flags, self.weights, feeds, threads=self.threads)[0]
 
     def judged(self, model: onnx.ModelProto) -> Row:

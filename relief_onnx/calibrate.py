@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.grouping import FIT_SAMPLES, Grouping
-from relief_onnx.nodes import taken_branch
+from relief_onnx.nodes import chooses
 from relief_onnx.probes import Probe
 from relief_onnx.ranks import rank, world
 from relief_onnx.session import Session
@@ -68,8 +68,7 @@ def run(
     start = time.perf_counter()
     session = Session(probe.model, threads, "the probe model")
     # Where samples take different branches of an If, each has to take its own.
-    apart = any(node.op_type == "If" and taken_branch(node) == "both" for node in probe.model.graph.node)
-    size = 1 if apart else batch_size_for(session, probe, dataset, seed)
+    size = 1 if chooses(probe.model.graph.node) else batch_size_for(session, probe, dataset, seed)
     samples = feed(
         session, probe, measurements, dataset, size, limit=limit, seed=seed, threads=threads, progress=progress, grouping=grouping
     )

@@ -59,9 +59,9 @@ class Contest:
         return {"errors": errors, "samples": self.samples}
 
 
-def draw(dataset: Dataset, limit: int, seed: int) -> Draw:
-    """At most `limit` samples, the judge's every third batch."""
-    batches = list(dataset.batches(BATCH, limit=limit, seed=seed))
+def draw(dataset: Dataset, limit: int, seed: int, size: int = BATCH) -> Draw:
+    """At most `limit` samples in batches of `size`, the judge's every third batch."""
+    batches = list(dataset.batches(size, limit=limit, seed=seed))
     held = HELD if sum(batch.size for batch in batches) >= LEAST_SAMPLES else len(batches) + 1
     fit = [batch for number, batch in enumerate(batches) if number % held != held - 1]
     unseen = [batch for number, batch in enumerate(batches) if number % held == held - 1]

@@ -9,23 +9,28 @@ place (`loops`). A body that never ran is left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from relief_onnx import model as files
+from relief_onnx.bodies import bodies_of, key_of
 from relief_onnx.data_checks import batch_axis
 from relief_onnx.dataset import Dataset
 from relief_onnx.datatypes import Kept
+from relief_onnx.errors import DataError
+from relief_onnx.exposed import Exposed, Path, conceal, settled
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.lifting import BRANCHES, Lift, inlined, lift, sink
-from relief_onnx.loops import BODIES, Exposed, conceal, expose
+from relief_onnx.loops import expose
 from relief_onnx.lowering import Lowered, Restore, lower
-from relief_onnx.nodes import STANDARD, mark_taken, subgraphs, taken_branch, unmark
+from relief_onnx.nodes import mark_taken, subgraphs, taken_branch, unmark
 from relief_onnx.prepared import Prepared
 from relief_onnx.session import Session
 
@@ -49,10 +54,10 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     model, restores = inlined(files.prepare(ready.original)), list[Restore]()
     notes: dict[str, str] = {}
     if model.ir_version < 4:  # where every initializer is an input of the model: left alone
-        for output in [_key(node) for node in model.graph.node if _has_bodies(node)]:
+        for output in [key_of(node) for node in model.graph.node if _has_bodies(node)]:
             model, notes[output] = _marked(model, output, "old")
     while pending := [node for node in model.graph.node if node.op_type == "If" and _has_bodies(node) and not taken_branch(node)]:
-        conditions = {_key(node): node.input[0] for node in pending}
+        conditions = {key_of(node): node.input[0] for node in pending}
         seen = _observed(model, sorted(set(conditions.values())), dataset, **draws)
         for output, condition in conditions.items():
             if len(seen[condition]) == 1:
@@ -65,27 +70,20 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     lowered = lower(files.prepare(model))
     restores += [lambda edited, kept: files.share_again(edited, known), *lowered.restores]
     model = lowered.model
-    for output in [_key(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
-        found = expose(model, output) if ready.graph.opset >= OPSET else None
-        exposed, ran = found is not None, set[str]() if found is None else _running(found[0], found[1], dataset, **draws)
-        if found is not None and ran < set(found[1].sources):
-            found = expose(model, output, ran)
+    for output in [key_of(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
+        found, silent = _exposed(model, output, dataset, draws) if ready.graph.opset >= OPSET else (None, False)
         if found is not None:
             model = found[0]
-            restores.append(partial(_concealed, record=found[1]))
+            restores.append(_Concealed(found[1]))
         else:
-            model, before = _marked(model, output, "none" if exposed and not taken_branch(_node(model, output)) else "both")
+            model, before = _marked(model, output, "none" if silent and not taken_branch(_node(model, output)) else "both")
             notes.setdefault(output, before)
     graph = Graph(model)
     return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(model, (partial(_unmarked, notes=notes), *restores)))
 
 
 def _has_bodies(node: onnx.NodeProto) -> bool:
-    return node.op_type in BODIES and node.domain in STANDARD and bool(_key(node))
-
-
-def _key(node: onnx.NodeProto) -> str:
-    return next((name for name in node.output if name), "")
+    return bool(bodies_of(node)) and bool(key_of(node))
 
 
 def _observed(
@@ -116,19 +114,37 @@ def _session(model: onnx.ModelProto, names: Sequence[str], element: int, threads
     return Session(probe, threads, "the model")
 
 
-def _running(model: onnx.ModelProto, record: Exposed, dataset: Dataset, samples: int | None, seed: int, threads: int) -> set[str]:
-    """The bodies that run on any sample: what they emit is then not empty."""
+def _exposed(
+    model: onnx.ModelProto, output: str, dataset: Dataset, draws: Mapping[str, Any]
+) -> tuple[tuple[onnx.ModelProto, Exposed] | None, bool]:  # fmt: skip
+    """The model with mirrors of the layers in the bodies of a node that run (None: no such layer), and whether none runs that has any."""
+    for rows_only in (False, True):
+        found = expose(model, output, rows_only=rows_only)
+        if found is None:
+            return None, False
+        try:
+            ran = _running(found[0], found[1], dataset, **draws)
+        except DataError:
+            if rows_only:
+                raise
+            continue
+        return (found if ran >= found[1].runs.keys() else expose(model, output, ran, rows_only)), not ran
+    raise AssertionError("the second look ends")
+
+
+def _running(model: onnx.ModelProto, record: Exposed, dataset: Dataset, samples: int | None, seed: int, threads: int) -> set[Path]:
+    """The paths of the bodies that run on any sample. Raises DataError, also where images that are handed out differ in size."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    sizes = [f"{name}/size" for name in record.outputs]
-    probe.graph.node.extend(helper.make_node("Size", [name], [size], name=size) for name, size in zip(record.outputs, sizes, strict=True))
-    session = _session(probe, sizes, TensorProto.INT64, threads)
-    found: set[str] = set()
+    sizes = {path: f"{name}/size" for path, name in record.runs.items()}
+    probe.graph.node.extend(helper.make_node("Size", [record.runs[path]], [size], name=size) for path, size in sizes.items())
+    session = _session(probe, [*sizes.values()], TensorProto.INT64, threads)
+    found: set[Path] = set()
     for batch in dataset.batches(1, limit=samples, seed=seed):
-        found |= {body for body, size in zip(record.sources, session.run(batch.feed, sizes, batch.source), strict=True) if int(size)}
-        if found >= set(record.sources):
+        found |= {path for path, size in zip(sizes, session.run(batch.feed, [*sizes.values()], batch.source), strict=True) if int(size)}
+        if found >= sizes.keys() and not record.images:
             break
-    return found
+    return {path[:end] for path in found for end in range(2, len(path) + 1, 2)}  # with the bodies around them
 
 
 def _node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
@@ -150,8 +166,20 @@ def _sunk(model: onnx.ModelProto, kept: Kept, record: Lift) -> onnx.ModelProto:
     return sink(model, record)
 
 
-def _concealed(model: onnx.ModelProto, kept: Kept, record: Exposed) -> onnx.ModelProto:
-    return conceal(model, record)
+@dataclass(frozen=True)
+class _Concealed:
+    """The way back from mirrors; `notes` say what the form of the file changes besides values."""
+
+    record: Exposed
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
+        return conceal(model, self.record)
+
+    def settled(self, model: onnx.ModelProto, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[onnx.ModelProto, _Concealed]:
+        """The model with values that the form of the file can hold, and the way back from there."""
+        model, record, notes = settled(model, self.record, flags)
+        return model, _Concealed(record, tuple(notes))
 
 
 def _unmarked(model: onnx.ModelProto, kept: Kept, notes: Mapping[str, str]) -> onnx.ModelProto:
@@ -164,7 +192,7 @@ def _unmarked(model: onnx.ModelProto, kept: Kept, notes: Mapping[str, str]) -> o
     while pending:
         graph = pending.pop()
         for node in graph.node:
-            if _key(node) in notes and taken_branch(node):
-                unmark(node, notes[_key(node)])
+            if key_of(node) in notes and taken_branch(node):
+                unmark(node, notes[key_of(node)])
             pending += list(subgraphs(node))
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
-from relief_onnx.replay import Replay
 from relief_onnx.ridge import few_rows
 from relief_onnx.rows import layer_rows
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
-__all__ = ["Equations"]
+__all__ = ["Equations", "Source"]
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -28,15 +27,28 @@ Flags = NDArray[np.bool_]
 ROW_BYTES = 256 << 20
 
 
+class Source(Protocol):
+    """Where activations come from, batch by batch."""
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+
+    def value(self, name: str, batch: int) -> NDArray[Any] | None:
+        """A tensor of one batch; None where it has no say."""
+
+
 class Equations:
     """Rows of one layer, at some positions of all samples, and its weights as they were before.
 
-    keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are.
+    keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are. met: whether there are rows.
     """
+
+    met = True
 
     def __init__(
         self, graph: Graph, layer: Layer, aim: Aim, keep: Flags | None, bias_keep: Flags | None, removed: Flags | None,
-        before: Replay, after: Replay, seed: int,
+        before: Source, after: Source, seed: int,
     ) -> None:  # fmt: skip
         self._graph, self._layer, self._aim = graph, layer, aim
         weight = np.asarray(layer.view.apply(graph.array(layer.weight)), np.float64)
@@ -52,6 +64,7 @@ class Equations:
                 self._solved &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
         self._x, self._wanted, other = self._rows(before, after, seed)
         self._shift = other + aim.shift.astype(np.float32)
+        self.met = len(self._x) > 0
 
     def variance(self) -> Doubles:
         """Of what the weights as they were emit, per row [out]."""
@@ -70,6 +83,8 @@ class Equations:
 
         flops: about what that may take. validated: see `solve`.
         """
+        if not self.met:
+            return {}, (0.0, 0.0)
         weight, bias = self._weight * self._keep, self._bias.copy()
         errors = np.zeros(2)
         total = float(self._wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
@@ -128,7 +143,7 @@ class Equations:
             found[layer.bias.name] = layer.bias.view.invert(bias / layer.bias.factor).astype(stored.dtype)
         return found if all(np.isfinite(value).all() for value in found.values()) else {}
 
-    def _rows(self, before: Replay, after: Replay, seed: int) -> tuple[NDArray[np.float32], ...]:
+    def _rows(self, before: Source, after: Source, seed: int) -> tuple[NDArray[np.float32], ...]:
         """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
         layer, name = self._layer, self._aim.other
         each = layer.groups * self._weight.shape[1] * 4
@@ -138,9 +153,11 @@ class Equations:
             rng = np.random.default_rng([seed, layer.node, batch])
             x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
             other = after.value(name, batch) if name else None
-            assert x is not None
-            assert y is not None
-            collected.append(layer_rows(layer, x, y, other, budget, rng))
+            if x is not None and y is not None:
+                collected.append(layer_rows(layer, x, y, other, budget, rng))
+        if not collected:
+            none = np.zeros((0, layer.out_channels), np.float32)
+            return np.zeros((0, layer.groups, self._weight.shape[1]), np.float32), none, none
         return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))
 
 

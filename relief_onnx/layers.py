@@ -14,9 +14,9 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
-from relief_onnx.graph import FLOATS, Graph, Use, attributes, subgraphs
+from relief_onnx.graph import FLOATS, Graph, Use, attributes
 from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
-from relief_onnx.nodes import home_of, taken_branch
+from relief_onnx.nodes import home_of, operator_of, taken_branch
 from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
 from relief_onnx.quantised_open import unopened
 from relief_onnx.reasons import why_no_layer
@@ -87,7 +87,7 @@ def _read_inside(graph: Graph, index: int) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]
     body = "a branch" if node.op_type == "If" else "the body"
-    return f"{body} of {node.op_type} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
+    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
 
 
 # What is said of a body where no data were run.
@@ -139,8 +139,8 @@ _WEIGHT_TYPES = FLOATS | {TensorProto.INT8, TensorProto.UINT8}
 
 
 def _candidate(item: TensorProto) -> bool:
-    """A float or quantised tensor with two axes or more that are longer than 1: some tool could prune it."""
-    return item.data_type in _WEIGHT_TYPES and sum(size > 1 for size in item.dims) >= 2
+    """A float or quantised tensor, not empty, with two axes or more that are longer than 1: some tool could prune it."""
+    return item.data_type in _WEIGHT_TYPES and all(item.dims) and sum(size > 1 for size in item.dims) >= 2
 
 
 def find(graph: Graph) -> Plan:
@@ -163,7 +163,7 @@ def find(graph: Graph) -> Plan:
         if refusals:
             use, refusal = refusals[0]
             shape = tuple(graph.initializers[name].dims)
-            skipped.append(Skipped(graph.names[use.node], graph.nodes[use.node].op_type, name, shape, refusal.reason))
+            skipped.append(Skipped(graph.names[use.node], operator_of(graph.nodes[use.node]), name, shape, refusal.reason))
         else:
             made = [item for item in found if isinstance(item, Layer)]
             (tables if any(item.is_table for item in made) else layers).extend(made)
@@ -238,13 +238,25 @@ def _inner(graph: Graph) -> list[Skipped]:
         for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
             known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
             known += " on samples one by one" if known and node.op_type == "If" else ""
-            where = f"it lives inside the {name} of {node.op_type} node {graph.names[i]}"
+            where = f"it lives inside the {name} of {operator_of(node)} node {graph.names[i]}"
             reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
-            pending = [item.g for item in node.attribute if item.name == name]
-            while pending:
-                body = pending.pop()
-                held = [(item.name, item) for item in body.initializer]
-                held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
-                found += [Skipped(graph.names[i], node.op_type, name, tuple(item.dims), reason) for name, item in held if _candidate(item)]
-                pending += [inner for child in body.node for inner in subgraphs(child)]
+            body = next(item.g for item in node.attribute if item.name == name)
+            rows = _held_in(body, where.removeprefix("it lives "), reason, bool(known))
+            found += [Skipped(graph.names[i], operator_of(node), name, tuple(item.dims), why) for name, item, why in rows]
+    return found
+
+
+def _held_in(body: onnx.GraphProto, where: str, reason: str, runs: bool) -> list[tuple[str, TensorProto, str]]:
+    """What could be pruned in a body and in those within it, with the reason. runs: the body does, so those within may differ."""
+    held = [(item.name, item) for item in body.initializer]
+    held += [(child.output[0], item.t) for child in body.node if child.op_type == "Constant" for item in child.attribute]
+    found = [(name, item, reason) for name, item in held if _candidate(item)]
+    for child in body.node:
+        for own in (item for item in child.attribute if item.type == AttributeProto.GRAPH):
+            name = child.name or next((output for output in child.output if output), "")
+            inside, why, taken = f"inside the {own.name} of {operator_of(child)} node {name} {where}", reason, taken_branch(child)
+            goes = runs and taken in ("both", "idle", f"only {own.name}")
+            if runs and taken:
+                why = f"it lives {inside}" + (", and no layer that can be pruned reads it there" if goes else _NEVER)
+            found += _held_in(own.g, inside, why, goes)
     return found

@@ -1,114 +1,179 @@
 """Layers inside bodies that run many times (Loop, Scan) or now and then (both branches of an If run): measured in place, not moved.
 
-`expose` adds what such a layer reads to the node's outputs, over all iterations, and puts a *mirror* of the layer behind the node, in the
-main graph: the same operator on the same weight, which nobody reads. The weight becomes an initializer of the main graph that mirror and
-body share, so that scores, masks and zeros reach it like any other. `conceal` is the way back.
+`expose` hands what such a layer reads out of the node, over all runs (`borders`), and puts a *mirror* of the layer behind the node, in the
+graph around: the same operator on the same weight, which nobody reads. The weight becomes an initializer of that graph that mirror and
+body share, so that scores, masks and zeros reach it like any other. A body is a model of its own while this is done, so a node within a
+body comes first: its mirrors are layers of the body, and go out with the others. `conceal` is the way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import model as files
+from relief_onnx.bodies import Names, Opened, as_stored, bodies_of, keep_only, key_of, opened, sunk, unique_bodies
+from relief_onnx.borders import Border
+from relief_onnx.exposed import Body, Exposed, Path
 from relief_onnx.graph import Graph
-from relief_onnx.layers import Layer, find
-from relief_onnx.lifting import constant_of, names_in, rename_in, unused_name
-from relief_onnx.nodes import captured, mark_mirror, mark_taken, subgraphs, unmark
+from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.lifting import names_in
+from relief_onnx.lowering import INNER_PASSES, Lowered, lower
+from relief_onnx.nodes import captured, mark_mirror, mark_taken, runs_of, subgraphs
+from relief_onnx.recurrent_layers import WITHIN
+from relief_onnx.recurrent_mirrors import Batch, can_mirror
 from relief_onnx.sources import Source, trace_constant
 
-__all__ = ["BODIES", "Exposed", "conceal", "expose"]
+__all__ = ["expose"]
 
-# Operators with bodies, and the attributes that hold them.
-BODIES: Mapping[str, tuple[str, ...]] = {"Loop": ("body",), "Scan": ("body",), "If": ("then_branch", "else_branch")}
-_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"})
 
 
-@dataclass
-class Exposed:
-    """What was added to a model: outputs of one node and of its bodies (all at the end), nodes and initializers of the main graph.
+@dataclass(frozen=True)
+class _Look:
+    """What is looked at: the bodies that `ran` (by path; None: all), and of layers all or those of rows only. names: of the whole model."""
 
-    sources: the body that each of the outputs is from. moved: by the name of a weight, the body that it is from, its place there and,
-    where it was one, its Constant node.
-    """
-
-    output: str
-    documentation: str = ""
-    outputs: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    nodes: set[str] = field(default_factory=set)
-    initializers: set[str] = field(default_factory=set)
-    moved: dict[str, tuple[str, int, onnx.NodeProto | None]] = field(default_factory=dict)
+    ran: Collection[Path] | None
+    rows_only: bool
+    names: Names
 
 
-def expose(model: onnx.ModelProto, output: str, bodies: Collection[str] | None = None) -> tuple[onnx.ModelProto, Exposed] | None:
+def expose(
+    model: onnx.ModelProto, output: str, ran: Collection[Path] | None = None, rows_only: bool = False
+) -> tuple[onnx.ModelProto, Exposed] | None:
     """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer.
 
-    bodies: those to look at, by attribute; None: all.
+    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions and recurrent nodes, whose inputs have to be as
+    large in every run.
     """
-    return _Work(_unique_bodies(model, output), output).run(bodies)
+    ready, tensors = sunk(unique_bodies(model, output), output)
+    found = _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()
+    return None if found is None else (found[0], replace(found[1], sunk=tensors))
 
 
 class _Work:
-    def __init__(self, model: onnx.ModelProto, output: str) -> None:
-        self.graph = Graph(model)
+    """One node of a graph; `path` leads to that graph, `scope` are names of the graphs around it."""
+
+    def __init__(self, model: onnx.ModelProto, output: str, path: Path, look: _Look, scope: frozenset[str] = frozenset()) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
+        self.graph = Graph(model)
         self.node = next(item for item in self.model.graph.node if output in item.output)
-        self.record = Exposed(output, self.node.doc_string)
-        self.bodies = {item.name: item.g for item in self.node.attribute if item.name in BODIES[self.node.op_type]}
-        self.names = names_in(self.model.graph) | {item.name for item in self.model.graph.node}
-        self.added: list[onnx.NodeProto] = []
-        self.stacked = self.node.op_type != "If"
-        self.places = {item.name: place for own in self.bodies.values() for place, item in enumerate(own.initializer)}
-        self.places |= {item.output[0]: place for own in self.bodies.values() for place, item in enumerate(own.node) if item.output}
+        self.path, self.look, self.names = (*path, output), look, look.names
+        self.border = Border(self.graph, self.node, look.names)
+        # What bodies see, and so may not name anew.
+        self.scope = scope | self.graph.producer.keys() | self.graph.initializers.keys() | {item.name for item in model.graph.input}
+        self.record = Exposed(output, self.border.added, self.node.doc_string)
+        self.bodies = bodies_of(self.node)
+        self.inner: dict[str, Graph] = {}
+        self.stamps: dict[tuple[str, str], str] = {}
+        self.mirrors: list[onnx.NodeProto] = []
 
-    def run(self, bodies: Collection[str] | None) -> tuple[onnx.ModelProto, Exposed] | None:
-        inner = {name: Graph(files.hoist(_as_model(self.graph, body))) for name, body in self.bodies.items()}
-        plans = {name: find(graph) for name, graph in inner.items()}
-        refused = {row.weight for plan in plans.values() for row in plan.skipped}
-        chosen: list[tuple[str, Layer]] = []
-        for name, plan in plans.items():
-            for weight, layers in plan.by_weight().items():
-                elsewhere = any(weight in graph.initializers and weight not in plans[other].by_weight() for other, graph in inner.items())
-                if (
-                    weight in refused
-                    or elsewhere
-                    or (bodies is not None and name not in bodies)
-                    or not all(self._possible(inner[name], layer) for layer in layers)
-                ):
-                    refused.add(weight)
-        for name, plan in plans.items():
-            chosen += [(name, layer) for layer in plan.layers if layer.weight not in refused]
+    def run(self) -> tuple[onnx.ModelProto, Exposed] | None:
+        if not self.border.can_open():
+            return None
+        for name, body in self.bodies.items():
+            self._open(name, body)
+        plans = {name: find(graph) for name, graph in self.inner.items()}
+        refused = self._refused(plans)
+        chosen = [(name, layer) for name, plan in plans.items() for layer in plan.layers if layer.weight not in refused]
         if not chosen:
             return None
+        places = {item.name: place for own in self.bodies.values() for place, item in enumerate(own.initializer)}
         lifted: dict[tuple[str, str], str] = {}
         for name, layer in chosen:
+            if layer.recurrent is not None:
+                if layer.recurrent.part == "W":
+                    self._mirror_recurrent(name, layer, places)
+                continue
             key = name, layer.input
             if key not in lifted:
-                lifted[key] = self._lift(inner[name], name, layer)
-            self._mirror(inner[name], name, layer, lifted[key])
-        place = next(number for number, item in enumerate(self.model.graph.node) if self.record.output in item.output)
-        for number, item in enumerate(self.added, place + 1):
-            self.model.graph.node.insert(number, item)
-        self.record.nodes |= {name for item in self.added for name in item.output}
-        mark_taken(self.node, "both")
+                lifted[key] = self._lift(name, layer)
+            self._mirror(name, layer, lifted[key], places)
+        for name, own in self.record.bodies.items():
+            for inner in own.inner:
+                for path, tensor in inner.runs.items():
+                    self.record.runs[path] = self._stamp(name, tensor)
+            _sweep(self.bodies[name], {tensor for inner in own.inner for tensor in inner.nodes})
+        self._finish()
         return self.model, self.record
 
+    def _finish(self) -> None:
+        """Put in place what was collected."""
+        own = [name for name in self.bodies if self._looked(name)]
+        before = self.border.added.before
+        taken = "both" if len(own) == len(self.bodies) or len(self.path) == 1 else f"only {own[0]}"
+        mark_taken(self.node, taken, "" if before is None else before.op_type)
+        graph, border = self.model.graph, self.border
+        place = next(number for number, item in enumerate(graph.node) if self.record.home in item.output)
+        for number, item in enumerate((*border.after, *self.mirrors), place + 1):
+            graph.node.insert(number, item)
+        for number, item in enumerate(border.before, place):
+            graph.node.insert(number, item)
+        graph.initializer.extend(border.stored)
+        graph.value_info.extend(border.described)
+        self.record.nodes |= {name for item in self.mirrors for name in item.output}
+
+    def _looked(self, name: str) -> bool:
+        return self.look.ran is None or (*self.path, name) in self.look.ran
+
+    def _open(self, name: str, body: onnx.GraphProto) -> None:
+        """Make a body a model, in which the nodes that have bodies themselves are laid open first."""
+        found = opened(self.graph, body)
+        lowered = _lowered(found, self.scope)
+        record, model = Body(found.held, lowered), lowered.model
+        for output in [key_of(node) for node in model.graph.node if bodies_of(node) and key_of(node)]:
+            path = (*self.path, name)
+            inner = _Work(model, output, path, self.look, self.scope).run() if self._looked(name) else None
+            if inner is None:
+                every = replace(self.look, ran=None)
+                silent = self.look.ran is not None and _Work(model, output, path, every, self.scope).run() is not None
+                node = next(item for item in model.graph.node if output in item.output)
+                record.marked[output] = node.doc_string
+                mark_taken(node, "none" if silent else "idle")
+                continue
+            model = inner[0]
+            record.inner.append(inner[1])
+            self.record.images |= inner[1].images
+        self.record.bodies[name] = record
+        as_stored(model, found.foreign, body)
+        self.inner[name] = Graph(model)
+
+    def _refused(self, plans: Mapping[str, Plan]) -> set[str]:
+        """Weights that stay: where any body reads them that is not looked at, or as something else than a layer that can be mirrored."""
+        refused = {row.weight for plan in plans.values() for row in plan.skipped}
+        for name, plan in plans.items():
+            for weight, layers in plan.by_weight().items():
+                others = (plans[other].by_weight() for other, graph in self.inner.items() if weight in graph.initializers)
+                elsewhere = any(weight not in found for found in others)
+                if elsewhere or not self._looked(name) or not all(self._possible(self.inner[name], layer) for layer in layers):
+                    refused.add(weight)
+        pairs = [pair for plan in plans.values() for pair in plan.recurrent().values()]
+        while True:  # W and R of a node go together
+            more = {own.weight for pair in pairs if any(one.weight in refused for one in pair.values()) for own in pair.values()} - refused
+            if not more:
+                return refused
+            refused |= more
+
     def _possible(self, graph: Graph, layer: Layer) -> bool:
-        """Whether the mirror can be made: the operator is known, its input's axes too, and the weight's way to it needs no constants."""
-        node, rank = graph.nodes[layer.node], len(graph.shape(layer.input) or ())
-        source = trace_constant(graph, node.input[list(node.input).index(self._fed(graph, layer))])
-        if layer.op not in _MIRRORED or rank == 0 or not isinstance(source, Source):
+        """Whether the mirror can be made: the operator is known, so are axes that matter, and the weight's way needs no constants."""
+        if layer.op not in _MIRRORED or (self.look.rows_only and (layer.is_convolution or layer.recurrent is not None)):
+            return False
+        if layer.recurrent is not None:
+            return can_mirror(graph, layer)
+        source = trace_constant(graph, self._fed(graph, layer))
+        if not isinstance(source, Source):
             return False
         plain = all(len([name for name in graph.nodes[graph.producer[name]].input if name]) == 1 for name in source.path)
-        batch_first = layer.input_axis % rank != 0 or (layer.op == "MatMul" and rank == 1 and self.stacked)
-        return plain and batch_first and graph.is_float(layer.input)
+        return plain and graph.is_float(layer.input) and (self._is_last(layer) or layer.is_convolution or bool(graph.shape(layer.input)))
+
+    @staticmethod
+    def _is_last(layer: Layer) -> bool:
+        """Whether what a product sums over is the last axis of its input."""
+        return layer.input_axis == (1 if layer.op == "Gemm" else -1)
 
     @staticmethod
     def _fed(graph: Graph, layer: Layer) -> str:
@@ -116,80 +181,115 @@ class _Work:
         found: str = next(name for name in graph.nodes[layer.node].input if name and name != layer.input)
         return found
 
-    def _name(self, wanted: str) -> str:
-        name = unused_name(wanted, self.names)
-        self.names.add(name)
-        return name
-
-    def _lift(self, graph: Graph, body: str, layer: Layer) -> str:
-        """Add what a layer reads to the outputs of the node and of its bodies; the name in the main graph."""
+    def _lift(self, body: str, layer: Layer) -> str:
+        """Hand out what a layer reads: rows [n, in] of a product, samples of a convolution; the name in the graph around."""
+        graph = self.inner[body]
         element, shape = graph.types[layer.input]
-        outer = self._name(f"{layer.input}/lifted")
-        for name, own in self.bodies.items():
-            inner = self._name(f"{layer.input}/lifted/{name}")
-            if name == body:
-                own.node.append(helper.make_node("Identity", [layer.input], [inner], name=inner))
-            else:  # the branch that does not run has none of it
-                sizes = [0, *(1 for _ in (shape or ())[1:])]
-                sizes[layer.input_axis] = layer.groups * layer.in_per_group
-                if layer.geometry is not None:
-                    spans = zip(layer.geometry.kernel, layer.geometry.dilations, strict=True)
-                    sizes[2:] = [1 + (size - 1) * step for size, step in spans]
-                nothing = numpy_helper.from_array(np.zeros(sizes, helper.tensor_dtype_to_np_dtype(element)))
-                own.node.append(helper.make_node("Constant", [], [inner], name=inner, value=nothing))
-            own.output.append(helper.make_tensor_value_info(inner, element, None))
-        expected = len(next(iter(self.bodies.values())).output) - 1 - (self.node.op_type == "Loop")
-        self.node.output.extend(self._name(f"{outer}/unread") for _ in range(expected - len(self.node.output)))
-        self.node.output.append(outer)
-        self.record.outputs.append(outer)
-        self.record.sources.append(body)
-        for item in self.node.attribute:
-            if item.name in ("scan_output_axes", "scan_output_directions"):
-                item.ints.append(0)
-        self.model.graph.value_info.append(helper.make_tensor_value_info(outer, element, None))
-        return outer
+        if layer.geometry is not None:
+            spans = [1 + (size - 1) * step for size, step in zip(layer.geometry.kernel, layer.geometry.dilations, strict=True)]
+            channels = layer.groups * layer.in_per_group
+            space = [size if isinstance(size, int) else None for size in (shape or ())[2:]] or [None] * len(spans)
+            self.record.images |= None in space
+            least = [span if size is None else size for span, size in zip(spans, space, strict=True)]
+            found = self.border.hand_out(body, layer.input, element, [channels, *space], [channels, *least])
+        else:
+            found = self.border.hand_out(body, self._rows(body, layer), element, [layer.in_per_group], [layer.in_per_group])
+        self.record.home = self.record.home or self._home()
+        return found
 
-    def _mirror(self, graph: Graph, body: str, layer: Layer, lifted: str) -> None:
-        node = onnx.NodeProto()
+    def _rows(self, body: str, layer: Layer) -> str:
+        graph, reached = self.inner[body], layer.input
+        if not self._is_last(layer) and (rank := len(graph.shape(reached) or ())) > 1:
+            order = [*range(rank - 2), rank - 1, rank - 2]
+            reached = self.border.inside(body, "Transpose", [reached], f"{reached}/turned", perm=order)
+        sizes = self.border.number(body, f"{layer.input}/sizes", [-1, layer.in_per_group])
+        return self.border.inside(body, "Reshape", [reached, sizes], f"{layer.input}/lifted")
+
+    def _home(self) -> str:
+        turned = {name: stacked for stacked, name in self.border.added.stacked.items()}
+        return turned.get(self.record.output, self.record.output)
+
+    def _stamp(self, body: str, own: str) -> str:
+        """What tells the runs of a body apart, in the graph around. own: what does so in the body; empty for the body itself."""
+        if (body, own) not in self.stamps:
+            inside = own or self.border.number(body, f"{self.record.output}/{body}/runs", [0])
+            self.stamps[body, own] = self.border.hand_out(body, inside, TensorProto.INT64, [], [], stamp=True)
+            if not own:
+                self.record.runs[(*self.path, body)] = self.stamps[body, own]
+        return self.stamps[body, own]
+
+    def _mirror(self, body: str, layer: Layer, lifted: str, places: Mapping[str, int]) -> None:
+        graph, node = self.inner[body], onnx.NodeProto()
         node.CopyFrom(graph.nodes[layer.node])
         fed = self._fed(graph, layer)
         data, slot = list(node.input).index(layer.input), list(node.input).index(fed)
-        self._outward(graph, body, layer.weight)
-        node.input[data] = self._flat(layer, lifted)
+        self._outward(graph, body, layer.weight, places)
         node.input[slot] = self._way(graph, layer.weight, fed)
-        bias = self._bias(graph, body, layer)
+        node.input[data] = lifted
+        bias = self._bias(graph, body, layer, places)
+        if not self._is_last(layer) and not layer.is_convolution:
+            bias = self._in_rows(layer, node, len(graph.shape(fed) or ()), bias)
         del node.input[2:]
         if bias and layer.bias is not None and layer.bias.node == layer.node:
             node.input.append(bias)
-        node.output[0] = self._name(f"{node.output[0]}/mirror")
-        mark_mirror(node, self.record.output)
-        self.added.append(node)
+        self._add(node, body, graph.nodes[layer.node])
         if bias and layer.bias is not None and layer.bias.node != layer.node:
-            after = self._name(f"{node.output[0]}/sum")
-            self.added.append(helper.make_node("Add", [node.output[0], bias], [after], name=after))
+            after = self.names.free(f"{node.output[0]}/sum")
+            self.mirrors.append(helper.make_node("Add", [node.output[0], bias], [after], name=after))
 
-    def _flat(self, layer: Layer, lifted: str) -> str:
-        """Iterations as rows (Gemm) or samples (convolutions); MatMul takes them as one more axis."""
-        if not self.stacked or layer.op == "MatMul":
-            return lifted
-        flat = self._name(f"{lifted}/rows")
+    def _add(self, node: onnx.NodeProto, body: str, original: onnx.NodeProto) -> None:
+        """A mirror, with a name of its own."""
+        node.output[:] = [self.names.free(f"{key_of(original)}/mirror")]
+        known = {item.name for item in (*self.model.graph.node, *self.mirrors)}
+        node.name = node.name or key_of(original)
+        node.name = self.names.free(f"{self.record.output}/{node.name}") if node.name in known else node.name
+        mark_mirror(node, self.record.home, self._stamp(body, runs_of(original)))
+        self.mirrors.append(node)
+
+    def _mirror_recurrent(self, body: str, layer: Layer, places: Mapping[str, int]) -> None:
+        """A recurrent node with the sequences of all runs as one batch, and one of no steps behind them."""
+        graph, node = self.inner[body], onnx.NodeProto()
+        node.CopyFrom(graph.nodes[layer.node])
+        batch = Batch(self.border, body, node, graph, self.names)
+        self.record.images |= batch.steps is None
+        inputs = batch.handed_out(layer)
+        self.record.home = self.record.home or self._home()
+        for slot, name in enumerate(node.input):
+            if slot not in inputs and name and name in graph.initializers:
+                self._outward(graph, body, name, places)
+            elif slot not in inputs and name and (source := trace_constant(graph, name)) is not None and isinstance(source, Source):
+                self._outward(graph, body, source.name, places)
+                inputs[slot] = self._way(graph, source.name, name)
+            elif slot == 3 and name:
+                joins = graph.nodes[graph.producer[name]]
+                for half in joins.input:
+                    self._outward(graph, body, half, places)
+                inputs[slot] = self.names.free(f"{name}/mirror")
+                self.mirrors.append(helper.make_node("Concat", joins.input, [inputs[slot]], name=f"{inputs[slot]}{WITHIN}", axis=1))
+        self.mirrors += batch.nodes
+        node.input.extend([""] * (max(inputs) + 1 - len(node.input)))
+        for slot, name in inputs.items():
+            node.input[slot] = name
+        self._add(node, body, graph.nodes[layer.node])
+
+    def _in_rows(self, layer: Layer, node: onnx.NodeProto, rank: int, bias: str) -> str:
+        """Let a mirror read rows [n, in] where the layer reads columns; the bias as it then adds it."""
         if layer.op == "Gemm":
-            self.added.append(helper.make_node("Reshape", [lifted, self._ints(-1, layer.in_per_group)], [flat], name=flat))
-            return flat
-        sizes, rest, target = (self._name(f"{lifted}/{part}") for part in ("sizes", "rest", "target"))
-        self.added += [
-            helper.make_node("Shape", [lifted], [sizes], name=sizes),
-            helper.make_node("Slice", [sizes, self._ints(2), self._ints(1 << 31)], [rest], name=rest),
-            helper.make_node("Concat", [self._ints(-1), rest], [target], name=target, axis=0),
-            helper.make_node("Reshape", [lifted, target], [flat], name=flat),
-        ]
+            keep_only(node.attribute, lambda item: item.name != ("transA" if layer.output_axis else "transB"))
+            if not layer.output_axis:
+                node.attribute.append(helper.make_attribute("transB", 1))
+            return bias
+        turned = self.names.free(f"{layer.weight}/turned")
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        self.mirrors.append(helper.make_node("Transpose", [node.input[0]], [turned], name=turned, perm=order))
+        node.input[:] = [node.input[1], turned]
+        if not bias:
+            return ""
+        sizes, flat = self.names.free(f"{bias}/sizes"), self.names.free(f"{bias}/flat")
+        self.border.stored.append(numpy_helper.from_array(np.array([-1], np.int64), sizes))
+        self.border.added.initializers.add(sizes)
+        self.mirrors.append(helper.make_node("Reshape", [bias, sizes], [flat], name=flat))
         return flat
-
-    def _ints(self, *values: int) -> str:
-        name = self._name("mirror/sizes")
-        self.model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-        self.record.initializers.add(name)
-        return name
 
     def _way(self, graph: Graph, weight: str, fed: str) -> str:
         """The weight as the layer reads it: through copies of the nodes on its way."""
@@ -200,123 +300,50 @@ class _Work:
             step = onnx.NodeProto()
             step.CopyFrom(graph.nodes[graph.producer[name]])
             step.input[0] = reached
-            reached = step.output[0] = step.name = self._name(f"{name}/mirror")
-            self.added.append(step)
+            reached = step.output[0] = step.name = self.names.free(f"{name}/mirror")
+            self.mirrors.append(step)
         return reached
 
-    def _bias(self, graph: Graph, body: str, layer: Layer) -> str:
+    def _bias(self, graph: Graph, body: str, layer: Layer, places: Mapping[str, int]) -> str:
         """The layer's bias where it is stored and nothing else reads it; else nothing."""
         if layer.bias is None or layer.bias.shared:
             return ""
         node = graph.nodes[layer.bias.node]
         if layer.bias.name not in node.input:
             return ""
-        self._outward(graph, body, layer.bias.name)
+        self._outward(graph, body, layer.bias.name, places)
         return layer.bias.name
 
-    def _outward(self, graph: Graph, body: str, name: str) -> None:
-        """Make a tensor that a body holds an initializer of the main graph."""
+    def _outward(self, graph: Graph, body: str, name: str, places: Mapping[str, int]) -> None:
+        """Make a tensor that a body holds an initializer of the graph around."""
         own = self.bodies[body]
-        for number in reversed(range(len(own.initializer))):
-            if own.initializer[number].name == name:
-                self.record.moved[name] = body, self.places[name], None
-                del own.initializer[number]
-        for number in reversed(range(len(own.node))):
-            if own.node[number].op_type == "Constant" and own.node[number].output[0] == name:
-                copy = onnx.NodeProto()
-                copy.CopyFrom(own.node[number])
-                self.record.moved[name] = body, self.places[name], copy
-                del own.node[number]
+        if any(item.name == name for item in own.initializer):
+            self.record.moved[name] = body, places[name]
+            keep_only(own.initializer, lambda item: item.name != name)
         if name not in {item.name for item in self.model.graph.initializer}:
             self.model.graph.initializer.append(graph.initializers[name])
 
 
-def _as_model(outer: Graph, body: onnx.GraphProto) -> onnx.ModelProto:
-    """A body as a model of its own: what it captures as initializers and inputs."""
-    result = onnx.ModelProto()
-    result.opset_import.extend(outer.model.opset_import)
-    result.ir_version = outer.model.ir_version
-    result.graph.CopyFrom(body)
-    for name in sorted(captured(body)):
-        if name in outer.initializers:
-            result.graph.initializer.append(outer.initializers[name])
-            continue
-        element, shape = outer.types.get(name, (0, None))
-        known = None if shape is None else [size if isinstance(size, int) else None for size in shape]
-        result.graph.input.append(helper.make_tensor_value_info(name, element or TensorProto.FLOAT, known))
-    return result
+def _sweep(body: onnx.GraphProto, mirrors: Collection[str]) -> None:
+    """Take mirrors out of a body that has handed out what they read."""
+    left = list(body.node)
+    while True:
+        read = {name for item in left for name in item.input} | {item.name for item in body.output}
+        read |= {name for item in left for inner in subgraphs(item) for name in captured(inner)}
+        needed = [item for item in left if not all(name in mirrors and name not in read for name in item.output)]
+        if len(needed) == len(left):
+            break
+        left = needed
+    nodes = [onnx.NodeProto.FromString(item.SerializeToString()) for item in left]
+    del body.node[:]
+    body.node.extend(nodes)
 
 
-def _unique_bodies(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
-    """A copy in which what the bodies of a node hold or make has names that nothing outside the body has: `expose` moves some of it out."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    node = next(item for item in result.graph.node if output in item.output)
-    for body in [item.g for item in node.attribute if item.name in BODIES[node.op_type]]:
-        inside = onnx.GraphProto()
-        inside.CopyFrom(body)
-        body.Clear()
-        taken = names_in(result.graph)
-        held = [item.name for item in inside.initializer]
-        held += [name for item in inside.node if item.op_type == "Constant" for name in item.output]
-        every = taken | names_in(inside)
-        rename_in(inside, {name: unused_name(f"{node.name or output}/{name}", every) for name in held if name in taken})
-        body.CopyFrom(inside)
-    return result
-
-
-def conceal(model: onnx.ModelProto, record: Exposed) -> onnx.ModelProto:
-    """The way back: without the mirrors, with every weight in the body that it is from unless something else reads it by now."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    _keep_only(graph.node, lambda item: record.nodes.isdisjoint(item.output))
-    _keep_only(graph.initializer, lambda item: item.name not in record.initializers)
-    _keep_only(graph.value_info, lambda item: item.name not in record.nodes and item.name not in record.outputs)
-    node = next((item for item in graph.node if record.output in item.output), None)
-    if node is None:
-        return result
-    unmark(node, record.documentation)
-    count = len(record.outputs)
-    bodies = {item.name: item.g for item in node.attribute if item.name in BODIES[node.op_type]}
-    for body in bodies.values():
-        _without_last(body, count)
-    first = list(node.output).index(record.outputs[0])
-    del node.output[first:]
-    while node.output and node.output[-1].endswith("/unread"):
-        del node.output[-1]
-    for item in node.attribute:
-        if item.name in ("scan_output_axes", "scan_output_directions"):
-            del item.ints[-count:]
-    _inward(graph, node, bodies, record)
-    return result
-
-
-def _without_last(body: onnx.GraphProto, count: int) -> None:
-    """Take off the last outputs, with the nodes that make them."""
-    gone = {info.name for info in body.output[-count:]}
-    del body.output[-count:]
-    _keep_only(body.node, lambda item: gone.isdisjoint(item.output))
-
-
-def _inward(graph: onnx.GraphProto, node: onnx.NodeProto, bodies: Mapping[str, onnx.GraphProto], record: Exposed) -> None:
-    read = {name for item in graph.node for name in item.input} | {info.name for info in graph.output}
-    read |= {name for item in graph.node if item is not node for inner in subgraphs(item) for name in captured(inner)}
-    stored = {item.name: item for item in graph.initializer}
-    back = {name: place for name, place in record.moved.items() if name in stored and name not in read}
-    for name, (where, place, constant) in sorted(back.items(), key=lambda item: item[1][1]):
-        if constant is None:
-            bodies[where].initializer.insert(place, stored[name])
-        else:
-            nodes = bodies[where].node
-            readers = (
-                number for number, item in enumerate(nodes) if name in item.input or any(name in captured(i) for i in subgraphs(item))
-            )
-            nodes.insert(min(place, next(readers, place)), constant_of(constant, stored[name]))
-    _keep_only(graph.initializer, lambda item: item.name not in back)
-
-
-def _keep_only(field: Any, wanted: Callable[[Any], bool]) -> None:
-    for number in reversed(range(len(field))):
-        if not wanted(field[number]):
-            del field[number]
+def _lowered(found: Opened, scope: frozenset[str]) -> Lowered:
+    """What hides weights in a body laid open; nothing of it where that would rewrite what others read too, or make names of the `scope`."""
+    lowered = lower(found.model, INNER_PASSES)
+    after = {item.name: item for item in lowered.model.graph.initializer}
+    foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
+    rewritten = (after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items())
+    made = (names_in(lowered.model.graph) - names_in(found.model.graph)) & scope
+    return Lowered(found.model) if made or any(rewritten) else lowered

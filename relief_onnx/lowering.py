@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx
@@ -21,9 +22,9 @@ from relief_onnx.lifting import fixed_branches
 from relief_onnx.quantised import lower_quantised
 from relief_onnx.quantised_open import open_packed
 from relief_onnx.rearranged import rearranged
-from relief_onnx.requantise import Requantise
+from relief_onnx.recurrent_layers import join_biases, split_biases
 
-__all__ = ["PASSES", "Lowered", "Pass", "Restore", "lower"]
+__all__ = ["INNER_PASSES", "PASSES", "Lowered", "Pass", "Restore", "lower"]
 
 # From the rewritten model, cut or not, back to the form of the file. Kept: what surgery left of each weight (empty: all of it).
 Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
@@ -31,6 +32,28 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
 PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, open_packed, lower_quantised, lay_open, rearranged)
+
+
+def _halves(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
+    """A pass: biases of recurrent nodes in two halves, as `model.prepare` has them in the main graph."""
+    split = split_biases(model)
+    return None if split is model else (split, lambda edited, kept: join_biases(edited, model))
+
+
+# For the body of a node (see `loops`): what never runs in it stays, and so does what is stored in another order than it is read.
+INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, lower_quantised, lay_open)
+
+
+@runtime_checkable
+class _Settling(Protocol):
+    """A way back that knows which numbers the file's form can hold (see `requantise`)."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What changes besides values."""
+
+    def settled(self, model: onnx.ModelProto, flags: Mapping[str, NDArray[np.bool_]]) -> tuple[onnx.ModelProto, Restore]:
+        """The model with such numbers, and the way back from there."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Lowered:
         """
         restores: list[Restore] = []
         for restore in self.restores:
-            if isinstance(restore, Requantise):
+            if isinstance(restore, _Settling):
                 model, settled = restore.settled(model, flags)
                 restores.append(settled)
             else:
@@ -63,7 +86,11 @@ class Lowered:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the way back changes besides values."""
-        return tuple(note for restore in self.restores if isinstance(restore, Requantise) for note in restore.notes)
+        found: list[str] = []
+        for restore in self.restores:
+            if isinstance(restore, _Settling):
+                found += restore.notes
+        return tuple(found)
 
 
 def lower(model: onnx.ModelProto, passes: Sequence[Pass] = PASSES) -> Lowered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -13,6 +13,7 @@ __all__ = [
     "attributes",
     "block_of",
     "captured",
+    "chooses",
     "clear_level",
     "handed_on",
     "home_of",
@@ -22,7 +23,9 @@ __all__ = [
     "mark_mirror",
     "mark_rounded",
     "mark_taken",
+    "operator_of",
     "rounds_states",
+    "runs_of",
     "subgraphs",
     "taken_branch",
     "unmark",
@@ -62,12 +65,13 @@ def captured(body: onnx.GraphProto) -> set[str]:
 _MARK = "relief-onnx/taken/1 "
 
 
-def mark_taken(node: onnx.NodeProto, taken: str) -> None:
+def mark_taken(node: onnx.NodeProto, taken: str, operator: str = "") -> None:
     """Note on an If which branch ran on the calibration data: "then_branch", "else_branch", "both", "none" or "old" (not known).
 
-    Of a Loop or Scan "both" says that its body runs.
+    Of a Loop or Scan "both" says that its body runs. Of nodes within bodies "idle" says that they hold no layer, and "only " with the name
+    of a branch which one runs. operator: what the node is in the file, where that is another.
     """
-    node.doc_string = _MARK + taken
+    node.doc_string = f"{_MARK}{taken}\n{operator or node.op_type}"
 
 
 def unmark(node: onnx.NodeProto, documentation: str) -> None:
@@ -79,7 +83,25 @@ def unmark(node: onnx.NodeProto, documentation: str) -> None:
 
 def taken_branch(node: onnx.NodeProto) -> str:
     """What was noted with `mark_taken`; empty where nothing was."""
-    return str(node.doc_string.removeprefix(_MARK)) if node.doc_string.startswith(_MARK) else ""
+    return _taken(node)[0]
+
+
+def operator_of(node: onnx.NodeProto) -> str:
+    """A node's operator in the file."""
+    return _taken(node)[2] or str(node.op_type)
+
+
+def _taken(node: onnx.NodeProto) -> tuple[str, str, str]:
+    return str(node.doc_string.removeprefix(_MARK)).partition("\n") if node.doc_string.startswith(_MARK) else ("", "", "")
+
+
+def chooses(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether there is an If, at any depth, with layers that run on some samples only: each sample has to take its own way."""
+    return any(
+        (node.op_type == "If" and (taken_branch(node) == "both" or taken_branch(node).startswith("only ")))
+        or any(chooses(body.node) for body in subgraphs(node))
+        for node in nodes
+    )
 
 
 def handed_on(node: onnx.NodeProto) -> list[str]:
@@ -88,18 +110,28 @@ def handed_on(node: onnx.NodeProto) -> list[str]:
     return [item.input[0] for own in node.attribute if own.name == taken for item in own.g.node]
 
 
-# Stands in the documentation of a node in the main graph that mirrors one inside a body, before the first output of the body's node.
+# Stands in the documentation of a node that mirrors one inside a body, before an output of the body's node and, in the next line, the
+# tensor that tells the runs of the body apart.
 _MIRROR = "relief-onnx/mirror/1 "
 
 
-def mark_mirror(node: onnx.NodeProto, home: str) -> None:
-    """Note that a node mirrors one inside a body of the node whose first output is `home` (see `loops`)."""
-    node.doc_string = _MIRROR + home
+def mark_mirror(node: onnx.NodeProto, home: str, runs: str) -> None:
+    """Note that a node mirrors one inside a body of the node that makes `home`; `runs` has a number for each run (see `loops`)."""
+    node.doc_string = f"{_MIRROR}{home}\n{runs}"
 
 
 def home_of(node: onnx.NodeProto) -> str:
-    """What was noted with `mark_mirror`; empty where nothing was."""
-    return str(node.doc_string.removeprefix(_MIRROR)) if node.doc_string.startswith(_MIRROR) else ""
+    """The home that was noted with `mark_mirror`; empty where nothing was."""
+    return _mirrored(node)[0]
+
+
+def runs_of(node: onnx.NodeProto) -> str:
+    """The runs that were noted with `mark_mirror`; empty where nothing was."""
+    return _mirrored(node)[2]
+
+
+def _mirrored(node: onnx.NodeProto) -> tuple[str, str, str]:
+    return str(node.doc_string.removeprefix(_MIRROR)).partition("\n") if node.doc_string.startswith(_MIRROR) else ("", "", "")
 
 
 # Stands in the documentation of a product before the number of inputs that share a scale in its weight.

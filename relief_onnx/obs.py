@@ -28,7 +28,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, applied, initializer_masks
 from relief_onnx.obs_pool import Pool
-from relief_onnx.repair import Visit, refusal, sweep
+from relief_onnx.repair import Visit, batch_of, refusal, sweep
 from relief_onnx.sensitivity import Trials, factors
 from relief_onnx.surgery import apply_weights, operate
 
@@ -103,7 +103,9 @@ def improve(
     `pattern` (n, m) the choice is within each block. Raises DataError, ModelError.
     """
     gone = removed or {}
-    free = {layer.weight: layer for layer in plan.layers if layer.weight in masks.keep and not refusal(plan, layer, weights)}
+    # A body runs as a whole, once for each layer and sweep: what is in it keeps flow's mask.
+    outside = [layer for layer in plan.layers if layer.inside is None and layer.weight in masks.keep]
+    free = {layer.weight: layer for layer in outside if not refusal(plan, layer, weights)}
 
     def pooled(left: Collection[str]) -> list[Pool]:
         return [
@@ -114,7 +116,7 @@ def improve(
     effort = _effort(pools, pattern)
     if effort.left:
         pools = pooled(effort.left)
-    drawn = draw(dataset, DRAWN if samples is None else min(samples, DRAWN), seed)
+    drawn = draw(dataset, DRAWN if samples is None else min(samples, DRAWN), seed, batch_of(graph))
     value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
     network = _Network(original, graph, plan, free, gone, drawn, value, effort, seed, threads)
     steps = max((pool.steps for pool in pools), default=0)

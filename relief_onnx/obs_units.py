@@ -51,9 +51,7 @@ def improve_units(
     relevance: R of units, for those that no layer reads. value: R of the units of each layer [out], by layer name. first: flow's choice.
     Raises DataError, ModelError.
     """
-    feeds = samples_of(dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
-    half = (len(feeds) + 1) // 2
-    search = _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
+    search = _search(graph, plan, coupling, value, weights, dataset, samples, seed, threads)
     candidates, total = [tuple(first)], 1 + len(TRIES) * (STEPS + 1)
     done = 0
     for exponent, as_flow in TRIES:
@@ -79,11 +77,19 @@ def unit_losses(
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> dict[int, float]:  # fmt: skip
     """What each unit is worth while none is gone yet. Arguments as those of `improve_units`. Raises DataError, ModelError."""
-    feeds = samples_of(dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
-    half = (len(feeds) + 1) // 2
     progress("choose", 0, 1)
-    search = _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
+    search = _search(graph, plan, coupling, value, weights, dataset, samples, seed, threads)
     return _completed(search.losses(()), relevance)
+
+
+def _search(
+    graph: Graph, plan: Plan, coupling: Coupling, value: Mapping[str, Doubles], weights: frozenset[str], dataset: Dataset,
+    samples: int | None, seed: int, threads: int,
+) -> _Search:  # fmt: skip
+    """With half of the samples to solve with, the others to judge."""
+    feeds = samples_of(graph, dataset, 2 * SAMPLES if samples is None else min(samples, 2 * SAMPLES), seed)
+    half = (len(feeds) + 1) // 2
+    return _Search(graph, plan, coupling, value, weights, feeds[:half], feeds[half:] or feeds, seed, threads)
 
 
 def _completed(losses: Mapping[int, float], relevance: Mapping[int, float]) -> dict[int, float]:
@@ -113,7 +119,7 @@ class _Search:
         self._graph, self._plan, self._coupling = graph, plan, coupling
         self._value = {name: own**EXPONENT for name, own in value.items()}
         self._whole = keep_all(plan, weights)
-        self._layers = [layer for layer in plan.layers if not refusal(plan, layer, weights)]
+        self._layers = [layer for layer in plan.layers if layer.inside is None and not refusal(plan, layer, weights)]
         self._feeds, self._unseen, self._seed, self._threads = feeds, unseen, seed, threads
         self._variances: dict[str, Doubles] = {}
         self._wanted = emitted(graph.model, unseen, threads)

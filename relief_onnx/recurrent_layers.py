@@ -24,6 +24,7 @@ from relief_onnx.views import View
 
 __all__ = [
     "GATES",
+    "WITHIN",
     "Recurrent",
     "describe",
     "is_bias",
@@ -202,7 +203,9 @@ def remove_initializer(model: onnx.ModelProto, name: str) -> None:
 def join_biases(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
     """Undo `split_biases`: one initializer again, of the original where nothing changed, none where it had none and all is 0."""
     graph = Graph(model)
-    joined = [node for node in graph.nodes if is_bias(graph, node) and all(name in graph.initializers for name in node.input)]
+    # What a body reads too is left to it (see `loops`).
+    own = {name for name in graph.initializers if len(graph.uses.get(name, ())) == 1}
+    joined = [node for node in graph.nodes if is_bias(graph, node) and own.issuperset(node.input)]
     if not joined:
         return model
     result = onnx.ModelProto()

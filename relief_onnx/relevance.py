@@ -31,7 +31,7 @@ from relief_onnx.attending import attended
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
-from relief_onnx.nodes import handed_on
+from relief_onnx.nodes import handed_on, operator_of
 from relief_onnx.ops import OperatorRow, passing_row_of
 from relief_onnx.recurrent import around, looped, of_states, recurrent_shares
 from relief_onnx.tracks import Track, Tracks, labels_of, moved
@@ -408,7 +408,7 @@ def propagate(
         # All that a node carries passes through each layer of its body.
         carried = sum(float(own.sum()) for own in values if own is not None)
         outputs |= {layer.name: np.full(layer.out_channels, carried / layer.out_channels) for layer in inside.get(index, ())}
-    evenly = tuple(Even(graph.names[index], graph.nodes[index].op_type, why) for index, why in sorted(walk.evenly.items()))
+    evenly = tuple(Even(graph.names[index], operator_of(graph.nodes[index]), why) for index, why in sorted(walk.evenly.items()))
     return Relevance(walk.tensors, outputs, evenly)
 
 

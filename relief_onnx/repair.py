@@ -21,11 +21,13 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.nodes import chooses
 from relief_onnx.recurrent_equations import Loop, inputs_of, start_of
+from relief_onnx.repair_inside import Inside
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["SAMPLES", "Repaired", "Visit", "refusal", "repair", "samples_of", "sweep"]
+__all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "refusal", "repair", "samples_of", "sweep"]
 
 Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -68,9 +70,8 @@ def repair(
     def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
         progress("repair", layer.node, len(graph.nodes))
         found, errors = equations.solved(validated=validated)
-        rows[layer.name] = (
-            Repaired(layer, *errors, few=equations.few) if found else Repaired(layer, reason="its equations have no finite solution")
-        )
+        reason = "its equations have no finite solution" if equations.met else "its body runs in other rounds once pruned"
+        rows[layer.name] = Repaired(layer, *errors, few=equations.few) if found else Repaired(layer, reason=reason)
         return found
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
@@ -80,9 +81,14 @@ def repair(
     return (apply_weights(masked, new) if new else masked), listed
 
 
-def samples_of(dataset: Dataset, limit: int = SAMPLES, seed: int = 0) -> list[Feed]:
-    """At most `limit` samples in batches, the same for every sweep."""
-    return [batch.feed for batch in dataset.batches(BATCH, limit=limit, seed=seed)]
+def samples_of(graph: Graph, dataset: Dataset, limit: int = SAMPLES, seed: int = 0) -> list[Feed]:
+    """At most `limit` samples in batches, the same for every sweep; one by one where each has to take its own branch."""
+    return [batch.feed for batch in dataset.batches(batch_of(graph), limit=limit, seed=seed)]
+
+
+def batch_of(graph: Graph) -> int:
+    """Samples that run at a time."""
+    return 1 if chooses(graph.nodes) else BATCH
 
 
 def sweep(
@@ -91,7 +97,8 @@ def sweep(
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Walk both networks side by side and ask `visit` for new initializers of each of the `layers`, which later ones see. All of them."""
     aims = {layer.name: aim_of(original, graph, layer) for layer in layers if layer.recurrent is None}
-    last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None}
+    last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None and layer.inside is None}
+    body: Inside | None = None
     pairs, loops = plan.recurrent(), dict[int, Loop]()
     read = {name for layer in layers if layer.recurrent is not None for name in inputs_of(original, original.producer[layer.output])}
     free = {layer.weight for layer in layers}
@@ -107,13 +114,17 @@ def sweep(
                 new |= visit(layer, loops[layer.node].part(layer))
                 continue
             aim = aims[layer.name]
+            bias_keep = None if layer.bias is None else flags.get(layer.bias.name)
+            fixed = flags.get(layer.weight), bias_keep, removed.get(layer.weight)
+            if layer.inside is not None:
+                if body is None or body.node != layer.inside:
+                    body = Inside(original, graph, layer.inside, before, after, new)
+                met = body.met(layer, new)
+                new |= visit(layer, Equations(graph, layer, aim, *fixed, met, met, seed))
+                continue
             after.advance(layer.node, new)
             before.advance(original.producer[aim.tensor] + 1)
-            bias_keep = None if layer.bias is None else flags.get(layer.bias.name)
-            new |= visit(
-                layer,
-                Equations(graph, layer, aim, flags.get(layer.weight), bias_keep, removed.get(layer.weight), before, after, seed),
-            )
+            new |= visit(layer, Equations(graph, layer, aim, *fixed, before, after, seed))
             if last[aim.tensor] is layer:
                 before.drop(aim.tensor)
     return new
@@ -125,6 +136,6 @@ def refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:
         return "not chosen"
     if len(plan.by_weight()[layer.weight]) > 1:
         return "several nodes read its weight"
-    if layer.inside is not None:
-        return "it runs inside a body of control flow, which runs as a whole"
+    if layer.inside is not None and layer.recurrent is not None:
+        return "it is recurrent and runs inside a body of control flow"
     return ""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relief_onnx.contest import Contest, best, draw
 from relief_onnx.dataset import Dataset
 from relief_onnx.graph import Graph
-from relief_onnx.repair import SAMPLES, Repaired, repair, samples_of
+from relief_onnx.repair import SAMPLES, Repaired, batch_of, repair, samples_of
 
 __all__ = ["repaired"]
 
@@ -40,9 +40,9 @@ def repaired(
             original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads, validated=validated, progress=progress
         )  # fmt: skip
 
-    feeds = samples_of(dataset, limit, seed)
+    feeds = samples_of(Graph(masked), dataset, limit, seed)
     model, rows = on(feeds, False)
-    drawn = draw(dataset, min(limit, DRAWN), seed)
+    drawn = draw(dataset, min(limit, DRAWN), seed, batch_of(Graph(masked)))
     if not drawn.judged or not any(row.few for row in rows):
         return model, rows, None
     makers = {name: partial(lambda own: on(drawn.fit, own)[0], name == VALIDATED) for name in (RULE, VALIDATED)}

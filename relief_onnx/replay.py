@@ -7,8 +7,9 @@ Tensors are dropped when no later node reads them. Those that do not fit in memo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,27 @@ from relief_onnx.graph import Graph
 from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["MEMORY_BYTES", "Replay"]
+__all__ = ["MEMORY_BYTES", "Aside", "Replay"]
 
 Feed = Mapping[str, NDArray[Any]]
 
 # Tensors that one replay keeps in memory; what is beyond goes to files.
 MEMORY_BYTES = 1 << 30
+
+
+@dataclass
+class Aside:
+    """What a piece makes that is run beside the walk, batch by batch, whenever it is asked for."""
+
+    batches: int
+    run: Callable[[int], dict[str, NDArray[Any]]]
+    _last: tuple[int, dict[str, NDArray[Any]]] = field(default_factory=lambda: (-1, {}))
+
+    def value(self, name: str, batch: int) -> NDArray[Any] | None:
+        """A tensor of one batch."""
+        if self._last[0] != batch:
+            self._last = (batch, self.run(batch))
+        return self._last[1][name]
 
 
 class Replay:
@@ -72,6 +88,19 @@ class Replay:
             for name in [name for name in values if not self._is_live(name)]:
                 self._forget(values.pop(name))
 
+    def aside(self, stop: int, names: Sequence[str], weights: Mapping[str, NDArray[Any]] | None = None) -> Aside:
+        """Tensors that the nodes from here to number `stop` make, without going on there. Raises ModelError."""
+        model, outputs = self._piece(self._at, stop, weights or {}, names)
+        session = Session(model, self._threads, f"nodes {self._at} to {stop - 1} of the model")
+        inputs = [item.name for item in model.graph.input]
+
+        def run(batch: int) -> dict[str, NDArray[Any]]:
+            values = self._values[batch]
+            made = session.run({name: self._read(values[name]) for name in inputs}, outputs, "the calibration data")
+            return dict(zip(outputs, made, strict=True))
+
+        return Aside(self.batches, run)
+
     def value(self, name: str, batch: int) -> NDArray[Any] | None:
         """A tensor of one batch; None where it is not there (yet, or any more)."""
         found = self._values[batch].get(name)
@@ -88,11 +117,14 @@ class Replay:
     def _is_live(self, name: str) -> bool:
         return name in self._wanted or (self._last.get(name, -1) >= self._at and name not in self._constant)
 
-    def _piece(self, start: int, stop: int, weights: Mapping[str, NDArray[Any]]) -> tuple[onnx.ModelProto, list[str]]:
-        """Nodes [start, stop) as a model of their own, and what it makes that is read later."""
+    def _piece(
+        self, start: int, stop: int, weights: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None
+    ) -> tuple[onnx.ModelProto, list[str]]:
+        """Nodes [start, stop) as a model of their own, and what it makes: what is `wanted`, or all that is read later."""
         graph = self._graph
         run = {index for index in range(start, stop) if not any(name in self._constant for name in graph.nodes[index].output)}
-        outputs = sorted(name for index in run for name in graph.nodes[index].output if name and self._is_live(name))
+        made_here = {name for index in run for name in graph.nodes[index].output if name}
+        outputs = sorted(name for name in made_here if (self._is_live(name) if wanted is None else name in wanted))
         # What is computed of weights alone is computed again in each piece that reads it: the weights may be new.
         waiting = [name for index in run for name in graph.read_by(index)]
         while waiting:

@@ -221,7 +221,7 @@ def repaired() -> Callable[[Parts | None], NDArray[np.float64]]:
 
     def run(parts: Parts | None) -> NDArray[np.float64]:
         with oneshot_ablation.switched(parts, graph) if parts else nullcontext():
-            feeds = repairs.samples_of(data, (parts and parts.samples) or repairs.SAMPLES)
+            feeds = repairs.samples_of(graph, data, (parts and parts.samples) or repairs.SAMPLES)
             model, _ = repairs.repair(graph, masked, flags, frozenset(weights), feeds, threads=1)
         arrays = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer}
         return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])

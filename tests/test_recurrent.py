@@ -256,7 +256,7 @@ def test_nothing_removed_is_nothing_changed() -> None:
     """With all weights kept the old ones solve the equations: the ridge pulls to them, and the inputs are the original's."""
     node = made("GRU", "fb", False)
     graph = Graph(prepare(model(node, layers=True)))
-    feeds = samples_of(open_dataset(smooth_feeds(node, 4), input_specs(graph.model)))
+    feeds = samples_of(graph, open_dataset(smooth_feeds(node, 4), input_specs(graph.model)))
     masked, rows = repair(graph, graph.model, {}, frozenset("wr"), feeds)
     assert {row.layer.weight for row in rows} == {"w", "r"}
     assert all(row.before < 1e-8 and row.after < 1e-8 for row in rows)

@@ -1,0 +1,63 @@
+"""Layers within bodies as equations: both networks run the node with its bodies once more for each of them; mirrors tell what they meet.
+
+The body runs as a whole, with the weights that are solved for already; the walk itself goes on when all layers of the node are done. Rows
+of both networks belong together only where their bodies ran in the same rounds, which the numbers say that each run hands out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Layer
+from relief_onnx.nodes import runs_of
+from relief_onnx.replay import Aside, Replay
+
+__all__ = ["Inside"]
+
+
+@dataclass
+class _Met:
+    """What a layer meets in the pruned network, where that took the way of the original. Also what the latter emits."""
+
+    now: Aside
+    then: Aside
+    layer: Layer
+    runs: str
+
+    @property
+    def batches(self) -> int:
+        return self.now.batches
+
+    def value(self, name: str, batch: int) -> NDArray[Any] | None:
+        """A tensor of one batch; None where the body did not run, or not in the same rounds in both networks."""
+        own = self.now if name == self.layer.input else self.then
+        x, y = self.now.value(self.layer.input, batch), self.then.value(self.layer.output, batch)
+        assert x is not None
+        assert y is not None
+        if not x.size or not y.size or len(x) != len(y):
+            return None
+        before, after = self.then.value(self.runs, batch), self.now.value(self.runs, batch)
+        assert before is not None
+        return own.value(name, batch) if np.array_equal(before, after) else None  # type: ignore[arg-type]
+
+
+class Inside:
+    """The layers in the bodies of one node (by its number in `graph`). Both walks are brought before the node and stay there."""
+
+    def __init__(self, original: Graph, graph: Graph, node: int, before: Replay, after: Replay, new: dict[str, NDArray[Any]]) -> None:
+        self.node = node
+        self._original, self._graph, self._before, self._after = original, graph, before, after
+        home = next(name for name in graph.nodes[node].output if name)
+        after.advance(node, new)
+        before.advance(original.producer[home])
+
+    def met(self, layer: Layer, new: dict[str, NDArray[Any]]) -> _Met:
+        """What a layer meets with the weights `new`, and what it should emit. Raises ModelError."""
+        runs = runs_of(self._graph.nodes[layer.node])
+        then = self._before.aside(self._original.producer[layer.output] + 1, [layer.output, runs])
+        return _Met(self._after.aside(layer.node, [layer.input, runs], new), then, layer, runs)
