@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from relief_onnx import aside
 from relief_onnx.errors import DataError, ModelError
 
 __all__ = ["LOAD_ERRORS", "Session", "first_line"]
@@ -20,12 +22,17 @@ LOAD_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for 
 
 onnxruntime.set_default_logger_severity(4)
 
+# Bytes of weights from which on onnxruntime keeps no second copy of them in the order that its kernels like best.
+LARGE = 1 << 30
+
 
 class Session:
     """A loaded model that runs feeds on the CPU."""
 
-    def __init__(self, model: onnx.ModelProto | bytes, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
+    def __init__(self, model: onnx.ModelProto | bytes | Path, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
         """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
+
+        Weights that are set aside, or in data files beside a path, are not copied.
 
         Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
         """
@@ -36,7 +43,8 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)
+        # As long as the session lives, so does what it reads without a copy.
+        content, self._lent = _given(model, options)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
@@ -60,6 +68,27 @@ class Session:
         """Name, type and shape of every input and output, as onnxruntime sees them."""
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOptions) -> tuple[bytes | Path, tuple[Any, ...]]:
+    """What onnxruntime loads, and what `options` let it read where it is: weights that are set aside. It holds no references to those."""
+    if not isinstance(model, onnx.ModelProto):
+        return model, ()
+    model = aside.settled(model)
+    tensors = aside.held(model)
+    if tensors:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(aside.placeholder(tensors)))
+        if sum(aside.array_of(item).nbytes for item in tensors) > LARGE:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+    lent: list[Any] = []
+    for item in tensors:
+        array = aside.array_of(item)
+        # Numpy has no bfloat16 of its own, so its bits go.
+        bits = array.view(np.uint16) if item.data_type == onnx.TensorProto.BFLOAT16 else array
+        value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, item.data_type)
+        options.add_initializer(item.name, value)
+        lent += [value, bits]
+    return model.SerializeToString(deterministic=True), tuple(lent)
 
 
 def _advice(error: str) -> str:
