@@ -26,8 +26,8 @@ from relief_onnx.errors import OutputError
 from relief_onnx.nodes import subgraphs
 
 __all__ = [
-    "FROM", "LIMIT", "SMALLEST", "array_of", "as_inputs", "bytes_of", "held", "hold", "is_aside", "like", "mapped", "placeholder", "plain",
-    "scoped", "set_aside", "settled", "tensor_of", "tensors_of", "whole", "wire_size",
+    "FROM", "LIMIT", "SMALLEST", "array_of", "as_inputs", "beside", "bytes_of", "held", "hold", "is_aside", "is_mapped", "like", "mapped",
+    "placeholder", "plain", "scoped", "set_aside", "settled", "tensor_of", "tensors_of", "whole", "wire_size",
 ]  # fmt: skip
 
 # What one protobuf message may have, and so one .onnx file without external data.
@@ -67,8 +67,26 @@ def tensor_of(array: NDArray[Any], name: str, *sources: TensorProto | None) -> T
     if array.nbytes >= SMALLEST and any(item is not None and is_aside(item) for item in sources):
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         if kind in _KINDS:
-            return hold(_spilled(array), kind, name)
+            held = is_mapped(array) and array.flags.c_contiguous and not array.flags.writeable
+            return hold(array if held else _spilled(array), kind, name)
     return numpy_helper.from_array(array, name)
+
+
+def is_mapped(array: NDArray[Any]) -> bool:
+    """Whether an array lies in a file."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
+
+
+def beside(array: NDArray[Any], *sources: NDArray[Any]) -> NDArray[Any]:
+    """The array itself, or, where any of its sources lies in a file and it is large enough, a read-only copy that does so too."""
+    if array.nbytes < SMALLEST or is_mapped(array) or not any(map(is_mapped, sources)):
+        return array
+    return _spilled(array)
 
 
 def like(tensor: TensorProto, *sources: TensorProto | None) -> TensorProto:

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from relief_onnx.aside import tensor_of
+from relief_onnx.aside import beside, tensor_of
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.nodes import subgraphs
@@ -224,4 +224,5 @@ def _rename_captured(body: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
 
 def applied(graph: Graph, flags: Mapping[str, Flags]) -> dict[str, NDArray[Any]]:
     """The initializers with their masks multiplied in; what goes is +0."""
-    return {name: np.where(keep, graph.array(name), np.zeros((), graph.array(name).dtype)) for name, keep in flags.items()}
+    arrays = {name: graph.array(name) for name in flags}
+    return {name: beside(np.where(keep, arrays[name], np.zeros((), arrays[name].dtype)), arrays[name]) for name, keep in flags.items()}
