@@ -125,9 +125,7 @@ def main() -> None:
                 file.unlink()
             rows[name] = row
             memory = ", ".join(f"{key} {row[key] / 1e9:.1f} GB" for key in ("anonymous", "mapped", "resident"))
-            print(
-                f"{name}: exit {row['exit']} {row['error']}, {row['seconds']} s, {memory}, runs: {row['runs']}", flush=True
-            )
+            print(f"{name}: exit {row['exit']} {row['error']}, {row['seconds']} s, {memory}, runs: {row['runs']}", flush=True)
             given.json.write_text(json.dumps({"bytes": size, "layers": given.layers, "width": given.width, "runs": rows}, indent=2) + "\n")
     finally:
         shutil.rmtree(folder)

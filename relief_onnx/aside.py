@@ -1,18 +1,20 @@
 """Weights set aside: arrays of a large model that live outside of its ModelProto, in files that are mapped into memory.
 
 Protobuf holds at most 2 GB, and every copy of a ModelProto copies what it holds. So the larger initializers of a large model stay in the
-user's data files, or go to temporary files that have no name: the tensor in the ModelProto says type, shape and a key only. Everything that
-reads or makes a tensor does so by `array_of` and `tensor_of`; onnxruntime is given the arrays themselves (see `session`). A tensor that
+user's data files, or go to temporary files: the tensor in the ModelProto says type, shape and a key only. Everything that
+reads or makes a tensor does so by `array_of` and `tensor_of`; onnxruntime is told where they lie (see `session`). A tensor that
 takes the place of one that is set aside is set aside too, so a small model never meets any of this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -27,7 +29,7 @@ from relief_onnx.nodes import subgraphs
 
 __all__ = [
     "FROM", "LIMIT", "SMALLEST", "array_of", "as_inputs", "beside", "bytes_of", "held", "hold", "is_aside", "is_mapped", "like", "mapped",
-    "placeholder", "plain", "scoped", "set_aside", "settled", "tensor_of", "tensors_of", "whole", "wire_size",
+    "moved", "place_of", "plain", "scoped", "set_aside", "settled", "tensor_of", "tensors_of", "whole", "wire_size",
 ]  # fmt: skip
 
 # What one protobuf message may have, and so one .onnx file without external data.
@@ -74,12 +76,16 @@ def tensor_of(array: NDArray[Any], name: str, *sources: TensorProto | None) -> T
 
 def is_mapped(array: NDArray[Any]) -> bool:
     """Whether an array lies in a file."""
+    return _root(array) is not None
+
+
+def _root(array: NDArray[Any]) -> np.memmap[Any, Any] | None:
     base: Any = array
+    found = None
     while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
+        found = base if isinstance(base, np.memmap) else found
         base = base.base
-    return False
+    return found
 
 
 def beside(array: NDArray[Any], *sources: NDArray[Any]) -> NDArray[Any]:
@@ -111,7 +117,6 @@ def hold(array: NDArray[Any], kind: int, name: str, doc: str = "") -> TensorProt
     tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
     if doc:
         tensor.doc_string = doc
-    # The place is a file of holes that onnxruntime is shown (see `placeholder`); what is held there is known by the last of these.
     for entry, value in (("location", _LOCATION), ("length", str(array.nbytes)), ("checksum", key)):
         tensor.external_data.add(key=entry, value=value)
     return tensor
@@ -127,7 +132,7 @@ def mapped(tensor: TensorProto, path: Path, offset: int, length: int | None) -> 
     size = plain_bytes(tensor)
     if length is not None and length != size:
         raise ValueError(f"its shape needs {size} bytes, the file has {length}")
-    values = np.asarray(np.memmap(path, np.uint8, "r", offset, (size,)))
+    values = np.asarray(np.memmap(path.resolve(), np.uint8, "r", offset, (size,)))
     array = values.view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
     return hold(array if array.flags.aligned else _spilled(array), tensor.data_type, tensor.name, tensor.doc_string)
 
@@ -224,24 +229,25 @@ def bytes_of(model: onnx.ModelProto) -> int:
     return int(model.ByteSize()) + sum(array_of(item).nbytes for item in tensors_of(model.graph) if is_aside(item))
 
 
-def placeholder(tensors: Iterable[TensorProto]) -> Path:
-    """The folder with a file of holes, no less than the longest of the tensors, where onnxruntime looks for what it is given otherwise."""
-    folder = _folder()
-    path = folder / _LOCATION
-    size = max(array_of(item).nbytes for item in tensors)
-    with path.open("ab") as file:
-        if file.tell() < size:
-            file.truncate(size)
-    return folder
+def moved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with what is set aside in temporary files of ours, for a model whose own data files will go."""
+    for item in held(model):
+        item.CopyFrom(hold(_spilled(array_of(item)), item.data_type, item.name, item.doc_string))
+    return model
+
+
+def place_of(tensor: TensorProto) -> tuple[Path, int]:
+    """The file and the offset at which the values of a tensor lie that is set aside."""
+    array = array_of(tensor)
+    root = _root(array)
+    assert root is not None
+    assert root.filename is not None
+    return Path(root.filename), int(root.offset) + array.ctypes.data - root.ctypes.data
 
 
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="relief-onnx.")
-
-
-def _folder() -> Path:
-    return Path(_temporary().name)
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="relief-onnx.", ignore_cleanup_errors=True)
 
 
 def scoped(*kept: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -273,16 +279,23 @@ def _key(tensor: TensorProto) -> str:
 
 
 def _spilled(array: NDArray[Any]) -> NDArray[Any]:
-    """A read-only copy in a file without a name, whose pages the system can drop from memory and read again."""
-    with tempfile.TemporaryFile(prefix="relief-onnx.") as file:
-        try:
-            np.ascontiguousarray(array).tofile(file)
-            file.flush()
-        except OSError as error:
-            raise OutputError(
-                f"the temporary folder {tempfile.gettempdir()} cannot hold a weight of {array.nbytes} bytes ({error.strerror or error}); "
-                "free some space there, or set TMPDIR to a folder with several times the size of the model"
-            ) from error
-        mapped = np.memmap(file, np.uint8, "r", shape=(array.nbytes,))
+    """A read-only copy in a temporary file, whose pages the system can drop from memory and read again; the file goes with the array."""
+    path = Path(_folder().name).resolve() / f"{next(_numbers)}"
+    try:
+        np.ascontiguousarray(array).tofile(path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(
+            f"the temporary folder {tempfile.gettempdir()} cannot hold a weight of {array.nbytes} bytes ({error.strerror or error}); "
+            "free some space there, or set TMPDIR to a folder with several times the size of the model"
+        ) from error
+    mapped = np.memmap(path, np.uint8, "r", shape=(array.nbytes,))
+    weakref.finalize(mapped, _remove, path)
     found: NDArray[Any] = np.asarray(mapped).view(array.dtype).reshape(array.shape)
     return found
+
+
+def _remove(path: Path) -> None:
+    """Where a file that is still mapped cannot be removed, it goes with the folder at the end of the process."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,8 +44,7 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # As long as the session lives, so does what it reads without a copy.
-        content, self._lent = _given(model, options)
+        content = _given(model, options)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
@@ -70,25 +70,28 @@ class Session:
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
 
 
-def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOptions) -> tuple[bytes | Path, tuple[Any, ...]]:
-    """What onnxruntime loads, and what `options` let it read where it is: weights that are set aside. It holds no references to those."""
+def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOptions) -> bytes | Path:
+    """What onnxruntime loads; of weights that are set aside the files in which they lie, which it maps into memory."""
     if not isinstance(model, onnx.ModelProto):
-        return model, ()
+        return model
     model = aside.settled(model)
     tensors = aside.held(model)
     if tensors:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(aside.placeholder(tensors)))
+        places = [aside.place_of(item) for item in tensors]
+        folder = os.path.commonpath([path.parent for path, _ in places])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         if sum(aside.array_of(item).nbytes for item in tensors) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")
-    lent: list[Any] = []
-    for item in tensors:
-        array = aside.array_of(item)
-        # Numpy has no bfloat16 of its own, so its bits go.
-        bits = array.view(np.uint16) if item.data_type == onnx.TensorProto.BFLOAT16 else array
-        value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, item.data_type)
-        options.add_initializer(item.name, value)
-        lent += [value, bits]
-    return model.SerializeToString(deterministic=True), tuple(lent)
+        told = onnx.ModelProto()
+        told.CopyFrom(model)
+        for item, (path, offset) in zip(aside.held(told), places, strict=True):
+            length = aside.array_of(item).nbytes
+            del item.external_data[:]
+            for key, value in (("location", path.relative_to(folder).as_posix()), ("offset", str(offset)), ("length", str(length))):
+                item.external_data.add(key=key, value=value)
+        model = told
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def _advice(error: str) -> str:
