@@ -98,7 +98,7 @@ def runs(path: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", default=",".join(RUNS).replace(", ", "+"), help="of " + ",".join(RUNS).replace(", ", "+"))
+    parser.add_argument("--runs", default="; ".join(RUNS), help="with semicolons, of " + "; ".join(RUNS))
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--folder", type=Path, default=None, help="where some 15 GB fit (default: the temporary folder)")
@@ -110,7 +110,7 @@ def main() -> None:
         source = build(folder, given.layers, given.width)
         size = sum(file.stat().st_size for file in (source, folder / "weights.bin"))
         print(f"{size / 1e9:.2f} GB, {given.layers} layers of {given.width} x {given.width}")
-        for name in [item.replace("+", ", ") for item in given.runs.split(",")]:
+        for name in given.runs.split("; "):
             command, *options = RUNS[name]
             out = folder / ("out.npz" if command == "score" else "out.onnx")
             row = measured(
