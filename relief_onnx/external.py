@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -118,25 +118,25 @@ def write(model: onnx.ModelProto, path: Path, origin: Origin, check: Callable[[P
 
 def _swap(folder: Path, path: Path, names: Sequence[str]) -> None:
     """Move new files to their places and old ones out of the way; undone where anything fails. The .onnx file goes first and comes last."""
-    done: list[tuple[Path, Path]] = []
     old = folder / "old"
     old.mkdir()
-    try:
+    with ExitStack() as undo:
         for name in (path.name, *names):
             if (path.parent / name).exists():
-                _move(path.parent / name, old / name, done)
+                _move(path.parent / name, old / name, undo)
         for name in (*names, path.name):
-            _move(folder / name, path.parent / name, done)
-    except BaseException:
-        for source, target in reversed(done):
-            if not source.exists():
-                os.replace(target, source)
-        raise
+            _move(folder / name, path.parent / name, undo)
+        undo.pop_all()
 
 
-def _move(source: Path, target: Path, done: list[tuple[Path, Path]]) -> None:
-    done.append((source, target))  # before, so that an interruption right after the move is undone too
+def _move(source: Path, target: Path, undo: ExitStack) -> None:
+    undo.callback(_back, source, target)  # before, so that an interruption right after the move is undone too
     os.replace(source, target)
+
+
+def _back(source: Path, target: Path) -> None:
+    if not source.exists():
+        os.replace(target, source)
 
 
 def _names(path: Path, tensors: Sequence[str], origin: Origin) -> dict[str, str]:
