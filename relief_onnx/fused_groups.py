@@ -42,6 +42,8 @@ def group_query_attention(place: Place) -> None:
     rotates = bool(place.values.get("do_rotary", 0))
     if rotates and (place.size(_CACHES[0], 1) != width // 2 or place.input(_PLACES)):
         raise Barrier("it rotates a part of each head, or by places that are given")
+    if place.input(_PAST[0]) and not (place.output(1) and place.output(2)):
+        raise Barrier("it has a past and hands nothing on")
     query = place.op("q", "Reshape", place.input(0), place.ints("q/sizes", 0, 0, groups, heads // groups, width))
     query = place.op("q_turned", "Transpose", query, perm=[0, 2, 3, 1, 4])
     keys, values = (_headed(place, name, slot, groups, width) for name, slot in (("k", 1), ("v", 2)))
