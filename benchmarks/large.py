@@ -28,6 +28,7 @@ SAMPLES = 32
 
 RUNS: dict[str, list[str]] = {
     "score, magnitude": ["score", "--criterion", "magnitude"],
+    "magnitude, one layer": ["prune", "--criterion", "magnitude", "--keep", "50%", "--storage", "dense", "--only", "fc0"],
     "magnitude": ["prune", "--criterion", "magnitude", "--keep", "50%", "--storage", "dense"],
     "relief": ["prune", "--criterion", "relief", "--keep", "50%", "--storage", "dense"],
     "flow": ["prune", "--criterion", "flow", "--keep", "50%", "--storage", "dense"],
@@ -110,7 +111,7 @@ def main() -> None:
         source = build(folder, given.layers, given.width)
         size = sum(file.stat().st_size for file in (source, folder / "weights.bin"))
         print(f"{size / 1e9:.2f} GB, {given.layers} layers of {given.width} x {given.width}")
-        for name in given.runs.split("; "):
+        for name in [item.strip() for item in given.runs.split(";")]:
             command, *options = RUNS[name]
             out = folder / ("out.npz" if command == "score" else "out.onnx")
             row = measured(
