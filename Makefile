@@ -7,7 +7,7 @@ DEMO := build/demo
 PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-retrain bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot bench-speech clean
+.PHONY: help demo test lint format samples nightly bench-score bench-latency bench-interpreter bench-paper bench-retrain bench-zoo bench-flow bench-flow-channels study-flow peers bench-oneshot bench-speech bench-large clean
 
 help:  ## Show what there is.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ bench-oneshot: $(VENV)/.bench $(PEERS)/.installed  ## Compare accuracy after one
 
 bench-speech: $(VENV)/.dev  ## Measure how speech models that carry states agree with the original at half of their weights.
 	$(BIN)/python -m benchmarks.speech $(SPEECH_OPTIONS)
+
+bench-large: $(VENV)/.dev  ## Measure time and memory of a model over 2 GB; takes hours and some 25 GB of disk.
+	$(BIN)/python -m benchmarks.large $(LARGE_OPTIONS)
 
 peers: $(PEERS)/.installed  ## Measure what Torch-Pruning and onnxsim can remove from the same models, for bench-zoo's table.
 	$(PEERS)/bin/python -m benchmarks.peers $(ZOO_OPTIONS)

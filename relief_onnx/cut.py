@@ -10,12 +10,13 @@ is divided by (share of its flow that the layer keeps)^balance. No layer falls b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.aside import beside
 from relief_onnx.flow import DEFAULT_RULE, FlowRule
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, as_stored, whole_units
@@ -52,17 +53,20 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One weight in the ranking: worth and flow per unit of the mask, shaped as the first reader's scores, and weights per unit."""
+    """One weight in the ranking: worth and flow per unit of the mask, shaped as the first reader's scores, and weights per unit.
+
+    scores: the array that they come from.
+    """
 
     weight: str
     worth: Doubles
     flow: Doubles
     cost: int
+    scores: Doubles
 
 
-def worths(plan: Plan, scores: Scores, weights: frozenset[str], rule: FlowRule = DEFAULT_RULE) -> list[_Entry]:
-    """What is ranked, by weight. A shared weight is worth what all of its readers together lose with it."""
-    found = []
+def worths(plan: Plan, scores: Scores, weights: frozenset[str], rule: FlowRule = DEFAULT_RULE) -> Iterator[_Entry]:
+    """What is ranked, one weight after the other. A shared weight is worth what all of its readers together lose with it."""
     for weight, layers in plan.by_weight().items():
         if weight not in weights:
             continue
@@ -74,8 +78,7 @@ def worths(plan: Plan, scores: Scores, weights: frozenset[str], rule: FlowRule =
         if len(layers) > 1:
             merge: Callable[[list[Doubles]], Doubles] = (lambda parts: sum(parts[1:], parts[0])) if by_flow else _largest
             ranked, flows = [_merged(layers, ranked, merge)], [_merged(layers, flows, merge)]
-        found.append(_Entry(weight, ranked[0] / (cost if by_flow else 1), flows[0], cost))
-    return found
+        yield _Entry(weight, ranked[0] / cost if by_flow else ranked[0], flows[0], cost, first.score)
 
 
 def _ranked(score: LayerScore, rule: FlowRule) -> Doubles:
@@ -122,12 +125,13 @@ def cut(
     total = sum(int(np.prod(plan.by_weight()[weight][0].view.shape)) for pool in pools for weight in pool.weights)
     left = round((keep or 0.0) * total)
     for pool in sorted(pools, key=lambda pool: pool.alpha is None):
-        entries = worths(plan, scores, frozenset(pool.weights), rule)
-        if not entries:
+        known = [weight for weight in plan.by_weight() if weight in pool.weights]
+        if not known:
             continue
-        by_flow = scores[plan.by_weight()[entries[0].weight][0].name].relevance is not None
-        kept, acted = _cut_pool(entries, pool.alpha, left, rule.balance if by_flow else 0.0, by_flow)
-        left -= sum(int(kept[entry.weight].sum()) * entry.cost for entry in entries)
+        by_flow = scores[plan.by_weight()[known[0]][0].name].relevance is not None
+        ranked = [_Ranked(entry, by_flow) for entry in worths(plan, scores, frozenset(pool.weights), rule)]
+        kept, acted = _cut_pool(ranked, pool.alpha, left, rule.balance if by_flow else 0.0)
+        left -= sum(int(kept[one.weight].sum()) * one.cost for one in ranked)
         keeps.update(kept)
         floors += acted
     keeps = {weight: whole_units(plan.by_weight()[weight], keep) for weight, keep in keeps.items()}
@@ -150,10 +154,12 @@ class _Ranked:
 
     def __init__(self, entry: _Entry, floored: bool) -> None:
         worth, flow = entry.worth.reshape(-1), entry.flow.reshape(-1)
-        self.entry = entry
-        self.order = np.argsort(-worth, kind="stable")
-        self._falling = -worth[self.order]
-        self.flow = np.cumsum(flow[self.order])
+        self.weight, self.cost, self._shape = entry.weight, entry.cost, entry.worth.shape
+        order = np.argsort(-worth, kind="stable")
+        # Of a large model these are four times as large as its weights, so they go where those are.
+        self._falling = beside(-worth[order], entry.scores)
+        self.flow = beside(np.cumsum(flow[order]), entry.scores)
+        self._order = beside(order.astype(np.uint32), entry.scores) if len(order) < 2**32 else order
         self.useful = int(np.searchsorted(self._falling, 0.0, side="left"))
         total = float(self.flow[-1]) if len(worth) else 0.0
         self.least = min(int(np.searchsorted(self.flow, FLOOR * total)) + 1, self.useful) if floored and total > 0 else 0
@@ -172,15 +178,16 @@ class _Ranked:
 
     def keep(self, count: int) -> Flags:
         """Flags of the first entries."""
-        flags = np.zeros(self.entry.worth.size, bool)
-        flags[self.order[:count]] = True
-        return flags.reshape(self.entry.worth.shape)
+        flags = np.zeros(len(self._order), bool)
+        flags[self._order[:count]] = True
+        return flags.reshape(self._shape)
+
+    def worth(self, place: int) -> float:
+        """That of the entry at a place, 0 where there is none."""
+        return -float(self._falling[place]) if len(self._falling) else 0.0
 
 
-def _cut_pool(
-    entries: list[_Entry], alpha: float | None, budget: int, balance: float, floored: bool
-) -> tuple[dict[str, Flags], list[Floor]]:
-    ranked = [_Ranked(entry, floored) for entry in entries]
+def _cut_pool(ranked: list[_Ranked], alpha: float | None, budget: int, balance: float) -> tuple[dict[str, Flags], list[Floor]]:
     gains = np.ones(len(ranked))
     for _ in range(ROUNDS if balance else 1):
         counts = _counts(ranked, gains, alpha, budget)
@@ -189,11 +196,11 @@ def _cut_pool(
             # Half way in the logarithm at a time, so that it settles.
             gains = np.sqrt(gains * np.maximum(shares, 1e-6) ** -balance)
     floors = [
-        Floor(one.entry.weight, alone, count)
+        Floor(one.weight, alone, count)
         for one, alone, count in zip(ranked, _unfloored(ranked, gains, counts), counts, strict=True)
         if alone < count == one.least
     ]
-    return {one.entry.weight: one.keep(count) for one, count in zip(ranked, counts, strict=True)}, floors
+    return {one.weight: one.keep(count) for one, count in zip(ranked, counts, strict=True)}, floors
 
 
 def _counts(ranked: list[_Ranked], gains: Doubles, alpha: float | None, budget: int) -> list[int]:
@@ -205,14 +212,14 @@ def _counts(ranked: list[_Ranked], gains: Doubles, alpha: float | None, budget: 
     def enough(counts: list[int]) -> bool:
         if alpha is not None:
             return sum(one.carried(count) for one, count in zip(ranked, counts, strict=True)) >= wanted
-        return sum(count * one.entry.cost for one, count in zip(ranked, counts, strict=True)) >= budget
+        return sum(count * one.cost for one, count in zip(ranked, counts, strict=True)) >= budget
 
     def counts_at(bits: int) -> list[int]:
         level = float(np.int64(bits).view(np.float64))
         return [one.count(level / gain) for one, gain in zip(ranked, gains.tolist(), strict=True)]
 
     # Worth is positive, so the bits of a float64 are in the order of its value: the level is found exactly.
-    top = max((float(one.entry.worth.max(initial=0.0)) * gain for one, gain in zip(ranked, gains.tolist(), strict=True)), default=0.0)
+    top = max((one.worth(0) * gain for one, gain in zip(ranked, gains.tolist(), strict=True)), default=0.0)
     low, high = 1, int(np.float64(2 * top).view(np.int64)) + 1
     while low < high - 1:
         middle = (low + high) // 2
@@ -224,25 +231,21 @@ def _filled(ranked: list[_Ranked], counts: list[int], most: list[int], alpha: fl
     """Of the entries right at the level, in the order of the weights, as many as it takes, or as fit into the budget."""
     found = []
     flow = sum(one.carried(count) for one, count in zip(ranked, counts, strict=True))
-    left = budget - sum(count * one.entry.cost for one, count in zip(ranked, counts, strict=True))
+    left = budget - sum(count * one.cost for one, count in zip(ranked, counts, strict=True))
     for one, count, limit in zip(ranked, counts, most, strict=True):
-        more = max(left, 0) // one.entry.cost
+        more = max(left, 0) // one.cost
         if alpha is not None:
             missing = wanted - flow
             more = int(np.searchsorted(one.flow, one.carried(count) + missing)) + 1 - count if missing > 0 else 0
         more = min(more, limit - count)
         flow += one.carried(count + more) - one.carried(count)
-        left -= more * one.entry.cost
+        left -= more * one.cost
         found.append(count + more)
     return found
 
 
 def _unfloored(ranked: list[_Ranked], gains: Doubles, counts: list[int]) -> list[int]:
     """What the ranking alone would keep: down to the least worth that stays anywhere above its floor."""
-    levels = [
-        float(one.entry.worth.reshape(-1)[one.order[count - 1]]) * gain
-        for one, gain, count in zip(ranked, gains.tolist(), counts, strict=True)
-        if count > one.least
-    ]
+    levels = [one.worth(count - 1) * gain for one, gain, count in zip(ranked, gains.tolist(), counts, strict=True) if count > one.least]
     level = min(levels, default=np.inf)
     return [one.reaching(level / gain) for one, gain in zip(ranked, gains.tolist(), strict=True)]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.contractions import centred
 from relief_onnx.coupling import Coupling, Units, ZeroReader, line_of
 from relief_onnx.graph import Graph, attributes
@@ -29,8 +30,8 @@ Flags = NDArray[np.bool_]
 
 def set_initializer(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
     """Replace an initializer's value, or add it; the entry in graph.input that old files (IR 3) need follows."""
-    tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)  # a number stays a number
     existing = next((item for item in model.graph.initializer if item.name == name), None)
+    tensor = tensor_of(np.asarray(array, order="C"), name, existing)  # a number stays a number
     if existing is None:
         model.graph.initializer.append(tensor)
         if model.ir_version < 4:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of, tensor_of
 from relief_onnx.bodies import Held, Sunk, as_model, bodies_of, keep_only, key_of, put_back, risen
 from relief_onnx.borders import Added, removed
 from relief_onnx.lifting import rename_in
@@ -130,8 +130,10 @@ def _fold_masks(graph: onnx.GraphProto, names: Collection[str]) -> None:
     ]
     masks, new = {item.input[1] for item in folded}, {item.output[0]: item.input[0] for item in folded}
     for item in folded:
-        value, mask = (numpy_helper.to_array(stored[name]) for name in item.input)
-        stored[item.input[0]].CopyFrom(numpy_helper.from_array(np.where(mask != 0, value, np.zeros((), value.dtype)), item.input[0]))
+        value, mask = (array_of(stored[name]) for name in item.input)
+        stored[item.input[0]].CopyFrom(
+            tensor_of(np.where(mask != 0, value, np.zeros((), value.dtype)), item.input[0], stored[item.input[0]])
+        )
     keep_only(graph.node, lambda item: new.keys().isdisjoint(item.output))
     keep_only(graph.initializer, lambda item: item.name not in masks)
     rename_in(graph, new)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import FLOATS, Graph, attributes
 from relief_onnx.layers import LAYER_OPERATORS
@@ -61,7 +61,7 @@ def _fill(graph: Graph, node: onnx.NodeProto) -> _Fill | None:
     if node.op_type != "ConstantOfShape" or node.domain not in STANDARD or graph.is_output(node.output[0]):
         return None
     shape, stored = graph.constant(node.input[0]), attributes(node).get("value")
-    value = np.float32(0) if stored is None else numpy_helper.to_array(stored).reshape(-1)[0]
+    value = np.float32(0) if stored is None else array_of(stored).reshape(-1)[0]
     if shape is None or shape.size == 0 or (stored is not None and stored.data_type not in FLOATS):
         return None
     return _Fill(node, tuple(int(size) for size in shape), value)
@@ -78,7 +78,7 @@ def _filled_again(model: onnx.ModelProto, fills: Mapping[str, _Fill], sizes: Map
     result.CopyFrom(model)
     nodes = []
     for item in [item for item in result.graph.initializer if item.name in fills]:
-        fill, array = fills[item.name], numpy_helper.to_array(item)
+        fill, array = fills[item.name], array_of(item)
         if array.size == 0 or array.dtype != fill.value.dtype or not (array == fill.value).all():
             continue
         node = onnx.NodeProto()

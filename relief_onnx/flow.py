@@ -8,7 +8,7 @@ One calibration pass, no labels, no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relief_onnx.activity import Activity
+from relief_onnx.aside import beside, is_mapped
 from relief_onnx.calibrate import Measurement
 from relief_onnx.embeddings import TableMeasure
 from relief_onnx.graph import Graph
@@ -118,19 +119,19 @@ class FlowMeasure:
 
         Over groups of samples flow and R are means; a share is a connection's part of the flow into its unit.
         """
-        parts = {layer.name: self._parts(layer) for layer in self._plan.layers}
+        parts = {layer.name: beside(self._parts(layer), self._graph.array(layer.weight)) for layer in self._plan.layers}
         flows: dict[str, Doubles] = {}
         relevance: dict[str, Doubles] = {}
         for group, weight in self._weights():
-            known = {layer.name: self._shares(layer, parts[layer.name], group) for layer in self._plan.layers}
-            shares, totals = ({name: item[place] for name, item in known.items()} for place in (0, 2))
-            found = self._propagated({name: _coarse(share) for name, share in shares.items()}, totals, weights, group)
+            shares = _Shares(self, parts, group)
+            totals = {layer.name: shares.both(layer.name)[1] for layer in self._plan.layers}
+            found = self._propagated(_Coarse(shares), totals, weights, group)
             for layer in self._tables.lookups:
                 relevance[layer.name] = relevance.get(layer.name, 0.0) + weight * found[layer.name]
             for name, share in shares.items():
                 own = found[name]
                 flow = (share if self._granularity == "weight" else _coarse(share)) * own.reshape(-1, *(1,) * (self._rank(share) - 1))
-                flows[name] = flows[name] + weight * flow if name in flows else weight * flow
+                flows[name] = beside(flows[name] + weight * flow if name in flows else weight * flow, parts[name])
                 relevance[name] = relevance[name] + weight * own if name in relevance else weight * own
         scores = {
             layer.name: self._score(layer, parts[layer.name], flows[layer.name], relevance[layer.name]) for layer in self._plan.layers
@@ -144,7 +145,7 @@ class FlowMeasure:
         share, bias, _ = self._shares(layer, part, None)
         plain = share if self._granularity == "weight" else _coarse(share)
         units = relevance.reshape(-1, *(1,) * (flow.ndim - 1))
-        score = np.where(units > 0, flow / np.where(units > 0, units, 1.0), plain)
+        score = beside(np.where(units > 0, flow / np.where(units > 0, units, 1.0), plain), part)
         means = self._inputs[layer.name].input_means(layer)
         return LayerScore(layer.weight, layer.name, score, bias, relevance, means)
 
@@ -207,6 +208,43 @@ class FlowMeasure:
         total = part.reshape(layer.out_channels, -1).sum(1) + bias
         safe = np.where(total > 0, total, 1.0)
         return part / safe.reshape(-1, *(1,) * (part.ndim - 1)), bias / safe, total
+
+
+class _Shares(Mapping[str, Doubles]):
+    """Shares of each weight, by layer name; of layers whose weights lie in files they are computed anew at each reading."""
+
+    def __init__(self, measure: FlowMeasure, parts: Mapping[str, Doubles], group: int | None) -> None:
+        self._measure, self._parts, self._group = measure, parts, group
+        self._layers = {layer.name: layer for layer in measure._plan.layers}
+        self._held: dict[str, tuple[Doubles, Doubles]] = {}
+
+    def both(self, name: str) -> tuple[Doubles, Doubles]:
+        """The shares [out, in per group, *kernel], and what each unit takes in altogether [out]."""
+        if name in self._held:
+            return self._held[name]
+        share, _, total = self._measure._shares(self._layers[name], self._parts[name], self._group)
+        if not is_mapped(self._parts[name]):
+            self._held[name] = share, total
+        return share, total
+
+    def __getitem__(self, name: str) -> Doubles:
+        return self.both(name)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class _Coarse(_Shares):
+    """The same of connections [out, in per group]."""
+
+    def __init__(self, shares: _Shares) -> None:
+        self._layers, self._shares = shares._layers, shares
+
+    def __getitem__(self, name: str) -> Doubles:
+        return _coarse(self._shares[name])
 
 
 def _coarse(share: Doubles) -> Doubles:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.nodes import STANDARD
 
@@ -33,7 +34,7 @@ def fold_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
         wide = factor.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
         has_bias = len(node.input) > 2 and bool(node.input[2])
         bias = graph.array(node.input[2]).astype(np.float64) if has_bias else np.zeros_like(mean)
-        tensors[node.input[1]].CopyFrom(numpy_helper.from_array((weight * wide).astype(weight.dtype), node.input[1]))
+        tensors[node.input[1]].CopyFrom(tensor_of((weight * wide).astype(weight.dtype), node.input[1], tensors[node.input[1]]))
         # The norm's own shift becomes the bias: it has the right size, and nothing else reads it.
         tensors[norm.input[2]].CopyFrom(numpy_helper.from_array((beta + (bias - mean) * factor).astype(weight.dtype), norm.input[2]))
         inputs = [*node.input[:2], norm.input[2]]

@@ -55,11 +55,11 @@ def _split(place: Place, total: str, sizes: Sequence[int]) -> list[str]:
     return list(found)
 
 
-def _headed(place: Place, role: str, x: str, count: int, width: int) -> str:
+def _headed(place: Place, role: str, x: str, count: int, width: int, output: str = "") -> str:
     """[batch, tokens, heads * width] as [batch, heads, tokens, width]."""
     apart = place.op(role, "Reshape", x, place.ints(f"{role}/sizes", 0, 0, count, width))
     place.free.add((role, 1))
-    return str(place.op(f"{role}_turned", "Transpose", apart, perm=[0, 2, 1, 3]))
+    return str(place.op(f"{role}_turned", "Transpose", apart, output=output, perm=[0, 2, 1, 3]))
 
 
 def _mix(
@@ -134,9 +134,12 @@ def _later(place: Place, scores: str, least: float) -> str:
 
 
 def multi_head_attention(place: Place) -> None:
-    """Attention of queries, keys and values [batch, tokens, hidden] that are projected before, with one bias for all three."""
-    if any(place.input(slot) for slot in (6, 7, 8, 9)) or place.is_read(1) or place.is_read(2) or place.is_read(3):
-        raise Barrier("it has a past, which is not known here")
+    """Attention of queries, keys and values [batch, tokens, hidden] that are projected before, with one bias for all three.
+
+    Keys and values of before [batch, heads, tokens, size], where given, come first; all of them may be handed on.
+    """
+    if place.input(8) or place.input(9) or place.is_read(3) or bool(place.input(6)) != bool(place.input(7)):
+        raise Barrier("it shares its past or hands on its scores, which is not known here")
     if any(place.rank(slot) != 3 for slot in range(3)):
         raise Barrier("its queries, keys and values are not three tensors of three axes")
     count, sizes = int(place.values["num_heads"]), [place.size(slot, 2) for slot in range(3)]
@@ -146,7 +149,14 @@ def multi_head_attention(place: Place) -> None:
     if place.input(3):
         parts = _biased(place, parts, sizes)
     widths = [size // count for size in sizes]
-    query, keys, values = (_headed(place, role, x, count, width) for role, x, width in zip("qkv", parts, widths, strict=True))
+    # What emits the keys and values that are handed on, where they are.
+    given = ["", *(place.output(slot) if place.is_read(slot) else "" for slot in (1, 2))]
+    made = ["" if place.input(6) else name for name in given]
+    roles = zip("qkv", parts, widths, made, strict=True)
+    query, keys, values = (_headed(place, role, x, count, width, output) for role, x, width, output in roles)
+    if place.input(6):
+        keys = place.op("all_k", "Concat", place.input(6), keys, output=given[1], axis=2)
+        values = place.op("all_v", "Concat", place.input(7), values, output=given[2], axis=2)
     _mix(place, query, keys, values, widths, (4, 5), bool(place.values.get("unidirectional", 0)))
     place.rebuild = _apart_again
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.fused_place import MAIN, Edited, Found, Place, Rewrite
 from relief_onnx.moves import Barrier
 
@@ -127,7 +128,7 @@ def _wider_bias(
     node.input[slot] = f"{add.input[1]}/wide"
     branches[branches.index(add.output[0])] = add.input[0]
     gone.append(add)
-    return {node.input[slot]: np.pad(numpy_helper.to_array(stored), (0, int(numpy_helper.to_array(amounts)[-1])))}
+    return {node.input[slot]: np.pad(array_of(stored), (0, int(array_of(amounts)[-1])))}
 
 
 def _spelled_out(place: Place, model: Edited) -> Rewrite | None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.moves import Barrier
 
@@ -43,7 +44,7 @@ class Found:
     def value(self, role: str, slot: int) -> NDArray[Any] | None:
         """The stored constant that a part reads now."""
         stored = self.constants.get(self.parts[role].input[slot])
-        return None if stored is None else numpy_helper.to_array(stored)
+        return None if stored is None else array_of(stored)
 
     def set(self, name: str, value: Any) -> None:
         """Set an attribute of the fused node."""
@@ -266,7 +267,7 @@ class Edited:
 
 
 def _equal(stored: onnx.TensorProto | None, value: NDArray[Any]) -> bool:
-    return stored is not None and bool(np.array_equal(numpy_helper.to_array(stored), value))
+    return stored is not None and bool(np.array_equal(array_of(stored), value))
 
 
 def ordered(nodes: Sequence[onnx.NodeProto], reads: Callable[[onnx.NodeProto], Sequence[str]]) -> list[onnx.NodeProto]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from relief_onnx.fused_attention import attention, multi_head_attention
+from relief_onnx.fused_groups import group_query_attention
 from relief_onnx.fused_norms import embed_layer_normalization, skip_layer_normalization, skip_simplified_layer_normalization
 from relief_onnx.fused_place import MAIN, Place
 from relief_onnx.microsoft import MICROSOFT
@@ -128,4 +129,5 @@ ROWS: Mapping[tuple[str, str], Row] = {
     (MICROSOFT, "EmbedLayerNormalization"): embed_layer_normalization,
     (MICROSOFT, "Attention"): attention,
     (MICROSOFT, "MultiHeadAttention"): multi_head_attention,
+    (MICROSOFT, "GroupQueryAttention"): group_query_attention,
 }

@@ -43,6 +43,12 @@ def _heads(step: Step) -> list[Dims | None]:
     return [(*query[:2], step.symbols.fresh() if value is None else value[2])]
 
 
+def _grouped(step: Step) -> list[Dims | None]:
+    """As the queries; keys and values may be packed with them."""
+    query, key = step.dims(0), step.dims(1)
+    return [query if query is not None and key is not None and len(query) == 3 else None]
+
+
 def _product(step: Step) -> Dims | None:
     """Batch axes meet; the first of them may stand where the rows are (transBatch)."""
     sides = []
@@ -75,4 +81,5 @@ FUSED_RULES: dict[str, ShapeRule] = {
     "com.microsoft.Attention": _attention,
     "com.microsoft.QAttention": _attention,
     "com.microsoft.MultiHeadAttention": _heads,
+    "com.microsoft.GroupQueryAttention": _grouped,
 }

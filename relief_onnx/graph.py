@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.nodes import STANDARD, attributes, captured, subgraphs
 from relief_onnx.shapes import Dim, Shapes, infer
 
@@ -70,7 +71,7 @@ class Graph:
     def array(self, name: str) -> NDArray[Any]:
         """An initializer's value."""
         if name not in self._arrays:
-            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
+            self._arrays[name] = array_of(self.initializers[name])
         return self._arrays[name]
 
     def constant(self, name: str) -> NDArray[Any] | None:
@@ -83,7 +84,7 @@ class Graph:
         if node.op_type == "Constant" and node.domain in STANDARD:
             values = attributes(node)
             if "value" in values:
-                return numpy_helper.to_array(values["value"])
+                return array_of(values["value"])
             for key, dtype in (
                 ("value_int", "i8"),
                 ("value_ints", "i8"),

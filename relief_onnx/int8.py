@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from relief_onnx.aside import array_of, tensor_of, wire_size
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 
@@ -101,19 +102,19 @@ def store(model: onnx.ModelProto, axes: Mapping[str, tuple[int, ...]]) -> tuple[
         if item.name not in axes:
             tensors.append(item)
             continue
-        values = numpy_helper.to_array(item)
+        values = array_of(item)
         small, scale = quantised(values, axes[item.name])
         prefix = f"q{len(found)}"
         while any(name.startswith(f"{prefix}/") for name in taken):
             prefix += "_"
-        pieces = [numpy_helper.from_array(small, f"{prefix}/w"), numpy_helper.from_array(scale, f"{prefix}/s")]
+        pieces = [tensor_of(small, f"{prefix}/w", item), numpy_helper.from_array(scale, f"{prefix}/s")]
         made = [
             helper.make_node("Cast", [f"{prefix}/w"], [f"{prefix}/f"], to=item.data_type),
             helper.make_node("Mul", [f"{prefix}/f", f"{prefix}/s"], [item.name]),
         ]
-        size = sum(piece.ByteSize() for piece in pieces) + sum(node.ByteSize() for node in made)
-        if size >= item.ByteSize():
-            reasons[item.name] = f"as int8 it would take {size} bytes, as it is {item.ByteSize()}"
+        size = sum(wire_size(piece) for piece in pieces) + sum(wire_size(node) for node in made)
+        if size >= wire_size(item):
+            reasons[item.name] = f"as int8 it would take {size} bytes, as it is {wire_size(item)}"
             tensors.append(item)
             continue
         if item.doc_string:

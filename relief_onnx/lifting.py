@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from relief_onnx import model as files
+from relief_onnx.aside import array_of
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.nodes import captured, mark_taken, subgraphs, taken_branch, unmark
 
@@ -205,7 +206,7 @@ def _handing_on(body: onnx.GraphProto, made: set[str]) -> list[onnx.NodeProto]:
 def _drop_copies(model: onnx.ModelProto, record: Lift) -> None:
     """The branch that never ran reads the weight itself again where that is what it was."""
     stored = {item.name: item for item in model.graph.initializer}
-    content = {name: numpy_helper.to_array(stored[name]).tobytes() for pair in record.copies.items() for name in pair if name in stored}
+    content = {name: array_of(stored[name]).tobytes() for pair in record.copies.items() for name in pair if name in stored}
     pairs = ((copy, name) for copy, name in record.copies.items() if copy in stored and name in stored)
     alike = {copy: name for copy, name in pairs if content[copy] == content[name] and stored[copy].dims == stored[name].dims}
     for item in model.graph.node:

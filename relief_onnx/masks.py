@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import beside, tensor_of
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.nodes import subgraphs
@@ -190,7 +191,7 @@ def insert(graph: Graph, flags: Mapping[str, Flags]) -> onnx.ModelProto:
         dtype = graph.array(name).dtype
         wide = graph.initializers[name].data_type == onnx.TensorProto.BFLOAT16  # onnxruntime has no Mul of these
         dtype = np.dtype(np.float32) if wide else dtype
-        mask = numpy_helper.from_array(np.ascontiguousarray(keep.astype(dtype)), f"{name}/mask")
+        mask = tensor_of(np.ascontiguousarray(keep.astype(dtype)), f"{name}/mask", graph.initializers[name])
         model.graph.initializer.append(mask)
         if model.ir_version < 4:
             model.graph.input.append(helper.make_tensor_value_info(mask.name, mask.data_type, mask.dims))
@@ -223,4 +224,5 @@ def _rename_captured(body: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
 
 def applied(graph: Graph, flags: Mapping[str, Flags]) -> dict[str, NDArray[Any]]:
     """The initializers with their masks multiplied in; what goes is +0."""
-    return {name: np.where(keep, graph.array(name), np.zeros((), graph.array(name).dtype)) for name, keep in flags.items()}
+    arrays = {name: graph.array(name) for name in flags}
+    return {name: beside(np.where(keep, arrays[name], np.zeros((), arrays[name].dtype)), arrays[name]) for name, keep in flags.items()}

@@ -40,7 +40,7 @@ def measure_scores(
 
     tables: readers of embedding tables that are scored too.
     """
-    key = _key(ready, dataset, options, tables)
+    key = "" if folder is None else _key(ready, dataset, options, tables)
     stored = None if folder is None or dataset.fingerprint is None else folder / "scores.npz"
     needs_pass = rules is not None and rules.measurements
     if stored is not None and stored.exists() and _key_of(stored) == key and not needs_pass:
@@ -90,7 +90,7 @@ def measure_scores(
 
 def _key(ready: Prepared, dataset: Dataset, options: Options, tables: Sequence[Layer]) -> str:
     parts = (
-        ready.sha256, dataset.fingerprint, options.scored, "flow" if options.by_flow else options.criterion, options.samples, options.seed,
+        ready.key, dataset.fingerprint, options.scored, "flow" if options.by_flow else options.criterion, options.samples, options.seed,
         options.output_weight, *(layer.name for layer in tables),
     )  # fmt: skip
     return files.sha256(repr(parts).encode())

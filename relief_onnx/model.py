@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections import Counter
@@ -14,28 +15,34 @@ import numpy as np
 import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import external_data_helper, helper
 
+from relief_onnx import aside, external
+from relief_onnx.aside import array_of, tensors_of
 from relief_onnx.datatypes import InputSpec
-from relief_onnx.errors import ModelError, OutputError
+from relief_onnx.errors import ModelError, OutputError, VerificationError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.nodes import captured, subgraphs
 from relief_onnx.recurrent_layers import join_biases, split_biases
+from relief_onnx.session import Session
 
-__all__ = ["check_target", "hoist", "input_specs", "load", "prepare", "save", "serialize", "share_again", "write_atomically"]
+__all__ = [
+    "Origin", "check_target", "digest", "given_identity", "hoist", "identity", "input_specs", "load", "origin_of", "prepare", "save",
+    "serialize", "sha256", "share_again", "write_atomically",
+]  # fmt: skip
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
+Origin = external.Origin
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Read a model with its external data, or take a copy of a ModelProto.
+    """Read a model with its external data, or take a copy of a ModelProto. The weights of a large one are set aside (see `aside`).
 
     Raises ModelError with one sentence where the file is missing, empty, truncated or not ONNX, or its external data is
     missing or lies outside the model's folder.
     """
     if isinstance(source, onnx.ModelProto):
-        model = onnx.ModelProto()
-        model.CopyFrom(source)
+        model = _copy(source)
         _check_plausible(model, "the given ModelProto")
         return model
     path = Path(source)
@@ -54,9 +61,38 @@ def load(source: ModelSource) -> onnx.ModelProto:
         model.ParseFromString(content)
     except DecodeError as error:
         raise ModelError(f"{path} is truncated or not an ONNX model; export or copy it again") from error
+    del content
     _check_plausible(model, str(path))
-    _load_external(model, path)
+    large = _check_external(model, path)
+    if large:
+        model = _copy(model)
+    _load_external(model, path, large)
     return model
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy, with its weights set aside where they are many."""
+    stored = model.graph.initializer
+    if sum(len(item.raw_data) if item.HasField("raw_data") else 4 * math.prod(item.dims) for item in stored) < aside.FROM:
+        result = onnx.ModelProto()
+        result.CopyFrom(model)
+        return result
+    # Field by field, so that nothing large is ever copied as a whole.
+    result, graph = onnx.ModelProto(), onnx.GraphProto()
+    for message, copy, heavy in ((model, result, "graph"), (model.graph, graph, "initializer")):
+        for field, value in message.ListFields():
+            if field.name == heavy:
+                continue
+            if not hasattr(value, "MergeFrom"):
+                setattr(copy, field.name, value)
+            elif hasattr(value, "add") or hasattr(value, "append"):
+                getattr(copy, field.name).MergeFrom(value)
+            else:
+                getattr(copy, field.name).CopyFrom(value)
+    for item in stored:
+        graph.initializer.append(item if item.data_location == onnx.TensorProto.EXTERNAL else aside.set_aside(item))
+    result.graph.CopyFrom(graph)
+    return result
 
 
 def _check_plausible(model: onnx.ModelProto, what: str) -> None:
@@ -66,30 +102,23 @@ def _check_plausible(model: onnx.ModelProto, what: str) -> None:
         if item.data_location == onnx.TensorProto.EXTERNAL:
             continue
         try:
-            size = numpy_helper.to_array(item).size
+            size = array_of(item).size
         except (ValueError, TypeError) as error:
             raise ModelError(f"{what} is damaged: initializer {item.name} does not hold what its shape says; export it again") from error
         del size
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for item in node.attribute:
-            if item.type == onnx.AttributeProto.TENSOR:
-                yield item.t
-            elif item.type == onnx.AttributeProto.TENSORS:
-                yield from item.tensors
-        for body in subgraphs(node):
-            yield from _tensors(body)
+def _external(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, external_data_helper.ExternalDataInfo]]:
+    for tensor in tensors_of(model.graph):
+        if external_data_helper.uses_external_data(tensor) and not aside.is_aside(tensor):
+            yield tensor, external_data_helper.ExternalDataInfo(tensor)
 
 
-def _load_external(model: onnx.ModelProto, path: Path) -> None:
+def _check_external(model: onnx.ModelProto, path: Path) -> bool:
+    """Whether the model is so large that its weights are set aside. Raises ModelError where data are missing, too short or elsewhere."""
     folder = path.parent.resolve()
-    for tensor in _tensors(model.graph):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        info = external_data_helper.ExternalDataInfo(tensor)
+    total = 0
+    for tensor, info in _external(model):
         target = folder / info.location
         if Path(info.location).is_absolute() or not target.resolve().is_relative_to(folder):
             raise ModelError(
@@ -98,14 +127,38 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             )
         if not target.is_file():
             raise ModelError(f"{path}: external data file {info.location} of initializer {tensor.name} is missing; put it beside the model")
-        if target.stat().st_size < (info.offset or 0) + (info.length or 0):
+        size = info.length if info.length is not None else target.stat().st_size - (info.offset or 0)
+        if target.stat().st_size < (info.offset or 0) + size:
             raise ModelError(f"{path}: external data file {info.location} is too short for initializer {tensor.name}; copy it again")
+        total += size
+    return total + path.stat().st_size >= aside.FROM
+
+
+def _load_external(model: onnx.ModelProto, path: Path, large: bool) -> None:
+    folder = path.parent.resolve()
+    main = sum(item.data_location == onnx.TensorProto.EXTERNAL for item in model.graph.initializer) if large else 0
+    for number, (tensor, info) in enumerate(_external(model)):
         try:
+            mapped = aside.mapped(tensor, folder / info.location, info.offset or 0, info.length) if number < main else None
+            if mapped is not None:
+                tensor.CopyFrom(mapped)
+                continue
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except (onnx.checker.ValidationError, OSError, ValueError) as error:
             raise ModelError(f"{path}: external data of initializer {tensor.name} cannot be read ({error}); copy it again") from error
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
+
+
+def origin_of(source: ModelSource) -> Origin:
+    """Where a model file keeps its external data. Raises ModelError, OSError where it cannot be read."""
+    if isinstance(source, onnx.ModelProto):
+        return Origin()
+    path = Path(source)
+    model = onnx.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    places = {tensor.name: info.location for tensor, info in _external(model)}
+    return Origin(places, frozenset((path.parent / place).resolve() for place in places.values()))
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -133,7 +186,7 @@ def share_again(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.Model
         base = stored.get(name.rpartition("/")[0])
         if name in known or base is None or base.name not in known or base.dims != item.dims:
             continue
-        if np.array_equal(numpy_helper.to_array(base), numpy_helper.to_array(item), equal_nan=True):
+        if np.array_equal(array_of(base), array_of(item), equal_nan=True):
             renamed[name] = base.name
     if not renamed:
         return model
@@ -236,20 +289,54 @@ def input_specs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
 
 
 def serialize(model: onnx.ModelProto) -> bytes:
-    """The file's bytes, the same for the same model.
+    """The bytes of one file, the same for the same model.
 
     Raises OutputError over protobuf's limit of 2 GB.
     """
+    model = aside.whole(model)
     try:
-        content: bytes = model.SerializeToString(deterministic=True)
-    except (EncodeError, ValueError) as error:
-        raise OutputError("the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model") from error
+        content: bytes | None = None if aside.held(model) else model.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError):
+        content = None
+    if content is None or len(content) > aside.LIMIT:
+        raise OutputError("the model is over 2 GB, which one .onnx file cannot hold; prune more or split the model")
     return content
 
 
 def sha256(content: bytes) -> str:
     """Hexadecimal digest."""
     return hashlib.sha256(content).hexdigest()
+
+
+def digest(model: onnx.ModelProto) -> str:
+    """Hexadecimal digest of a model and all its weights, those that are set aside among them; of others that of the file's bytes."""
+    if not aside.held(model):
+        return sha256(serialize(model))
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for item in aside.held(light):
+        del item.external_data[:]
+    found = hashlib.sha256(light.SerializeToString(deterministic=True))
+    for item in aside.held(model):
+        found.update(np.ascontiguousarray(array_of(item)).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def given_identity(source: ModelSource, loaded: onnx.ModelProto) -> tuple[str, int]:
+    """sha256 of a model file as it was given, or of a ModelProto, and the bytes of all its files."""
+    if isinstance(source, onnx.ModelProto):
+        return digest(loaded), aside.bytes_of(loaded)
+    content = Path(source).read_bytes()
+    return sha256(content), len(content) + sum(file.stat().st_size for file in origin_of(source).files)
+
+
+def identity(model: onnx.ModelProto, path: Path | None, origin: Origin) -> tuple[str, int]:
+    """sha256 and bytes of a model as `save` would write it to that path: of the .onnx file, and of all files together."""
+    if aside.bytes_of(model) <= aside.LIMIT:
+        content = serialize(model)
+        return sha256(content), len(content)
+    planned = external.layout(model, path or Path("model.onnx"), origin)
+    return planned.sha256, planned.bytes
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -287,6 +374,22 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise OutputError(f"{path} cannot be written ({error.strerror}); free some space or choose another place") from error
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model file, whole or not at all. Raises OutputError."""
-    write_atomically(path, serialize(model))
+def save(model: onnx.ModelProto, path: Path, origin: Origin | None = None) -> None:
+    """Write a model file, whole or not at all: one file up to 2 GB; over that with its weights in data files beside it.
+
+    origin: where the input's data lie; those of the result are laid out like them, under names of their own (see `external`).
+    Raises OutputError, and VerificationError where onnxruntime does not load what was written.
+    """
+    if aside.bytes_of(model) <= aside.LIMIT:
+        write_atomically(path, serialize(model))
+    else:
+        external.write(model, path, origin or Origin(), _check_written)
+
+
+def _check_written(path: Path) -> None:
+    """Does a file with external data load where it was written?"""
+    try:
+        onnx.checker.check_model(str(path))
+        Session(path, 1, "the file that was written")
+    except (onnx.checker.ValidationError, ModelError) as error:
+        raise VerificationError(f"{error}; nothing was written, please report this model") from error

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from relief_onnx.aside import array_of, is_aside, like, wire_size
 from relief_onnx.codecs import CODECS, Codec, Emitter
 from relief_onnx.errors import ModelError
 
@@ -169,6 +170,7 @@ def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], prefi
         return keep(f"the smallest packed form, {best.storage}, needs {best.bytes} bytes, dense {dense}", entropy)
     others = sorted((c.bytes, c.storage) for c in candidates if c is not best)
     reason = "smallest: " + ", ".join(f"{s} {b}" for b, s in [(best.bytes, best.storage), *others, (dense, "dense")])
+    best.emitter.initializers[:] = [like(item, tensor) for item in best.emitter.initializers]
     return PackedTensor(tensor.name, best.storage, dense, best.bytes, entropy, reason + " bytes"), best.emitter
 
 
@@ -183,7 +185,7 @@ def _refusal(tensor: TensorProto, opset: int, outputs: set[str]) -> str:
         (not tensor.dims, "it is a scalar"),
         (0 in tensor.dims, "it is empty"),
         (_largest_output(tensor) > _FOLD_LIMIT, "it is above 1 GiB, which onnxruntime would rebuild at each call"),
-        (tensor.data_location == TensorProto.EXTERNAL, "its external data is not loaded"),
+        (tensor.data_location == TensorProto.EXTERNAL and not is_aside(tensor), "its external data is not loaded"),
         (tensor.name in outputs, "it is an output of the graph"),
     )
     return next((reason for refused, reason in checks if refused), "")
@@ -245,7 +247,9 @@ def _kept_blocks(grid: NDArray[Any], has_sign_bit: bool) -> NDArray[np.int64]:
 def _bits(tensor: TensorProto) -> NDArray[Any]:
     """The elements as flat unsigned bit patterns."""
     kind = _DATA_TYPES[tensor.data_type]
-    if tensor.HasField("raw_data"):
+    if is_aside(tensor):
+        bits = array_of(tensor).reshape(-1).view(kind.bits)
+    elif tensor.HasField("raw_data"):
         bits = np.frombuffer(tensor.raw_data, kind.bits)
     else:
         bits = np.array(getattr(tensor, kind.field), kind.typed).view(kind.bits)
@@ -256,7 +260,7 @@ def _bits(tensor: TensorProto) -> NDArray[Any]:
 
 def _wire(message: TensorProto | onnx.NodeProto) -> int:
     """Serialized bytes of one entry of a graph: tag, length and the message."""
-    size = int(message.ByteSize())
+    size = wire_size(message)
     return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
@@ -391,9 +395,9 @@ def _decode(node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, 
     try:
         codec = next(c for c in CODECS if c.name == notes["codec"])
         values = index[f"{prefix}values"]
-        dims = tuple(int(d) for d in numpy_helper.to_array(index[f"{prefix}shape"]))
+        dims = tuple(int(d) for d in array_of(index[f"{prefix}shape"]))
         labels = ("bits", "words", "powers", "gaps")
-        pieces = {k: numpy_helper.to_array(index[prefix + k]) for k in labels if prefix + k in index}
+        pieces = {k: array_of(index[prefix + k]) for k in labels if prefix + k in index}
         kind = _DATA_TYPES[values.data_type]
         blocks = math.prod(dims) // int(notes["unit"])
         flat = np.full((blocks, int(notes["unit"])), int(notes.get("fill", 0)), kind.bits)
@@ -403,13 +407,14 @@ def _decode(node: onnx.NodeProto, notes: Mapping[str, Any], index: Mapping[str, 
             f"Packed weight '{node.output[0]}' cannot be rebuilt, its stored pieces are missing or damaged; "
             "restore the file from its origin."
         ) from cause
-    return TensorProto(
+    dense = TensorProto(
         name=node.output[0],
         data_type=values.data_type,
         dims=dims,
         raw_data=flat.tobytes(),
         doc_string=values.doc_string or None,
     )
+    return like(dense, *(index[prefix + label] for label in ("values", *labels) if prefix + label in index))
 
 
 def _all_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

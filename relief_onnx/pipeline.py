@@ -13,6 +13,7 @@ import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.aside import scoped, whole
 from relief_onnx.channels import Choice, relevance
 from relief_onnx.clock import Clock
 from relief_onnx.compare import compare_models
@@ -60,7 +61,10 @@ _SILENT: calibrate.Progress = lambda *_: None
 
 @dataclass(frozen=True)
 class Result:
-    """What `prune` returns. `model` is the shipped ModelProto; `masks` are the rule's, before dead units were removed."""
+    """What `prune` returns. `model` is the shipped ModelProto; `masks` are the rule's, before dead units were removed.
+
+    Models over 2 GB have their weights set aside: `relief_onnx.aside.array_of` reads a tensor, `relief_onnx.model.save` writes a model.
+    """
 
     model: onnx.ModelProto
     masked: onnx.ModelProto
@@ -69,6 +73,7 @@ class Result:
     report: Mapping[str, Any]
 
 
+@scoped()
 def score(
     source: files.ModelSource,
     data: Data,
@@ -91,6 +96,7 @@ def score(
         return measure_scores(ready, dataset, options, None, progress, None, ready.plan.tables)
 
 
+@scoped("model", "masked")
 def prune(
     source: files.ModelSource,
     data: Data,
@@ -190,16 +196,16 @@ def prune(
     report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
     with clock("write"):
         if folder is not None and is_first():
-            files.save(masked, folder / "masked.onnx")
-            files.save(final, folder / "pruned.onnx")
+            files.save(masked, folder / "masked.onnx", ready.origin)
+            files.save(final, folder / "pruned.onnx", ready.origin)
         if save_masks is not None and is_first():
             write_arrays(masks.arrays(), Path(save_masks))
         if save_report is not None and is_first():
             files.write_atomically(Path(save_report), to_json(report))
         # Last, so that no other failure leaves a file here.
         if target is not None and is_first():
-            files.save(shipped, target)
-    return Result(shipped, masked, masks, cut.found, report)
+            files.save(shipped, target, ready.origin)
+    return Result(whole(shipped), whole(masked), masks, cut.found, report)
 
 
 def _check_outputs(graph: Graph, options: Options) -> None:
@@ -402,7 +408,7 @@ def _trained(job: _Job, scores: str | os.PathLike[str] | None) -> tuple[_Cut, Gr
             break
         good, before = (cut, graph), cut
         current = replace(
-            job.ready, graph=graph, plan=cut.plan, sha256=files.sha256(files.serialize(graph.model)),
+            job.ready, graph=graph, plan=cut.plan, sha256=files.digest(graph.model), origin=files.Origin(),
             gated=Graph(cut.masked(graph)) if cut.gates else None,
         )  # fmt: skip
     if good is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ __all__ = ["Prepared", "prepare"]
 class Prepared:
     """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan.
 
-    lowered: what was rewritten in `graph`, and the way back. packed: weights that the file stores packed.
+    lowered: what was rewritten in `graph`, and the way back. packed: weights that the file stores packed. origin: where its external data
+    are. sha256: of the .onnx file, or of the model where there is none; bytes: of all its files.
     """
 
     original: onnx.ModelProto
@@ -36,6 +37,12 @@ class Prepared:
     gated: Graph | None = None
     lowered: Lowered | None = None
     packed: tuple[str, ...] = ()
+    origin: files.Origin = field(default_factory=files.Origin)
+
+    @property
+    def key(self) -> str:
+        """A digest of the model with its external data, which `sha256` says nothing about."""
+        return files.digest(self.original) if self.origin.places else self.sha256
 
     @property
     def running(self) -> Graph:
@@ -68,8 +75,9 @@ def prepare(source: files.ModelSource) -> Prepared:
     """Load a model and find its layers. Raises ModelError."""
     loaded = files.load(source)
     path = None if isinstance(source, onnx.ModelProto) else Path(source)
-    content = files.serialize(loaded) if path is None else path.read_bytes()
+    origin = files.origin_of(source)
+    sha256, size = files.given_identity(source, loaded)
     original = unpack(loaded)
     lowered = lower(files.prepare(original))
     graph = Graph(lowered.model)
-    return Prepared(original, graph, find(graph), path, files.sha256(content), len(content), lowered=lowered, packed=packed_names(loaded))
+    return Prepared(original, graph, find(graph), path, sha256, size, lowered=lowered, packed=packed_names(loaded), origin=origin)

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.graph import Graph
 from relief_onnx.grids import RANGES, Grid
 from relief_onnx.layers import find
@@ -209,7 +210,7 @@ class _Lowering:
         """Floats in the places of integers; types that are written down follow."""
         stored = {item.name: item for item in model.graph.initializer}
         for name, grid in self.grids.items():
-            tensor = numpy_helper.from_array(np.ascontiguousarray(grid.floats()), name)
+            tensor = tensor_of(np.ascontiguousarray(grid.floats()), name, stored.get(name), self.graph.initializers.get(name))
             if name in stored:
                 tensor.doc_string = stored[name].doc_string
                 stored[name].CopyFrom(tensor)

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.nodes import STANDARD, mark_blocks
 from relief_onnx.quantised_parts import Closed, Opened, before, only_such, put
@@ -103,8 +104,8 @@ def _numbers(graph: Graph, node: onnx.NodeProto) -> tuple[NDArray[np.uint8], NDA
     return integers[:, :inputs], scales, zeros
 
 
-def _tensor(name: str, array: NDArray[np.uint8], bits: int) -> TensorProto:
-    return numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(_TYPES[bits])), name)
+def _tensor(name: str, array: NDArray[np.uint8], bits: int, source: TensorProto | None = None) -> TensorProto:
+    return tensor_of(array.astype(helper.tensor_dtype_to_np_dtype(_TYPES[bits])), name, source)
 
 
 def opened(graph: Graph, index: int) -> Opened:
@@ -115,7 +116,7 @@ def opened(graph: Graph, index: int) -> Opened:
     scale, zero, floats, turned = f"{weight}/scale", f"{weight}/zero", f"{key}/floats", f"{key}/turned"
     integers, scales, zeros = _numbers(graph, node)
     tensors = {
-        weight: _tensor(weight, integers, bits),
+        weight: _tensor(weight, integers, bits, graph.initializers.get(weight)),
         scale: numpy_helper.from_array(np.ascontiguousarray(scales), scale),
         zero: _tensor(zero, zeros, bits),
     }

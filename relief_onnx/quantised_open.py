@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import onnx
 from onnx import TensorProto
 
-from relief_onnx import quantised_attention, quantised_blocks, quantised_lstm
+from relief_onnx import quantised_attention, quantised_blocks, quantised_embedding, quantised_lstm
 from relief_onnx.edits import set_initializer
 from relief_onnx.graph import Graph
 from relief_onnx.grids import carried
@@ -45,6 +45,7 @@ _ROWS: Mapping[str, _Row] = {
     "MatMulNBits": quantised_blocks,
     "DynamicQuantizeLSTM": quantised_lstm,
     "QAttention": quantised_attention,
+    "QEmbedLayerNormalization": quantised_embedding,
 }
 _CLOSED = {"GatherBlockQuantized": "a table of packed integers, which is not taken apart"}
 

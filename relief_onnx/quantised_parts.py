@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
 
@@ -72,7 +73,7 @@ def put(
         return name
     others = any(use.slot < 0 or owner not in source.nodes[use.node].input[slot : slot + 1] for use in source.uses.get(name, ()))
     target = unused(graph.model, f"{name}~{owner}") if others or source.is_output(name) else name
-    tensors[target] = numpy_helper.from_array(np.ascontiguousarray(array), target)
+    tensors[target] = tensor_of(np.ascontiguousarray(array), target, held)
     if target == name and held is not None and held.doc_string:
         tensors[target].doc_string = held.doc_string
     return target

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from relief_onnx.aside import array_of, tensor_of
 from relief_onnx.datatypes import Kept
 from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
@@ -294,12 +295,13 @@ class _Back:
     def _store(self) -> None:
         stored = {item.name: item for item in self.model.graph.initializer}
         tensors = {
-            name: numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name) for name, array in self.arrays.items()
+            name: tensor_of(np.ascontiguousarray(array).reshape(array.shape), name, self.originals.get(name))
+            for name, array in self.arrays.items()
         }
         for name, grid in self.grids.items():
             values, before = np.ascontiguousarray(grid.stored(self.graph.array(name))), self.originals.get(name)
-            same = before is not None and before.data_type == grid.type and np.array_equal(numpy_helper.to_array(before), values)
-            tensors[name] = before if before is not None and same else numpy_helper.from_array(values, name)
+            same = before is not None and before.data_type == grid.type and np.array_equal(array_of(before), values)
+            tensors[name] = before if before is not None and same else tensor_of(values, name, before, self.graph.initializers.get(name))
         for name, base in self.rules.copies.items():
             self._share(name, base, tensors)
         read = {name for node in self.model.graph.node for name in node.input}
@@ -329,8 +331,9 @@ class _Back:
         if (
             name in tensors
             and base in tensors
-            and tensors[name].raw_data == tensors[base].raw_data
             and tensors[name].dims == tensors[base].dims
+            and tensors[name].data_type == tensors[base].data_type
+            and np.array_equal(array_of(tensors[name]), array_of(tensors[base]))
         ):
             for node in self.model.graph.node:
                 node.input[:] = [base if old == name else old for old in node.input]

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.aside import array_of, scoped, whole
 from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
 from relief_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
@@ -64,6 +65,7 @@ class _Candidates:
     reasons: Mapping[str, str]
 
 
+@scoped("model", "dense")
 def quantize(
     source: files.ModelSource,
     data: str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader,
@@ -94,7 +96,7 @@ def quantize(
         path = None if isinstance(source, onnx.ModelProto) else Path(source)
         name = "the given model" if path is None else str(path)
         loaded = files.load(source)
-        content = files.serialize(loaded) if path is None else path.read_bytes()
+        given_as, origin = files.given_identity(source, loaded), files.origin_of(source)
         if output is not None:
             files.check_target(Path(output), force)
         if save_report is not None:
@@ -135,21 +137,21 @@ def quantize(
         verification = verify_packed(model, dense, shipped, dataset, seed=run.seed, threads=run.threads)
     stages = [
         *([] if before is None else [before]),
-        Stage("input", loaded, len(content)),
+        Stage("input", loaded, given_as[1]),
         Stage("weights int8", only_weights),
         *([Stage("weights and activations int8", dense)] if integers else []),
         *([Stage("packed", shipped)] if run.storage == "auto" else []),
     ]
     evidence = Evidence(
-        path, content, None if output is None else Path(output), model, base, shipped, found.graph, found.plan, stored, reasons, packed,
-        folded, {"activations": activations, "per_channel": per_channel, "method": method, **_shared(run)}, tuple(notes),
+        path, given_as, None if output is None else Path(output), model, base, shipped, found.graph, found.plan, stored, reasons, packed,
+        folded, {"activations": activations, "per_channel": per_channel, "method": method, **_shared(run)}, tuple(notes), origin,
     )  # fmt: skip
     report = build_quantize_report(evidence, stages, verification, dataset, run, seconds, progress)
     if save_report is not None:
         files.write_atomically(Path(save_report), to_json(report))
     if output is not None:
-        files.save(shipped, Path(output))
-    return Quantized(shipped, dense, report)
+        files.save(shipped, Path(output), origin)
+    return Quantized(whole(shipped), whole(dense), report)
 
 
 # ---- options
@@ -186,8 +188,7 @@ def _clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _first_stage(source: files.ModelSource) -> Stage:
     model = files.load(source)
-    size = len(files.serialize(model)) if isinstance(source, onnx.ModelProto) else Path(source).stat().st_size
-    return Stage("original", model, size)
+    return Stage("original", model, files.given_identity(source, model)[1])
 
 
 # ---- what can be quantised
@@ -267,7 +268,7 @@ def _nodes(found: _Candidates) -> frozenset[int]:
 
 def _with_activations(model: onnx.ModelProto, names: Mapping[str, tuple[str, str]]) -> dict[str, Stored]:
     """The weights that onnxruntime's quantiser stored as int8."""
-    tensors = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer if item.name in {*sum(names.values(), ())}}
+    tensors = {item.name: array_of(item) for item in model.graph.initializer if item.name in {*sum(names.values(), ())}}
     return {weight: Stored(values, tensors[values], tensors[scale].size > 1, "int8") for weight, (values, scale) in names.items()}
 
 

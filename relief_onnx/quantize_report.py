@@ -45,10 +45,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that one run found out. `base` is the float model with norms folded; `graph` and `plan` are of it."""
+    """Everything that one run found out. `base` is the float model with norms folded; `graph` and `plan` are of it.
+
+    given: digest and bytes of the input, whose external data are where `origin` says.
+    """
 
     path: Path | None
-    content: bytes
+    given: tuple[str, int]
     target: Path | None
     model: onnx.ModelProto
     base: onnx.ModelProto
@@ -61,6 +64,7 @@ class Evidence:
     folded: tuple[str, ...]
     options: Mapping[str, Any]
     notes: tuple[str, ...]
+    origin: files.Origin
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for every weight that some tool could quantise."""
@@ -111,16 +115,16 @@ def build_quantize_report(
         for stage in stages[1:]
     ]
     speed = _speed([next(stage.model for stage in stages if stage.name == "input"), evidence.shipped], dataset, run)
-    content = files.serialize(evidence.shipped)
-    rows = _stage_rows(stages, found)
+    sha256, size = files.identity(evidence.shipped, evidence.target, evidence.origin)
+    rows = _stage_rows(evidence, stages, found)
     return {
         "schema": SCHEMA,
         "input": {
-            "path": None if evidence.path is None else str(evidence.path), "sha256": files.sha256(evidence.content),
-            "bytes": len(evidence.content), **asdict(measure(files.hoist(evidence.model), sample)),
+            "path": None if evidence.path is None else str(evidence.path), "sha256": evidence.given[0],
+            "bytes": evidence.given[1], **asdict(measure(files.hoist(evidence.model), sample)),
         },
         "output": {
-            "path": None if evidence.target is None else str(evidence.target), "sha256": files.sha256(content), "bytes": len(content),
+            "path": None if evidence.target is None else str(evidence.target), "sha256": sha256, "bytes": size,
             **asdict(evidence.after(sample)),
         },
         "options": dict(evidence.options),
@@ -139,7 +143,7 @@ def build_quantize_report(
     }  # fmt: skip
 
 
-def _stage_rows(stages: Sequence[Stage], found: Sequence[Comparison]) -> list[dict[str, Any]]:
+def _stage_rows(evidence: Evidence, stages: Sequence[Stage], found: Sequence[Comparison]) -> list[dict[str, Any]]:
     """A row per stage; agreement is with the first, which has none."""
     rows = []
     for stage, quality in zip(stages, [None, *found], strict=True):
@@ -147,7 +151,7 @@ def _stage_rows(stages: Sequence[Stage], found: Sequence[Comparison]) -> list[di
         rows.append(
             {
                 "stage": stage.name,
-                "bytes": len(files.serialize(stage.model)) if stage.size is None else stage.size,
+                "bytes": files.identity(stage.model, None, evidence.origin)[1] if stage.size is None else stage.size,
                 "agreement": None if quality is None else document["agreement"],
                 "accuracy": document["accuracy_before" if quality is None else "accuracy_after"],
             }

@@ -15,6 +15,8 @@ from typing import Any
 
 import onnx
 
+from relief_onnx import aside
+from relief_onnx import model as files
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.errors import ModelError
 from relief_onnx.graph import Graph
@@ -102,7 +104,7 @@ def quantize_activations(
     with tempfile.TemporaryDirectory(prefix="relief-onnx.") as folder, _quiet():
         source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         try:
-            onnx.save(named, source)
+            files.save(named, source)
             ort.quantize_static(
                 source,
                 target,
@@ -111,6 +113,7 @@ def quantize_activations(
                 op_types_to_quantize=sorted({node.op_type for node in wanted}),
                 nodes_to_quantize=[node.name for node in wanted],
                 per_channel=per_channel,
+                use_external_data_format=aside.bytes_of(named) > aside.LIMIT,
                 activation_type=ort.QuantType.QInt8 if activations == "int8" else ort.QuantType.QUInt8,
                 weight_type=ort.QuantType.QInt8,
                 calibrate_method={
@@ -120,7 +123,7 @@ def quantize_activations(
                 # Range by range in histograms, so that memory does not grow with the samples; attention between activations stays float.
                 extra_options={"WeightSymmetric": True, "MatMulConstBOnly": True, **({"CalibStridedMinMax": 1} if histogram else {})},
             )  # fmt: skip
-            result = onnx.load(target)
+            result = aside.moved(files.load(target))
         except _ERRORS as error:
             raise ModelError(
                 f"onnxruntime's quantiser cannot handle this model ({type(error).__name__}: {first_line(error)}); "

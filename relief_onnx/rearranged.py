@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import tensor_of
 from relief_onnx.datatypes import Kept
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.layers import LAYER_OPERATORS
@@ -48,7 +49,7 @@ def rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.
         for slot, name in enumerate(node.input):
             node.input[slot] = new.get(name, name)
     kept = [item for item in model.graph.initializer if item.name not in sources]
-    made = [numpy_helper.from_array(value, new[name]) for name, value in values.items()]
+    made = [tensor_of(value, new[name], *(graph.initializers[source] for source in chains[name][1])) for name, value in values.items()]
     del result.graph.initializer[:]
     result.graph.initializer.extend([*kept, *made])
     gone = {name for number in nodes for name in graph.nodes[number].output} | set(new.values())

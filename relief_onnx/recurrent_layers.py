@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.nodes import STANDARD
@@ -240,4 +241,4 @@ def join_biases(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.Model
 
 
 def _same(before: onnx.TensorProto, value: NDArray[Any]) -> bool:
-    return np.array_equal(numpy_helper.to_array(before), value)
+    return np.array_equal(array_of(before), value)

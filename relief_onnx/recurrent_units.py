@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.coupling import Units, ZeroReader
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.layers import Layer
@@ -159,7 +159,7 @@ def is_zero(graph: Graph, name: str) -> bool:
             return False
         if node.op_type == "ConstantOfShape":
             value = attributes(node).get("value")
-            return value is None or not np.any(numpy_helper.to_array(value))
+            return value is None or not np.any(array_of(value))
         value = graph.constant(name)
         if value is not None:
             return not value.any()

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relief_onnx.attending import attended
+from relief_onnx.fused import refusal
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.moves import Barrier, reduced_axes
@@ -436,7 +437,7 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
     passed: Passed = []
     try:
         if row is None:
-            raise Barrier("it is not in the operator table")
+            raise Barrier(refusal(graph, index) or "it is not in the operator table")
         passed = _RULES[row.flow].give(walk, at, row, values)
     except Barrier as barrier:
         walk.evenly[index] = str(barrier)

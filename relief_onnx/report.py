@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from relief_onnx import model as files
+from relief_onnx.aside import array_of
 from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.compensate import Shift
@@ -148,7 +148,7 @@ class Evidence:
         layer, weight = layers[0], layers[0].weight
         stored = {item.name: item for item in self.operation.model.graph.initializer}
         before, rule = self.ready.graph.array(weight), self.masks.keep[weight]
-        left = int(np.count_nonzero(numpy_helper.to_array(stored[weight]))) if weight in stored else 0
+        left = int(np.count_nonzero(array_of(stored[weight]))) if weight in stored else 0
         lost, below = int(np.count_nonzero(before)) - left, int(rule.size - rule.sum())
         reason = f"entries of rows with a score below the cut, by smoothed frequencies: {below}" if lost else "every entry is above the cut"
         return {
@@ -248,7 +248,7 @@ def build_report(
     """The report of one pruning run; every key that README.md lists."""
     ready, rows = evidence.ready, evidence.rows()
     sample = next(iter(dataset.batches(1, limit=1)))
-    content = files.serialize(evidence.shipped)
+    sha256, size = files.identity(evidence.shipped, target, ready.origin)
     before = measure(ready.counted, sample)
     after = measure(evidence.operation.model, replace(sample, feed=narrowed(sample.feed, evidence.states)))
     health = check_health(ready.graph.model, evidence.operation.model, evidence.operation.dead_branches)
@@ -257,7 +257,7 @@ def build_report(
         "schema": SCHEMA,
         "input": {"path": None if ready.path is None else str(ready.path), "sha256": ready.sha256, "bytes": ready.bytes, **asdict(before)},
         "output": {
-            "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content), **asdict(after),
+            "path": None if target is None else str(target), "sha256": sha256, "bytes": size, **asdict(after),
         },
         "options": {key: value for key, value in asdict(evidence.options).items() if key != "layers"}
         | {"layers": dict(evidence.options.layers)},

@@ -14,6 +14,7 @@ import onnx
 
 from relief_onnx import calibrate
 from relief_onnx import model as files
+from relief_onnx.aside import scoped, whole
 from relief_onnx.compare import compare_models
 from relief_onnx.control import branching, settle
 from relief_onnx.data import ImageOptions, open_dataset
@@ -47,6 +48,7 @@ class Retrained:
     report: Mapping[str, Any]
 
 
+@scoped("model", "dense")
 def retrain(
     source: files.ModelSource,
     data: Data,
@@ -103,7 +105,7 @@ def retrain(
     quality = compare_models(
         original, shipped, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress
     )  # fmt: skip
-    content = files.serialize(shipped)
+    sha256, size = files.identity(shipped, target, ready.origin)
     sample = next(iter(dataset.batches(1, limit=1)))
     total, left = sum(flag.size for flag in kept.values()), sum(int(flag.sum()) for flag in kept.values())
     report = {
@@ -113,7 +115,7 @@ def retrain(
             **asdict(measure(ready.counted, sample)),
         },
         "output": {
-            "path": None if target is None else str(target), "sha256": files.sha256(content), "bytes": len(content),
+            "path": None if target is None else str(target), "sha256": sha256, "bytes": size,
             **asdict(measure(dense, sample)),
         },
         "options": {"repair": options.repair, "seed": options.seed, "threads": options.threads, **asdict(options.training)},
@@ -130,8 +132,8 @@ def retrain(
     if save_report is not None and is_first():
         files.write_atomically(Path(save_report), to_json(report))
     if target is not None and is_first():
-        files.save(shipped, target)
-    return Retrained(shipped, dense, report)
+        files.save(shipped, target, ready.origin)
+    return Retrained(whole(shipped), whole(dense), report)
 
 
 def _zeros(ready: Prepared) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from relief_onnx.aside import beside
 from relief_onnx.calibrate import Measurement
 from relief_onnx.errors import DataError
 from relief_onnx.graph import Graph
@@ -152,7 +153,8 @@ def normalise(graph: Graph, layer: Layer, statistic: Contribution | None, granul
     rows = contribution.reshape(layer.out_channels, -1)
     total = rows.sum(1) + bias
     safe = np.where(total > 0, total, 1.0)
-    return LayerScore(layer.weight, layer.name, (rows / safe[:, None]).reshape(contribution.shape), bias / safe)
+    shares = beside((rows / safe[:, None]).reshape(contribution.shape), graph.array(layer.weight))
+    return LayerScore(layer.weight, layer.name, shares, bias / safe)
 
 
 def write_scores(scores: Scores, path: Path) -> None:

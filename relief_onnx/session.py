@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from relief_onnx import aside
 from relief_onnx.errors import DataError, ModelError
 
 __all__ = ["LOAD_ERRORS", "Session", "first_line"]
@@ -20,12 +23,17 @@ LOAD_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for 
 
 onnxruntime.set_default_logger_severity(4)
 
+# Bytes of weights from which on onnxruntime keeps no second copy of them in the order that its kernels like best.
+LARGE = 1 << 30
+
 
 class Session:
     """A loaded model that runs feeds on the CPU."""
 
-    def __init__(self, model: onnx.ModelProto | bytes, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
+    def __init__(self, model: onnx.ModelProto | bytes | Path, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
         """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
+
+        Weights that are set aside, or in data files beside a path, are not copied.
 
         Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
         """
@@ -36,7 +44,7 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        content = model if isinstance(model, bytes) else model.SerializeToString(deterministic=True)
+        content = _given(model, options)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
@@ -60,6 +68,30 @@ class Session:
         """Name, type and shape of every input and output, as onnxruntime sees them."""
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOptions) -> bytes | Path:
+    """What onnxruntime loads; of weights that are set aside the files in which they lie, which it maps into memory."""
+    if not isinstance(model, onnx.ModelProto):
+        return model
+    model = aside.settled(model)
+    tensors = aside.held(model)
+    if tensors:
+        places = [aside.place_of(item) for item in tensors]
+        folder = os.path.commonpath([path.parent for path, _ in places])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        if sum(aside.array_of(item).nbytes for item in tensors) > LARGE:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        told = onnx.ModelProto()
+        told.CopyFrom(model)
+        for item, (path, offset) in zip(aside.held(told), places, strict=True):
+            length = aside.array_of(item).nbytes
+            del item.external_data[:]
+            for key, value in (("location", path.relative_to(folder).as_posix()), ("offset", str(offset)), ("length", str(length))):
+                item.external_data.add(key=key, value=value)
+        model = told
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def _advice(error: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.dims import Dim, Symbols, product
 from relief_onnx.nodes import STANDARD
 
@@ -83,7 +84,7 @@ class Scope:
         item = self.constants.get(name)
         if item is None or item.data_location == TensorProto.EXTERNAL or product(map(Dim.of, item.dims)).coefficient > LARGEST_CONTENT:
             return None
-        return numpy_helper.to_array(item)
+        return array_of(item)
 
     def content(self, name: str, invent: bool = False) -> Content | None:
         """A tensor's content; with `invent`, integers that are computed out of sight are symbols, the same at every reading."""

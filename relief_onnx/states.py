@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.coupling import Coupling
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import FLOATS, Graph
@@ -123,7 +124,7 @@ def _without_weights(arrays: Graph, coupling: Coupling) -> set[int]:
 def without_masks(model: onnx.ModelProto, states: States) -> onnx.ModelProto:
     """`model` after surgery, without the masks of states that are all ones."""
     ones = {
-        item.name for item in model.graph.initializer if _MASK in item.name and bool((numpy_helper.to_array(item) == 1).all())
+        item.name for item in model.graph.initializer if _MASK in item.name and bool((array_of(item) == 1).all())
     }  # fmt: skip
     nodes = [
         node for node in model.graph.node

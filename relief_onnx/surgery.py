@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of, tensor_of
 from relief_onnx.branches import DeadBranch, drop_dead_branches
 from relief_onnx.coupling import Coupling
 from relief_onnx.datatypes import Kept
@@ -150,7 +150,7 @@ def apply_weights(model: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]) ->
     result.CopyFrom(model)
     for item in _stored(result.graph):
         if item.name in arrays:
-            tensor = numpy_helper.from_array(np.ascontiguousarray(arrays[item.name]), item.name)
+            tensor = tensor_of(np.ascontiguousarray(arrays[item.name]), item.name, item)
             tensor.doc_string = item.doc_string
             item.CopyFrom(tensor)
     return result
@@ -185,7 +185,7 @@ def _fold(model: onnx.ModelProto, graph: Graph, fold: Fold, keep: NDArray[np.boo
     layer = fold.layer
     if layer.bias is not None:
         current = next(item for item in model.graph.initializer if item.name == layer.bias.name)
-        bias = layer.bias.view.apply(numpy_helper.to_array(current))
+        bias = layer.bias.view.apply(array_of(current))
         moved = (bias + fold.amount / layer.bias.factor).astype(bias.dtype)
         set_initializer(model, layer.bias.name, layer.bias.view.invert(moved))
         return
@@ -215,7 +215,7 @@ def _cut(model: onnx.ModelProto, graph: Graph, coupling: Coupling, removal: Remo
         keep = cut.keep(tie.units)
         if not keep.all():
             current = next(item for item in model.graph.initializer if item.name == tie.initializer)
-            set_initializer(model, tie.initializer, tie.taken(numpy_helper.to_array(current), keep))
+            set_initializer(model, tie.initializer, tie.taken(array_of(current), keep))
     sizes = {name: cut.sizes(name) for name in coupling.pictures}
     edit_nodes(cut)
     sizes |= _follow_views(cut, before)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from relief_onnx.aside import as_inputs
 from relief_onnx.compare import compare_models
 from relief_onnx.dataset import Dataset
 from relief_onnx.errors import ModelError, VerificationError
@@ -111,10 +112,10 @@ def _sound(original: onnx.ModelProto, result: onnx.ModelProto, threads: int, wha
 
 def _check(original: onnx.ModelProto, result: onnx.ModelProto, what: str) -> str:
     try:
-        onnx.checker.check_model(result, full_check=True)
+        onnx.checker.check_model(as_inputs(result), full_check=True)
     except _CHECKER_ERRORS as error:
         try:
-            onnx.checker.check_model(original, full_check=True)
+            onnx.checker.check_model(as_inputs(original), full_check=True)
         except _CHECKER_ERRORS:  # the file that the user gave fails in the same way: not our doing
             return "the original fails ONNX's full check too"
         raise VerificationError(

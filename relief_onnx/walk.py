@@ -14,6 +14,7 @@ import onnx
 
 from relief_onnx.coupling import Coupling, Tie, Units, ZeroReader, line_of
 from relief_onnx.detours import Detour, find_detours
+from relief_onnx.fused import refusal
 from relief_onnx.graph import Graph
 from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
@@ -176,7 +177,7 @@ class Walk:
             self.constants.add(index)
             return
         if row is None:
-            raise Barrier("it is not in the operator table")
+            raise Barrier(refusal(self.graph, index) or "it is not in the operator table")
         if index in self.recurrent:
             walk_recurrent(self, index, node, self.recurrent[index])
             return

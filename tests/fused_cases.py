@@ -189,7 +189,57 @@ def many_heads(mask: str = "", bias: bool = True, **values: Any) -> Any:
     return build
 
 
+def with_past(net: Fused, x: str, heads: int, size: int) -> list[str]:
+    """Keys and values of two tokens before, the same for every sample."""
+    batch = net.op("Gather", net.op("Shape", x), net.ints(0))
+    target = net.op("Concat", batch, net.ints(heads, 2, size), axis=0)
+    return [net.op("Expand", net.weight(1, heads, 2, size), target) for _ in "kv"]
+
+
+def heads_with_past(bias: bool = True, past: bool = True, **values: Any) -> Any:
+    def build(net: Fused, x: str) -> str:
+        parts = [net.op("MatMul", x, net.weight(C, C)) for _ in range(3)]
+        inputs = [*parts, net.bias(3 * C) if bias else "", "", "", *(with_past(net, x, HEADS, C // HEADS) if past else [])]
+        while not inputs[-1]:
+            inputs.pop()
+        y = net.ms("MultiHeadAttention", *inputs, outputs=3, num_heads=HEADS, **values)
+        total = net.op("Add", net.op("ReduceMean", y[1], axes=[2, 3], keepdims=0), net.op("ReduceMean", y[2], axes=[2, 3], keepdims=0))
+        return str(net.op("Add", dense(net, y[0], C, C), net.op("Unsqueeze", dense(net, total, HEADS, C), net.ints(1))))
+
+    return build
+
+
+def grouped(heads: int = 4, groups: int = 2, size: int = 8, rotary: bool = False, present: bool = False, **values: Any) -> Any:
+    """Prompts: what came before is empty."""
+
+    def build(net: Fused, x: str) -> str:
+        parts = [net.op("MatMul", x, net.weight(C, count * size)) for count in (heads, groups, groups)]
+        batch = net.op("Gather", net.op("Shape", x), net.ints(0))
+        last = net.constant(np.array([T - 1], np.int32), "last")
+        inputs = [*parts, "", "", net.op("Expand", last, batch), net.constant(np.array(T, np.int32), "total")]
+        if rotary:
+            angle = np.arange(16)[:, None] * net.rng.uniform(0.1, 1, size // 2)
+            inputs += [net.constant(turn(angle).astype(np.float32), "turn") for turn in (np.cos, np.sin)]
+            values["do_rotary"] = 1
+        y = net.ms("GroupQueryAttention", *inputs, outputs=3, num_heads=heads, kv_num_heads=groups, **values)
+        out = dense(net, y[0], heads * size, C)
+        if present:
+            total = net.op("Add", net.op("ReduceMean", y[1], axes=[2, 3], keepdims=0), net.op("ReduceMean", y[2], axes=[2, 3], keepdims=0))
+            out = net.op("Add", out, net.op("Unsqueeze", dense(net, total, groups, C), net.ints(1)))
+        return str(out)
+
+    return build
+
+
 CASES: Mapping[str, Case] = {
+    "heads, past": tokens(heads_with_past()),
+    "heads, past, no bias": tokens(heads_with_past(bias=False)),
+    "heads, handed on": tokens(heads_with_past(past=False)),
+    "groups": tokens(grouped()),
+    "groups, one": tokens(grouped(groups=1)),
+    "groups, all": tokens(grouped(groups=4)),
+    "groups, handed on": tokens(grouped(present=True)),
+    "groups, rotary": tokens(grouped(heads=6, size=16, rotary=True)),
     "conv relu": image(conv("Relu")),
     "conv relu, no bias": image(conv("Relu", bias=False)),
     "conv leaky": image(conv("LeakyRelu", [0.1])),

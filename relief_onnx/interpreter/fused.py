@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relief_onnx.interpreter.activations import ACTIVATIONS
-from relief_onnx.interpreter.attention import join_heads, split_heads
+from relief_onnx.interpreter.attention import split_heads
 from relief_onnx.interpreter.convolution import conv
+from relief_onnx.interpreter.fused_attention import masked_attention
 from relief_onnx.interpreter.normalisation import layer_normalization
 from relief_onnx.interpreter.products import gemm
 from relief_onnx.interpreter.registry import Table
@@ -155,33 +155,32 @@ def embed_layer_normalization(
     return F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon), counted, total
 
 
-def _mask(mask: Tensor, keys: int) -> Tensor:
-    """Which keys count, [batch, 1, queries or 1, keys]: from lengths [batch], flags [batch, keys] or flags [batch, queries, keys]."""
-    if mask.dim() == 1:
-        return (torch.arange(keys, device=mask.device) < mask[:, None])[:, None, None]
-    return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+@ROWS.op("QEmbedLayerNormalization", domain=MICROSOFT)
+def quantised_embed_layer_normalization(
+    input_ids: Tensor,
+    segment_ids: Tensor | None,
+    words: Tensor,
+    positions: Tensor,
+    segments: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float | None,
-    unidirectional: int,
-    mask_filter_value: float,
-) -> Tensor:
-    """Scaled dot products; what is masked is lowered by the filter value, as onnxruntime does."""
-    factor = scale or 1 / math.sqrt(q.shape[-1])
-    if mask is None and not unidirectional:
-        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, scale=factor))
-    scores = (q * factor) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores + torch.where(_mask(mask, k.shape[2]), 0.0, mask_filter_value)
-    if unidirectional:
-        scores = scores + torch.full(scores.shape[-2:], mask_filter_value, device=q.device).triu(1 + k.shape[2] - q.shape[2])
-    return join_heads(torch.softmax(scores if bias is None else scores + bias, -1) @ v)
+    *numbers: Tensor | None,
+    epsilon: float = 1e-12,
+) -> tuple[Tensor, ...]:
+    """Tables, scale and shift are integers; `numbers` are the scales of all five, then their zero points."""
+    scales, zeros = numbers[:5], numbers[5:]
+    floats = [
+        None if table is None else (table.float() - (0.0 if zero is None else zero.float())) * scale
+        for table, scale, zero in zip((words, positions, segments, gamma, beta), scales, (*zeros, *[None] * 5), strict=False)
+    ]
+    word, place, kind, factor, shift = floats
+    assert word is not None
+    assert place is not None
+    assert factor is not None
+    assert shift is not None
+    found: tuple[Tensor, ...] = embed_layer_normalization(input_ids, segment_ids, word, place, kind, factor, shift, mask, epsilon=epsilon)
+    return found[:2]
 
 
 def _only_plain(values: Mapping[str, Any]) -> str | None:
@@ -209,25 +208,4 @@ def attention(
     projected = x @ weights if bias is None else x @ weights + bias
     sizes = qkv_hidden_sizes or [weights.shape[1] // 3] * 3
     q, k, v = (split_heads(part, num_heads) for part in projected.split(sizes, -1))
-    return _attend(q, k, v, mask_index, attention_bias, scale, unidirectional, mask_filter_value)
-
-
-@ROWS.op("MultiHeadAttention", domain=MICROSOFT)
-def multi_head_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    attention_bias: Tensor | None = None,
-    *,
-    mask_filter_value: float = -10000.0,
-    num_heads: int,
-    scale: float | None = None,
-    unidirectional: int = 0,
-) -> Tensor:
-    if bias is not None:
-        sizes = [query.shape[-1], query.shape[-1], bias.shape[0] - 2 * query.shape[-1]]
-        query, key, value = (part + add for part, add in zip((query, key, value), bias.split(sizes), strict=True))
-    q, k, v = (split_heads(part, num_heads) for part in (query, key, value))
-    return _attend(q, k, v, key_padding_mask, attention_bias, scale, unidirectional, mask_filter_value)
+    return masked_attention(q, k, v, mask_index, attention_bias, scale, unidirectional, mask_filter_value)

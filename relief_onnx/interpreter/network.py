@@ -8,8 +8,8 @@ from typing import Any, Self
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.errors import ModelError
 from relief_onnx.interpreter.build import Builder, Shared
 from relief_onnx.interpreter.expansion import expand, opsets_of
@@ -98,7 +98,7 @@ class Network(torch.nn.Module):
         for name, (trainable, key) in self._keys.items():
             tensor = self._stored[name]
             value = to_array((self._parameters if trainable else self._buffers)[key], tensor.data_type)
-            if value.tobytes() != numpy_helper.to_array(tensor).tobytes():
+            if value.tobytes() != array_of(tensor).tobytes():
                 found[name] = value
         return found
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.errors import ModelError
 from relief_onnx.interpreter import elementwise
 from relief_onnx.interpreter.table import TABLE
@@ -78,4 +78,4 @@ def _is_weight(tensor: onnx.TensorProto, by_layer: bool) -> bool:
     """Whether a tensor that is read as data is trained by default; by_layer: by an operator that does not work entry by entry."""
     if not tensor.dims or (not by_layer and np.prod(tensor.dims) == 1):
         return False
-    return bool(np.isfinite(numpy_helper.to_array(tensor).astype(np.float32)).all())
+    return bool(np.isfinite(array_of(tensor).astype(np.float32)).all())

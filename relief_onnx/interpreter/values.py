@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from relief_onnx.aside import array_of
 from relief_onnx.errors import Unsupported
 
 __all__ = ["FLOATS", "HALVES", "as_list", "scalar", "to_array", "to_tensor", "torch_dtype"]
@@ -46,7 +47,7 @@ def to_tensor(proto: onnx.TensorProto) -> torch.Tensor:
             f"tensor {proto.name or 'of a Constant'} holds {kind}, which torch cannot compute with; "
             "use --repair least-squares, which needs no torch"
         )
-    array = numpy_helper.to_array(proto)
+    array = array_of(proto)
     if proto.data_type in HALVES:
         array = array.astype(np.float32)
     return torch.from_numpy(np.array(array))  # a copy that torch may write to

@@ -170,7 +170,7 @@ class Trainer:
     def _key(self, model: onnx.ModelProto, flags: Mapping[str, Array], inputs: str) -> str:
         masks = [(name, files.sha256(np.packbits(flag).tobytes())) for name, flag in sorted(flags.items())]
         training = {name: value for name, value in vars(self._training).items() if name not in ("checkpoint", "iterations", "max_drop")}
-        parts = (files.sha256(files.serialize(model)), masks, training, self.objective.label_weight, self._seed, self._threads,
+        parts = (files.digest(model), masks, training, self.objective.label_weight, self._seed, self._threads,
                  self.processes.world, inputs, torch.__version__)  # fmt: skip
         return files.sha256(repr(parts).encode())
 
