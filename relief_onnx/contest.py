@@ -46,12 +46,13 @@ class Contest:
 
     errors: Mapping[str, float]
     samples: int
+    margin: float = MARGIN
 
     @property
     def winner(self) -> str:
         """The first name, or, where its error is clearly less, the one with the least."""
         first, least = next(iter(self.errors)), min(self.errors, key=lambda name: self.errors[name])
-        return least if self.errors[least] < (1 - MARGIN) * self.errors[first] else first
+        return least if self.errors[least] < (1 - self.margin) * self.errors[first] else first
 
     def document(self) -> dict[str, Any]:
         """Errors, null where outputs are not finite, and how many samples judged."""
@@ -71,11 +72,13 @@ def draw(dataset: Dataset, limit: int, seed: int, size: int = BATCH) -> Draw:
     )  # fmt: skip
 
 
-def best(original: onnx.ModelProto, candidates: Mapping[str, Callable[[], onnx.ModelProto]], drawn: Draw, threads: int) -> Contest:
+def best(
+    original: onnx.ModelProto, candidates: Mapping[str, Callable[[], onnx.ModelProto]], drawn: Draw, threads: int, margin: float = MARGIN
+) -> Contest:
     """Make each of the candidates (repaired) and compare what they emit with the original. Raises DataError, ModelError."""
     wanted = emitted(original, drawn.unseen, threads)
     errors = {name: distance(wanted, emitted(make(), drawn.unseen, threads)) for name, make in candidates.items()}
-    return Contest(errors, drawn.judged)
+    return Contest(errors, drawn.judged, margin)
 
 
 def emitted(model: onnx.ModelProto, feeds: Sequence[Feed], threads: int) -> list[Doubles]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import relief_onnx
 from relief_onnx import solve as solving
 from relief_onnx.contest import Contest
+from relief_onnx.repair_choice import MARGIN
 from relief_onnx.ridge import ENOUGH_ROWS, PARTS, best_part
 from relief_onnx.solve import Target, solve
 
@@ -101,7 +102,7 @@ def test_the_outputs_decide_between_the_rule_and_the_validated_ridge() -> None:
     ridge = found.report["repair"]["ridge"]
     errors = ridge["errors"]
     assert set(errors) == {"rule", "validated"}
-    assert ridge["taken"] == ("validated" if errors["validated"] < 0.9 * errors["rule"] else "rule")
+    assert ridge["taken"] == ("validated" if errors["validated"] < (1 - MARGIN) * errors["rule"] else "rule")
     assert 32 <= ridge["samples"] < 120
 
 
