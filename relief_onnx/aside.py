@@ -171,23 +171,21 @@ def _inner_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
 
 def settled(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with nothing set aside but initializers of its main graph: onnxruntime is given no others."""
-    if not any(map(is_aside, _inner_tensors(model.graph))):
-        return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    for item in _inner_tensors(result.graph):
-        if is_aside(item):
-            item.CopyFrom(plain(item))
-    return result
+    return _with_values(model, _inner_tensors)
 
 
 def whole(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with all values inside, where a ModelProto can hold them; else the model as it is."""
-    if not any(map(is_aside, tensors_of(model.graph))) or bytes_of(model) > LIMIT:
+    return model if bytes_of(model) > LIMIT else _with_values(model, tensors_of)
+
+
+def _with_values(model: onnx.ModelProto, found: Callable[[onnx.GraphProto], Iterator[TensorProto]]) -> onnx.ModelProto:
+    """The model with the values of those tensors inside; the same where none of them is set aside."""
+    if not any(map(is_aside, found(model.graph))):
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    for item in tensors_of(result.graph):
+    for item in found(result.graph):
         if is_aside(item):
             item.CopyFrom(plain(item))
     return result

@@ -45,7 +45,7 @@ from relief_onnx.repair import Repaired
 from relief_onnx.repair_choice import repaired as repaired_best
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
-from relief_onnx.scoring import Scores, read_scores, write_arrays
+from relief_onnx.scoring import Scores, criterion_of, read_scores, write_arrays
 from relief_onnx.selection import select
 from relief_onnx.session import Session
 from relief_onnx.state_changes import cut_states
@@ -281,7 +281,7 @@ def _cut(
         if scores is not None:
             found: Scores = read_scores(Path(scores), ready.plan, options.scored, job.tables(ready.plan))
             rules.measure_alone(job.dataset, options, job.progress)
-            options = replace(options, criterion=_criterion_of(found, options))
+            options = replace(options, criterion=criterion_of(found, options))
         else:
             found = measure_scores(ready, job.dataset, options, rules, job.progress, folder or job.folder, job.tables(ready.plan))
     with job.clock("mask"):
@@ -414,13 +414,6 @@ def _trained(job: _Job, scores: str | os.PathLike[str] | None) -> tuple[_Cut, Gr
     if good is None:
         raise NothingPrunedError(rounds.refusal())
     return *good, rounds.document()
-
-
-def _criterion_of(scores: Scores, options: Options) -> str:
-    """What a score file holds decides: R of every unit makes it flow."""
-    if all(score.relevance is not None for score in scores.values()):
-        return options.criterion if options.by_flow else "flow"
-    return options.criterion if not options.by_flow else "relief"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from relief_onnx.errors import DataError
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.model import write_atomically
+from relief_onnx.options import Options
 from relief_onnx.probes import norms_name
 from relief_onnx.streaming import (
     ChannelMean,
@@ -33,7 +34,7 @@ from relief_onnx.streaming import (
     response_positions,
 )
 
-__all__ = ["CRITERIA", "LayerScore", "Scores", "magnitudes", "measurements", "normalise", "read_scores", "write_scores"]
+__all__ = ["CRITERIA", "LayerScore", "Scores", "criterion_of", "magnitudes", "measurements", "normalise", "read_scores", "write_scores"]
 
 Doubles = NDArray[np.float64]
 
@@ -234,3 +235,10 @@ def _checked(path: Path, key: str, layer: Layer, arrays: Mapping[str, NDArray[An
     fields = {"bias_score": "bias_score", "row_counts": "counts", "input_mean": "means"}
     values = {name.removeprefix(f"{key}/"): arrays[name].astype(float) for name, _ in parts}
     return LayerScore(layer.weight, layer.name, **{fields.get(name, name): value for name, value in values.items()})
+
+
+def criterion_of(scores: Scores, options: Options) -> str:
+    """What a score file holds decides: R of every unit makes it flow."""
+    if all(score.relevance is not None for score in scores.values()):
+        return options.criterion if options.by_flow else "flow"
+    return options.criterion if not options.by_flow else "relief"
