@@ -17,10 +17,11 @@ from onnx import numpy_helper
 import relief_onnx
 from relief_onnx.control import settle
 from relief_onnx.data import open_dataset
+from relief_onnx.graph import Graph
 from relief_onnx.model import input_specs
 from relief_onnx.overview import overview
 from relief_onnx.prepared import prepare
-from relief_onnx.repair import repair
+from relief_onnx.repair import repair, samples_of
 
 names = pytest.mark.parametrize("name", nested.CASES)
 
@@ -264,7 +265,8 @@ def test_batches_that_take_another_way_once_pruned_have_no_say() -> None:
     )
     next(node for node in body.node if node.op_type == "Greater").op_type = "Less"
     weights = frozenset(layer.weight for layer in ready.plan.layers)
-    _, rows = repair(graph, turned, {}, weights, open_dataset(data, input_specs(model)))
+    feeds = samples_of(Graph(turned), open_dataset(data, input_specs(model)))
+    _, rows = repair(graph, turned, {}, weights, feeds)
     reasons = {row.layer.weight: row.reason for row in rows}
     assert reasons["wa"] == reasons["wb"] == "its body runs in other rounds once pruned"
     assert not reasons["last"]
