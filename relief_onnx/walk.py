@@ -20,7 +20,7 @@ from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
-from relief_onnx.nodes import block_of
+from relief_onnx.nodes import block_of, operator_of
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_units import moves_whole, walk_recurrent
@@ -398,7 +398,14 @@ class Walk:
             uses = self._tied_uses.get(tie.initializer, [])
             follow = len(uses) == readers.get(tie.initializer, 0) and all(tie.axis in axes for axes in uses)
             if not follow or self.graph.is_output(tie.initializer):
-                self.pin(tie.units, f"{tie.initializer} is also read where it must keep its shape")
+                self.pin(tie.units, self._where_it_stays(tie.initializer))
+
+    def _where_it_stays(self, tensor: str) -> str:
+        body = next((use.node for use in self.graph.uses.get(tensor, ()) if use.slot < 0), None)
+        if body is None:
+            return f"{tensor} is also read where it must keep its shape"
+        where = f"{operator_of(self.graph.nodes[body])} node {self.graph.names[body]}"
+        return f"{tensor} is read inside {where}, where whole channels stay (connections and single weights can go)"
 
     def _readers(self, tensor: str) -> int:
         """Nodes that read a stored tensor, in whatever layout it reaches them."""

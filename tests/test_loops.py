@@ -265,3 +265,10 @@ def test_onnxruntime_folds_what_rebuilds_a_packed_weight(operator: str, tmp_path
     left = onnx.load(tmp_path / "optimised.onnx")
     assert len(left.graph.node) <= 8, [node.op_type for node in left.graph.node]
     assert "w2" in {item.name for item in left.graph.initializer}
+
+
+def test_channels_within_a_body_stay_and_the_reason_says_what_can_go() -> None:
+    model = loops.looped(cases.weights(), "Loop", "initializer", False)
+    found = relief_onnx.prune(model, loops.samples(), granularity="channel+weight", keep="60%", round_to=1)
+    told = {group["reason"] for group in found.report["groups"]} | {row["reason"] for row in found.report["layers"]}
+    assert any("inside Loop node again, where whole channels stay" in reason for reason in told if reason), told
