@@ -157,22 +157,13 @@ def embed_layer_normalization(
 
 @ROWS.op("QEmbedLayerNormalization", domain=MICROSOFT)
 def quantised_embed_layer_normalization(
-    input_ids: Tensor,
-    segment_ids: Tensor | None,
-    words: Tensor,
-    positions: Tensor,
-    segments: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    mask: Tensor | None,
-    *numbers: Tensor | None,
-    epsilon: float = 1e-12,
+    input_ids: Tensor, segment_ids: Tensor | None, *tensors: Tensor | None, epsilon: float = 1e-12
 ) -> tuple[Tensor, ...]:
-    """Tables, scale and shift are integers; `numbers` are the scales of all five, then their zero points."""
-    scales, zeros = numbers[:5], numbers[5:]
+    """Tables, scale and shift of the norm are integers; behind them come the mask, the scales of all five and their zero points."""
+    integers, mask, scales, zeros = tensors[:5], tensors[5], tensors[6:11], tensors[11:]
     floats = [
         None if table is None else (table.float() - (0.0 if zero is None else zero.float())) * scale
-        for table, scale, zero in zip((words, positions, segments, gamma, beta), scales, (*zeros, *[None] * 5), strict=False)
+        for table, scale, zero in zip(integers, scales, (*zeros, *[None] * 5), strict=False)
     ]
     word, place, kind, factor, shift = floats
     assert word is not None
