@@ -36,9 +36,9 @@ demo: $(VENV)/.installed  ## Prune a sample model and compare it with the origin
 	$(BIN)/relief-onnx prune sample_models/lenet5.onnx --data sample_models/digits/calib -o $(DEMO)/lenet5.pruned.onnx --json $(DEMO)/report.json --force
 	$(BIN)/relief-onnx compare sample_models/lenet5.onnx $(DEMO)/lenet5.pruned.onnx --data sample_models/digits/test
 
-# One BLAS thread: on the small matrices of the tests two would mostly wait for each other.
+# A process for each core, each with one BLAS thread: on the small matrices of the tests two would mostly wait for each other.
 test: lint  ## Lint, types and tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.dev  ## Lint, format check and types.
 	$(BIN)/ruff check .
