@@ -70,6 +70,18 @@ def check(
             assert np.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True), np.abs(a.astype(float) - b).max()
 
 
+def in_groups(sizes: tuple[int, int, int, int, int], past: int = 0, lengths: tuple[int, ...] = (), **attributes: Any) -> tuple[Any, ...]:
+    """GroupQueryAttention. sizes: batch, tokens, heads, groups and size of a head; lengths: of the samples, less one."""
+    batch, tokens, heads, groups, size = sizes
+    inputs = [values(batch, tokens, count * size, seed=seed) for seed, count in enumerate((heads, groups, groups))]
+    inputs += [values(batch, groups, past, size, seed=seed) if past else None for seed in (3, 4)]
+    total = past + tokens
+    inputs += [np.array(lengths or [total - 1] * batch, np.int32), np.array(total, np.int32)]
+    if "do_rotary" in attributes:
+        inputs += [wave(values(9, size // 2)) for wave in (np.cos, np.sin)]
+    return f"{MICROSOFT}.GroupQueryAttention", 17, tuple(inputs), {"num_heads": heads, "kv_num_heads": groups, **attributes}, 3
+
+
 X = values(2, 4, 5, 6)
 CASES: dict[str, tuple[Any, ...]] = {
     # operator, opset, inputs, attributes, outputs
@@ -219,69 +231,10 @@ CASES: dict[str, tuple[Any, ...]] = {
         {"num_heads": 2},
         3,
     ),
-    "attention in groups": (
-        f"{MICROSOFT}.GroupQueryAttention",
-        17,
-        (
-            values(2, 3, 32),
-            values(2, 3, 16, seed=1),
-            values(2, 3, 16, seed=2),
-            None,
-            None,
-            np.array([2, 2], np.int32),
-            np.array(3, np.int32),
-        ),
-        {"num_heads": 4, "kv_num_heads": 2},
-        3,
-    ),
-    "attention in groups, samples of several lengths": (
-        f"{MICROSOFT}.GroupQueryAttention",
-        17,
-        (
-            values(2, 1, 32),
-            values(2, 1, 16, seed=1),
-            values(2, 1, 16, seed=2),
-            values(2, 2, 3, 8, seed=3),
-            values(2, 2, 3, 8, seed=4),
-            np.array([3, 2], np.int32),
-            np.array(4, np.int32),
-        ),
-        {"num_heads": 4, "kv_num_heads": 2, "local_window_size": 2},
-        3,
-    ),
-    "attention in groups, rotary": (
-        f"{MICROSOFT}.GroupQueryAttention",
-        17,
-        (
-            values(1, 2, 64),
-            values(1, 2, 16, seed=1),
-            values(1, 2, 16, seed=2),
-            values(1, 1, 3, 16, seed=3),
-            values(1, 1, 3, 16, seed=4),
-            np.array([4], np.int32),
-            np.array(5, np.int32),
-            np.cos(values(9, 8)),
-            np.sin(values(9, 8)),
-        ),
-        {"num_heads": 4, "kv_num_heads": 1, "do_rotary": 1},
-        3,
-    ),
-    "attention in groups, rotary by neighbours": (
-        f"{MICROSOFT}.GroupQueryAttention",
-        17,
-        (
-            values(2, 3, 32),
-            values(2, 3, 16, seed=1),
-            values(2, 3, 16, seed=2),
-            None,
-            None,
-            np.array([2, 2], np.int32),
-            np.array(3, np.int32),
-            np.cos(values(9, 8)),
-            np.sin(values(9, 8)),
-        ),
-        {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1, "rotary_interleaved": 1, "scale": 0.3},
-    ),
+    "attention in groups": in_groups((2, 3, 4, 2, 8)),
+    "attention in groups, samples of several lengths": in_groups((2, 1, 4, 2, 8), past=3, lengths=(3, 2), local_window_size=2),
+    "attention in groups, rotary": in_groups((1, 2, 4, 1, 16), past=3, do_rotary=1),
+    "attention in groups, rotary by neighbours": in_groups((2, 3, 2, 1, 16), do_rotary=1, rotary_interleaved=1, scale=0.3),
     "embedding of integers": (
         f"{MICROSOFT}.QEmbedLayerNormalization",
         17,
