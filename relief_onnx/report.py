@@ -45,6 +45,9 @@ SCHEMA = "relief-onnx/report/1"
 
 Flags = NDArray[np.bool_]
 
+# A lower cosine, or share of samples with the same top class, is told; and a lower cosine of what was not repaired.
+_POOR, _UNREPAIRED = 0.9, 0.95
+
 # What one entry of a mask is called, by granularity.
 _UNITS: Mapping[str | None, str] = {"connection": "connection", "weight": "single weight", None: "channel"}
 
@@ -329,13 +332,21 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
         found.append(f"{count} of the weights keep flow's mask: choosing them again would take too long (flow.choice.left in the report)")
     advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
     found += health.warnings(advice)
+    return found + _disagreement(evidence.options, quality, advice)
+
+
+def _disagreement(options: Options, quality: Comparison, advice: str) -> list[str]:
+    """That the outputs are others now, and what to do; without a repair there is something to gain earlier on."""
+    unrepaired = options.repair == "none"
+    if unrepaired:
+        advice += ", or add --repair least-squares: what is left is solved for again, without labels"
     worst = min((item.cosine for item in quality.outputs.values()), default=1.0)
-    if worst < 0.9:
-        found.append(f"the outputs agree poorly with the original's (cosine {worst:.3f}); {advice}")
+    if worst < (_UNREPAIRED if unrepaired else _POOR):
+        return [f"the outputs agree poorly with the original's (cosine {worst:.3f}); {advice}"]
     classes = [item.top1 for item in quality.outputs.values() if item.top1 is not None]
-    if worst >= 0.9 and classes and min(classes) < 0.9:
-        found.append(f"the top class is another one on {100 * (1 - min(classes)):.1f} % of the samples; {advice}")
-    return found
+    if classes and min(classes) < _POOR:
+        return [f"the top class is another one on {100 * (1 - min(classes)):.1f} % of the samples; {advice}"]
+    return []
 
 
 def to_json(document: Mapping[str, Any]) -> bytes:

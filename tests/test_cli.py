@@ -112,6 +112,32 @@ def check_report(report: dict[str, Any]) -> None:
     assert isinstance(report["warnings"], list)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "keep", "cosines"), [("channel", "50%", (0, 0.9)), ("weight", "10%", (0.5, 0.9)), ("weight", "15%", (0.9, 0.95))]
+)
+def test_poor_agreement_without_repair_points_to_it(tmp_path: Path, granularity: str, keep: str, cosines: tuple[float, float]) -> None:
+    """Told where the agreement is low and no repair was asked for, in the report and on the screen; not where there was one."""
+    out, document = tmp_path / "out.onnx", tmp_path / "report.json"
+    told: dict[str, str] = {}
+    for repair in ("none", "least-squares"):
+        options = ("--granularity", granularity, "--keep", keep, "--repair", repair, "--force", "--json", document)
+        result = run("prune", LENET, *FEW, "-o", out, *options)
+        report = json.loads(document.read_text())
+        told[repair] = " ".join(report["warnings"])
+        assert ("add --repair least-squares" in " ".join(result.stdout.split())) == ("add --repair least-squares" in told[repair])
+        if repair == "none":
+            assert cosines[0] < report["quality"]["agreement"]["logits"]["cosine"] < cosines[1]
+    assert "agree poorly" in told["none"]
+    assert "keep more, or add --repair least-squares" in told["none"]
+    assert "--repair" not in told["least-squares"]
+
+
+def test_good_agreement_without_repair_has_no_hint(tmp_path: Path) -> None:
+    report = prune(tmp_path)
+    assert report["quality"]["agreement"]["logits"]["cosine"] > 0.95
+    assert not any("--repair" in text for text in report["warnings"])
+
+
 def test_json_has_every_key_of_the_contract(tmp_path: Path) -> None:
     report = prune(tmp_path)
     check_report(report)
