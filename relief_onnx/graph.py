@@ -6,7 +6,9 @@ carries (metadata, docs, functions, dimension denotations) is never at risk. The
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,11 +59,21 @@ class Graph:
 
     @cached_property
     def names(self) -> list[str]:
-        """A unique readable name for each node: its own, or operator and number where it has none."""
+        """A unique readable name for each node: its own, or operator and number among its like where it has none.
+
+        So nodes with names that we add change no other node's.
+        """
         counts = Counter(node.name for node in self.nodes)
-        return [
-            node.name if node.name and counts[node.name] == 1 else f"{node.name or node.op_type}#{i}" for i, node in enumerate(self.nodes)
-        ]
+        numbers: dict[str, Iterator[int]] = {}
+        found = []
+        for node in self.nodes:
+            name = node.name
+            if not name or counts[name] > 1:
+                base = name or node.op_type
+                free = (f"{base}#{number}" for number in numbers.setdefault(base, itertools.count()))
+                name = next(item for item in free if item not in counts)
+            found.append(name)
+        return found
 
     def read_by(self, index: int) -> list[str]:
         """The tensors that a node reads, those that its subgraphs capture among them."""

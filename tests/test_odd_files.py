@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import relief_onnx
 from relief_onnx.errors import ModelError, NothingPrunedError
+from relief_onnx.graph import Graph
 from relief_onnx.session import Session
 
 QONNX = "qonnx.custom_op.general"
@@ -195,3 +196,38 @@ def test_gradient_nodes_are_named(tmp_path: Path) -> None:
     net.nodes[-1].domain = "ai.onnx.preview.training"
     with pytest.raises(ModelError, match="Gradient of domain ai"):
         relief_onnx.prune(finished(net, y, domains=("ai.onnx.preview.training",)), [feed()], keep="50%")
+
+
+def parsed(text: str, seed: int = 0, **shapes: tuple[int, ...]) -> onnx.ModelProto:
+    """A model whose nodes have no names, with random weights of these shapes."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    rng = np.random.default_rng(seed)
+    for name, shape in shapes.items():
+        value = rng.standard_normal(shape) / np.sqrt(max(np.prod(shape[:-1]), 1))
+        model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    return model
+
+
+def samples(*shape: int, count: int = 20) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [{"x": (0.5 + rng.standard_normal((8, *shape))).astype(np.float32)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_nodes_without_names_are_called_the_same_before_and_after_new_nodes(repair: str) -> None:
+    """Means move into a new Add behind each product, which must not rename those that come after."""
+    model = parsed(
+        "net (float[N, 8] x) => (float[N, 4] y) { a = MatMul(x, u) r = Relu(a) b = MatMul(r, v) s = Relu(b) y = MatMul(s, w) }",
+        u=(8, 16), v=(16, 16), w=(16, 4),
+    )  # fmt: skip
+    report = relief_onnx.prune(model, samples(8), granularity="weight", keep="50%", repair=repair, threads=1).report
+    names = ["MatMul#0", "MatMul#1", "MatMul#2"]
+    assert [row["node"] for row in report["layers"]] == names
+    assert report["mean_shift"]["moved"] == names
+    assert [row["node"] for row in report["repair"]["layers"]] == (names if repair != "none" else [])
+
+
+def test_a_name_that_looks_like_one_of_ours_is_left_to_its_node() -> None:
+    model = parsed("net (float[N, 8] x) => (float[N, 4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, w) }", u=(8, 16), w=(16, 4))
+    model.graph.node[2].name = "MatMul#0"
+    assert Graph(model).names == ["MatMul#1", "Relu#0", "MatMul#0"]
