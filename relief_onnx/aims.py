@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.layers import Layer
+from relief_onnx.layers import LAYER_OPERATORS, Layer
 from relief_onnx.nodes import handed_on
 
 __all__ = ["Aim", "aim_of"]
@@ -30,9 +30,9 @@ class Aim:
 
 def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
     """Follow a layer's output to the sum that it goes into, and to the Relu behind it."""
-    aim = Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
+    aim = _start(original, graph, layer)
     if layer.output not in original.producer:
-        return Aim(graph.nodes[layer.node].output[0], aim.scale, aim.shift)
+        return replace(aim, tensor=graph.nodes[layer.node].output[0])
     while len(uses := original.uses.get(aim.tensor, [])) == 1 and not original.is_output(aim.tensor):
         node = original.nodes[uses[0].node]
         outside = dict(zip(handed_on(node), node.output, strict=False)).get(aim.tensor, "") if uses[0].slot < 0 else ""
@@ -48,6 +48,22 @@ def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
         aim = found
         if aim.one_sided:
             break
+    return aim
+
+
+def _start(original: Graph, graph: Graph, layer: Layer) -> Aim:
+    """A layer's output, with what its node adds that is no bias of the layer: one number for all units, or another branch."""
+    aim = Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
+    node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
+    if layer.bias is not None or slot is None or len(node.input) <= slot or not node.input[slot]:
+        return aim
+    factor = float(attributes(node).get("beta", 1.0)) if layer.op == "Gemm" else 1.0
+    value = graph.constant(node.input[slot])
+    if value is not None and value.size == 1:
+        return replace(aim, shift=aim.shift + factor * float(value.reshape(())))
+    shape = original.shape(layer.output)
+    if value is None and factor == 1 and layer.inside is None and shape is not None and graph.shape(node.input[slot]) == shape:
+        return replace(aim, other=node.input[slot])
     return aim
 
 

@@ -391,13 +391,12 @@ def propagate(
                 continue  # row numbers carry no activity
             grouped = own.reshape(layer.groups, -1)
             back = np.einsum("gji,gj->gi", shares[layer.name].reshape(layer.groups, -1, layer.in_per_group), grouped)
-            rank = len(graph.shape(layer.input) or ())
-            shape = [1] * rank
-            if rank:
+            shape = [1] * len(graph.shape(layer.input) or ())
+            if shape:
                 shape[layer.input_axis] = -1
-                walk.add(layer.input, back.reshape(shape))
-            else:
-                walk.add(layer.input, back)
+            walk.add(layer.input, back.reshape(shape or -1))
+            for name in walk.fed.intersection(node.input[2:]):  # a bias that other layers make
+                walk.add(name, own if layer.is_convolution else own.reshape((-1, 1) if layer.output_axis == 0 else (1, -1)))
         elif index in loops:
             given_back, own_rows = looped(graph, node, values, loops[index], shares, totals or {}, walk.fed)
             outputs.update(own_rows)

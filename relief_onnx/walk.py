@@ -340,7 +340,8 @@ class Walk:
             value = self.graph.constant(tensor)
             shape = value.shape if value is not None else self.graph.shape(tensor)
             if shape is None or any(size != 1 for size in shape):
-                self.pin(picture, f"{where}: {tensor} is computed or stored where it cannot be cut")
+                for units in (picture, self.picture(tensor)):
+                    self.pin(units, f"{where}: {tensor} is computed or stored where it cannot be cut")
             return
         view = source.view
         if len(view.shape) > picture.ndim:

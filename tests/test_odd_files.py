@@ -231,3 +231,45 @@ def test_a_name_that_looks_like_one_of_ours_is_left_to_its_node() -> None:
     model = parsed("net (float[N, 8] x) => (float[N, 4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, w) }", u=(8, 16), w=(16, 4))
     model.graph.node[2].name = "MatMul#0"
     assert Graph(model).names == ["MatMul#1", "Relu#0", "MatMul#0"]
+
+
+# A layer whose bias another layer makes, in a network that has no other use for it.
+COMPUTED = {
+    "Gemm": "c = Gemm(x, u) a = Gemm(x, v, c) r = Relu(a) y = Gemm(r, w)",
+    "Gemm, twice of it": "c = Gemm(x, u) a = Gemm<beta = 2.0>(x, v, c) r = Relu(a) y = Gemm(r, w)",
+    "Conv": "m = ReduceMean<axes = [0], keepdims = 0>(x) c = MatMul(m, u) p = Unsqueeze(x, ends) a = Conv(p, k, c) r = Relu(a)"
+    " f = Flatten(r) y = Gemm(f, w)",
+}
+
+
+@pytest.mark.parametrize("options", [{"granularity": "weight"}, {"granularity": "channel", "round_to": 1}])
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_bias_that_other_layers_make(case: str, options: dict[str, Any]) -> None:
+    """What makes it loses no units that are read there, and counts for the output."""
+    held = "<int64[2] ends = {2, 3}>" if case == "Conv" else ""
+    own: dict[str, tuple[int, ...]] = {"k": (16, 8, 1, 1)} if case == "Conv" else {"v": (8, 16)}
+    model = parsed(f"net (float[N, 8] x) => (float[N, 4] y) {held} {{ {COMPUTED[case]} }}", u=(8, 16), w=(16, 4), **own)
+    if options["granularity"] == "channel":
+        with pytest.raises(NothingPrunedError, match="is computed or stored where it cannot be cut"):
+            relief_onnx.prune(model, samples(8), keep="60%", threads=1, **options)
+        return
+    report = relief_onnx.prune(model, samples(8), keep="60%", threads=1, **options).report
+    assert next(row for row in report["layers"] if row["weight"] == "u")["weights_kept"] > 32
+    assert report["quality"]["agreement"]["y"]["cosine"] > 0.95
+
+
+@pytest.mark.parametrize("what", ["a number", "another branch"])
+def test_repair_knows_what_a_node_adds_that_is_no_bias(what: str) -> None:
+    """The equations are for what is left when it is taken off, as they are where an Add stands behind the node."""
+    both = "c = Gemm(x, u) {} r = Relu(a) y = Gemm(r, w)"
+    number = {"a number": "<float[1] c = {3.0}>"}.get(what, "")
+    texts = (both.format(step) for step in ("a = Gemm(x, v, c)", "d = Gemm(x, v) a = Add(d, c)"))
+    texts = (text.replace("c = Gemm(x, u) ", "") if number else text for text in texts)
+    shapes: dict[str, tuple[int, ...]] = {"v": (8, 16), "w": (16, 4)} | ({} if number else {"u": (8, 16)})
+    options = {"granularity": "weight", "criterion": "magnitude", "keep": "40%", "repair": "least-squares", "mean_shift": "off"}
+    found = []
+    for text in texts:
+        model = parsed(f"net (float[N, 8] x) => (float[N, 4] y) {number} {{ {text} }}", **shapes)
+        result = relief_onnx.prune(model, samples(8), threads=1, **options)
+        found.append({item.name: numpy_helper.to_array(item) for item in result.masked.graph.initializer})
+    np.testing.assert_allclose(found[0]["v"], found[1]["v"], rtol=1e-4, atol=1e-5)
