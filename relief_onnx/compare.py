@@ -117,7 +117,7 @@ def class_outputs(model: onnx.ModelProto) -> frozenset[str]:
             continue
         while node is not None and node.op_type in _ROUNDING:
             node = graph.nodes[graph.producer[node.input[0]]] if node.input[0] in graph.producer else None
-        if node is None or shape is None or len(shape) != 2 or shape[1] == 1 or node.op_type not in _LOGIT_MAKERS:
+        if node is None or shape is None or len(shape) != 2 or shape[1] in (0, 1) or node.op_type not in _LOGIT_MAKERS:
             continue
         if graph.is_float(name) and attributes(node).get("axis", -1) in (1, -1):
             found.add(name)

@@ -152,7 +152,7 @@ def find(graph: Graph) -> Plan:
         found_readers = _without_mirrored(graph, _real(graph, readers(graph, name)))
         rows = [(use, LAYER_OPERATORS.get(graph.nodes[use.node].op_type)) for use, _ in found_readers if use.slot >= 0]
         is_layer_weight = any(row and use.slot in row.slots and graph.is_float(name) for use, row in rows)
-        if not (_candidate(graph.initializers[name]) or is_layer_weight) or not found_readers:
+        if not (_candidate(graph.initializers[name]) or (is_layer_weight and all(graph.initializers[name].dims))) or not found_readers:
             continue
         if all(is_bias(graph, graph.nodes[use.node]) for use, _ in found_readers):
             continue  # half of a bias (see `recurrent_layers`)

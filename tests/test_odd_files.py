@@ -273,3 +273,13 @@ def test_repair_knows_what_a_node_adds_that_is_no_bias(what: str) -> None:
         result = relief_onnx.prune(model, samples(8), threads=1, **options)
         found.append({item.name: numpy_helper.to_array(item) for item in result.masked.graph.initializer})
     np.testing.assert_allclose(found[0]["v"], found[1]["v"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["flow", "relief"])
+def test_weights_without_numbers_are_no_layers(criterion: str) -> None:
+    """An output of no width, and an empty tensor that is joined to others."""
+    text = "net (float[N, 8] x) => (float[N, 4] y, float[N, 0] z) { a = MatMul(x, u) b = Concat<axis = 0>(a, none) r = Relu(b) "
+    model = parsed(text + "y = MatMul(r, v) z = MatMul(r, w) }", u=(8, 16), v=(16, 4), none=(0, 16), w=(16, 0))
+    result = relief_onnx.prune(model, samples(8), criterion=criterion, keep="60%", threads=1)
+    assert {row["weight"] for row in result.report["layers"]} == {"u", "v"}
+    assert Session(result.model, 1).run(samples(8)[0], None)[1].shape == (8, 0)
