@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from relief_onnx.aside import array_of
-from relief_onnx.nodes import STANDARD, attributes, captured, subgraphs
+from relief_onnx.nodes import STANDARD, attributes, captured, operator_of, subgraphs
 from relief_onnx.shapes import Dim, Shapes, infer
 
 __all__ = ["Graph", "Use", "attributes", "subgraphs"]
@@ -69,7 +69,7 @@ class Graph:
         for node in self.nodes:
             name = node.name
             if not name or counts[name] > 1:
-                base = name or node.op_type
+                base = name or operator_of(node)
                 free = (f"{base}#{number}" for number in numbers.setdefault(base, itertools.count()))
                 name = next(item for item in free if item not in counts)
             found.append(name)
