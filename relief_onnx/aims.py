@@ -52,15 +52,16 @@ def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
 
 
 def _start(original: Graph, graph: Graph, layer: Layer) -> Aim:
-    """A layer's output, with what its node adds that is no bias of the layer: one number for all units, or another branch."""
+    """A layer's output, with what its node adds that is no bias of the layer: numbers that are not stored as one, or another branch."""
     aim = Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
     node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
     if layer.bias is not None or slot is None or len(node.input) <= slot or not node.input[slot]:
         return aim
     factor = float(attributes(node).get("beta", 1.0)) if layer.op == "Gemm" else 1.0
     value = graph.constant(node.input[slot])
-    if value is not None and value.size == 1:
-        return replace(aim, shift=aim.shift + factor * float(value.reshape(())))
+    per_unit = value is not None and layer.output_axis != 0 and value.shape[-1:] == (layer.out_channels,) == (value.size,)
+    if value is not None and (value.size == 1 or per_unit):
+        return replace(aim, shift=aim.shift + factor * value.reshape(-1).astype(np.float64))
     shape = original.shape(layer.output)
     if value is None and factor == 1 and layer.inside is None and shape is not None and graph.shape(node.input[slot]) == shape:
         return replace(aim, other=node.input[slot])

@@ -149,7 +149,7 @@ def compare_models(
         raise DataError(f"the models share no output name ({', '.join(sessions[0].outputs)} and {', '.join(sessions[1].outputs)})")
     changed = {change.name: change for change in states}
     classes = class_outputs(a) - changed.keys()
-    tallies = {name: _Tally() for name in names}
+    tallies, varied, graph = {name: _Tally() for name in names}, set[str](), Graph(a)
     accuracy, seconds, samples = _Accuracy(), [0.0, 0.0], 0.0
     scored = _scored_output(a, dataset, names)
     for batch in dataset.batches(batch_size, limit=limit, seed=seed):
@@ -157,21 +157,25 @@ def compare_models(
         for name, *pair in zip(names, *results, strict=True):
             x, y = (_as_array(name, value) for value in pair)
             x = changed[name].taken(x) if name in changed else x
-            _check_shapes(name, x, y)
-            tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
+            if not _same_shape(name, x, y, graph.shape(name)):
+                varied.add(name)
+            elif name not in varied:
+                tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
         found = [_as_array(scored, result[names.index(scored)]) for result in results] if scored is not None else []
         if found and batch.labels is not None and _fits(found[0], batch.labels):
             accuracy.add(batch.labels, found, batch.weight)
         samples += batch.size * batch.weight
         progress("compare", round(samples), dataset.samples if limit is None else limit)
     rates = (accuracy.right[0] / accuracy.total, accuracy.right[1] / accuracy.total) if accuracy.total else None
-    warnings = ("the data has labels, but no output has class scores that they could be compared with",)
+    warnings = [f"output {name} has another size in each model on some samples, so its agreement is not known" for name in sorted(varied)]
+    if dataset.labelled and rates is None:
+        warnings.append("the data has labels, but no output has class scores that they could be compared with")
     return Comparison(
-        {name: OutputAgreement.of(tally, name in classes) for name, tally in tallies.items()},
+        {name: OutputAgreement.of(tally, name in classes) for name, tally in tallies.items() if name not in varied},
         rates,
         round(samples),
         (seconds[0], seconds[1]),
-        warnings if dataset.labelled and rates is None else (),
+        tuple(warnings),
     )
 
 
@@ -215,9 +219,12 @@ def _as_array(name: str, value: Any) -> NDArray[Any]:
     raise DataError(f"output {name} is a {type(value).__name__}, which cannot be compared; make a tensor the model's output")
 
 
-def _check_shapes(name: str, x: NDArray[Any], y: NDArray[Any]) -> None:
-    if x.shape != y.shape:
+def _same_shape(name: str, x: NDArray[Any], y: NDArray[Any], known: Sequence[Any] | None) -> bool:
+    """Raises DataError where shapes differ and the data cannot be why: sizes that the model names, or numbers of axes."""
+    fixed = [size if isinstance(size, int) else None for size in known or [None] * x.ndim]
+    if x.ndim != y.ndim or any(a != b and size is not None for a, b, size in zip(x.shape, y.shape, fixed, strict=False)):
         raise DataError(f"output {name} is {list(x.shape)} in one model and {list(y.shape)} in the other; compare models of one kind")
+    return x.shape == y.shape
 
 
 def _fits(output: Any, labels: NDArray[Any]) -> bool:

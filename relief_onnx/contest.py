@@ -90,7 +90,9 @@ def emitted(model: onnx.ModelProto, feeds: Sequence[Feed], threads: int) -> list
 
 
 def distance(wanted: Sequence[Doubles], found: Sequence[Doubles]) -> float:
-    """Squared error as a part of the variance, the mean over outputs; infinite where it is not a number."""
+    """Squared error as a part of the variance, the mean over outputs; infinite where it is not a number, or sizes differ."""
+    if any(one.shape != other.shape for one, other in zip(wanted, found, strict=True)):
+        return math.inf  # sizes of outputs depend on the data, as those of detectors do
     errors = []
     for one, other in zip(wanted, found, strict=True):
         errors.append(float(np.square(other - one).sum() / max(np.square(one - one.mean(0)).sum(), 1e-300)))

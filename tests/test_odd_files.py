@@ -103,7 +103,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     out.parent.mkdir()
     assert len(list(tmp_path.glob("part*.bin"))) == 3
     result = relief_onnx.prune(path, [feed()], keep="50%", output=out)
-    assert result.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.5)
+    assert result.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.1)
     assert [item.name for item in out.parent.iterdir()] == ["pruned.onnx"]  # the weights are inside
     assert Session(onnx.load(out), 1).run(feed(), None)[0].shape == (40, 3)
 
@@ -258,11 +258,11 @@ def test_a_bias_that_other_layers_make(case: str, options: dict[str, Any]) -> No
     assert report["quality"]["agreement"]["y"]["cosine"] > 0.95
 
 
-@pytest.mark.parametrize("what", ["a number", "another branch"])
+@pytest.mark.parametrize("what", ["a number", "a list", "another branch"])
 def test_repair_knows_what_a_node_adds_that_is_no_bias(what: str) -> None:
     """The equations are for what is left when it is taken off, as they are where an Add stands behind the node."""
     both = "c = Gemm(x, u) {} r = Relu(a) y = Gemm(r, w)"
-    number = {"a number": "<float[1] c = {3.0}>"}.get(what, "")
+    number = {"a number": "<float[1] c = {3.0}>", "a list": " "}.get(what, "")
     texts = (both.format(step) for step in ("a = Gemm(x, v, c)", "d = Gemm(x, v) a = Add(d, c)"))
     texts = (text.replace("c = Gemm(x, u) ", "") if number else text for text in texts)
     shapes: dict[str, tuple[int, ...]] = {"v": (8, 16), "w": (16, 4)} | ({} if number else {"u": (8, 16)})
@@ -270,6 +270,8 @@ def test_repair_knows_what_a_node_adds_that_is_no_bias(what: str) -> None:
     found = []
     for text in texts:
         model = parsed(f"net (float[N, 8] x) => (float[N, 4] y) {number} {{ {text} }}", **shapes)
+        if what == "a list":  # in a node
+            model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value_floats=np.linspace(-3, 3, 16)))
         result = relief_onnx.prune(model, samples(8), threads=1, **options)
         found.append({item.name: numpy_helper.to_array(item) for item in result.masked.graph.initializer})
     np.testing.assert_allclose(found[0]["v"], found[1]["v"], rtol=1e-4, atol=1e-5)
@@ -283,3 +285,14 @@ def test_weights_without_numbers_are_no_layers(criterion: str) -> None:
     result = relief_onnx.prune(model, samples(8), criterion=criterion, keep="60%", threads=1)
     assert {row["weight"] for row in result.report["layers"]} == {"u", "v"}
     assert Session(result.model, 1).run(samples(8)[0], None)[1].shape == (8, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"repair": "least-squares"}, {"granularity": "channel", "repair": "least-squares"}])
+def test_an_output_whose_size_depends_on_the_data(options: dict[str, Any]) -> None:
+    """As those of detectors: where it differs there is nothing to compare, which is told; other outputs are compared."""
+    text = "net (float[N, 40] x) => (float[M] y, float[N, 4] s) <float z = {0.0}, int64[1] flat = {-1}> "
+    text += "{ h = Gemm(x, w) r = Relu(h) s = Gemm(r, v) f = Reshape(s, flat) c = Greater(f, z) y = Compress<axis = 0>(f, c) }"
+    data = samples(40, count=40)
+    result = relief_onnx.prune(parsed(text, w=(40, 64), v=(64, 4)), data, keep="40%", threads=1, **options)
+    assert set(result.report["quality"]["agreement"]) == {"s"}
+    assert any("output y has another size" in text for text in result.report["warnings"])
