@@ -66,7 +66,7 @@ def test_bisection_on_a_formula(power: float) -> None:
         seen.append(alpha)
         return float(alpha**power)
 
-    assert share(latency.bisect(share)) == pytest.approx(0.5, abs=0.03)
+    assert share(latency.bisect(share)) == pytest.approx(0.5, abs=0.01)
     assert len(seen) <= 10
 
 

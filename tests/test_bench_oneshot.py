@@ -174,7 +174,7 @@ def test_a_run_says_what_it_kept_and_cost(tmp_path: Path) -> None:
     target = tmp_path / "pruned.onnx"
     options = {"keep": "30%", "granularity": "weight", "repair": "least-squares", "criterion": "flow", "storage": "dense", "threads": 1}
     row = oneshot_run.run(LENET, CALIB, target, options, 120)
-    assert row["kept"] == pytest.approx(0.3, abs=0.002)
+    assert row["kept"] == pytest.approx(0.3, abs=1e-3)
     assert row["timing"]["repair"] > 0
     assert row["peak_mb"] >= row["start_mb"] > 10
     onnx.checker.check_model(onnx.load(target))
@@ -251,5 +251,5 @@ def test_with_spread_kept_outputs_vary_as_their_targets() -> None:
     target = Target(wanted, np.zeros_like(wanted), np.ones(4), False)
     weight, bias = oneshot_ablation._spread(x, target, rng.standard_normal((4, 6)), np.zeros(4), 1.0)
     y = x @ weight.T + bias
-    np.testing.assert_allclose(y.std(0), wanted.std(0), rtol=1e-3)
-    np.testing.assert_allclose(y.mean(0), wanted.mean(0), atol=1e-3)
+    np.testing.assert_allclose(y.std(0), wanted.std(0), rtol=1e-5)
+    np.testing.assert_allclose(y.mean(0), wanted.mean(0), atol=1e-5)

@@ -243,7 +243,7 @@ def test_repair_is_that_of_the_network_without_a_body(operator: str) -> None:
     found, wanted = (relief_onnx.prune(model, data, **options) for model in (bodied, plain))
     before, after = stored(wanted.model), stored(found.model)
     for weight in ("wa", "ba", "ws", "last"):
-        np.testing.assert_allclose(after[weight], before[weight], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(after[weight], before[weight], rtol=1e-6, atol=1e-7)
     assert not np.allclose(after["ws"], nested.weights()["ws"] * found.masks.keep["ws"].T, atol=1e-3)
 
 

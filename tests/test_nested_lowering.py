@@ -126,16 +126,23 @@ def test_nothing_pruned_nothing_changed(name: str, captured: bool) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+# Share of the masks that may differ, and the largest difference of outputs as a part of the largest output. Masks are the same, and so are
+# outputs up to the order of sums; but what rounds activations may round one of them the other way where onnxruntime optimises a body less
+# than a main graph, and with it turn a score near the cut.
+ROUNDED = {"dynamic": (0.001, 0.01), "QDQ of images": (0.004, 0.03), "QLinear of images": (0.004, 0.03)}
+
+
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_as_in_the_main_graph(name: str, captured: bool) -> None:
     model, feed = MODELS[name]()
+    turned, apart = ROUNDED.get(name, (0.0, 1e-6))
     plain, data = feeds(feed)
     options = {"criterion": "relief", "alpha": 0.7, "granularity": "weight", "mean_shift": "off", "storage": "dense", "threads": 1}
     found, wanted = relief_onnx.prune(wrapped(model, captured), data, **options), relief_onnx.prune(model, plain, **options)
     assert found.masks.keep.keys() == wanted.masks.keep.keys()
     for weight, keep in wanted.masks.keep.items():
-        assert (found.masks.keep[weight] != keep).mean() <= 0.01, weight
+        assert (found.masks.keep[weight] != keep).mean() <= turned, weight
         assert not keep.all()
     assert operators(found.model.graph) == operators(wrapped(model, captured).graph)
     made = [
@@ -143,7 +150,7 @@ def test_pruned_as_in_the_main_graph(name: str, captured: bool) -> None:
         for one, feed in ((found.model, data[0]), (wanted.model, plain[0]))
     ]
     for a, b in zip(*made, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+        assert np.abs(a - b).max() <= apart * np.abs(b).max()
 
 
 def recurrent(operator: str, direction: str, lengths: bool = False) -> tuple[onnx.ModelProto, Feed]:

@@ -76,7 +76,7 @@ def test_a_gain_is_what_the_error_falls_by(size: int) -> None:
             gains.append((appraisal.worth[j, entry], won))
     found, expected = np.array(gains).T
     if size == 1:
-        np.testing.assert_allclose(found, expected, rtol=5e-3, atol=1e-3 * expected.max())
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * expected.max())
     else:  # held down a little where kernels are nearly combinations of others
         assert (found <= expected * 1.005 + 1e-3 * expected.max()).all()
         assert np.corrcoef(found, expected)[0, 1] > 0.95
@@ -298,4 +298,4 @@ def test_a_later_round_meets_its_budget_with_what_the_one_before_left() -> None:
     kept = sum(int(keep.sum()) for keep in result.masks.keep.values())
     total = sum(keep.size for keep in result.masks.keep.values())
     assert result.report["options"]["criterion"] == "flow-obs"
-    assert kept == pytest.approx(0.05 * total, rel=0.005)
+    assert kept == pytest.approx(0.05 * total, abs=1)

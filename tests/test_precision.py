@@ -72,7 +72,7 @@ def test_masks_are_those_of_float32(kind: str, name: str) -> None:
     assert min(same) >= least
     (agreement,) = result.report["quality"]["agreement"].values()
     (wanted,) = expected.report["quality"]["agreement"].values()
-    assert agreement["cosine"] == pytest.approx(wanted["cosine"], abs=0.01)
+    assert agreement["cosine"] == pytest.approx(wanted["cosine"], abs=0.004 if (name, kind) == ("channel+weight", "mixed") else 1e-3)
     # Weights are of the type that they had, and no Cast of the file is gone or new.
     old, new = elements(before), elements(result.model)
     for row in result.report["layers"]:
@@ -114,7 +114,7 @@ def test_casts_at_the_front_do_not_hide_repaired_weights() -> None:
     result = relief_onnx.prune(before, feed(before), keep="10%", criterion="flow", repair="least-squares")
     plain = relief_onnx.prune(model("lenet300"), feed(model("lenet300")), keep="10%", criterion="flow", repair="least-squares")
     (agreement,), (wanted,) = (item.report["quality"]["agreement"].values() for item in (result, plain))
-    assert agreement["cosine"] == pytest.approx(wanted["cosine"], abs=0.005)
+    assert agreement["cosine"] == pytest.approx(wanted["cosine"], abs=1e-5)
 
 
 def test_double(tmp_path: Path) -> None:

@@ -180,9 +180,13 @@ def test_pruned_like_the_float_model_and_zeros_are_zero_points(bits: int, symmet
     model = blocks(bits, symmetric)
     choices: dict[str, Any] = {"granularity": "weight", "keep": "50%", "samples": 32, "threads": 1, "storage": "dense"}
     data = [{model.graph.input[0].name: feed()}]
-    reference, result = prune(products(), data, **choices).report, prune(model, data, **choices)
-    cosine, wanted = (next(iter(report["quality"]["agreement"].values()))["cosine"] for report in (reference, result.report))
-    assert cosine == pytest.approx(wanted, abs=1e-3)
+    reference, result = prune(products(), data, **choices), prune(model, data, **choices)
+    cosine, wanted = (next(iter(item.report["quality"]["agreement"].values()))["cosine"] for item in (reference, result))
+    # Scores see the rounded weights: as many stay, and few others.
+    assert cosine == pytest.approx(wanted, abs=1e-3 if bits == 4 else 4e-4)
+    pairs = list(zip(reference.masks.keep.values(), result.masks.keep.values(), strict=True))
+    assert sum(int(a.sum()) for a, _ in pairs) == sum(int(b.sum()) for _, b in pairs)
+    assert all((a != b).mean() <= (0.05 if bits == 4 else 0.005) for a, b in pairs)
     assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-6
     assert {row["status"] for row in result.report["layers"]} <= {"pruned", "kept"}
     before, after = dequantised(model), dequantised(unpack(result.model))
@@ -417,9 +421,11 @@ def test_weights_of_a_quantised_lstm_are_pruned(per_channel: bool, repair: str) 
     model = dynamic(1, per_channel)
     choices: dict[str, Any] = {"granularity": "weight", "keep": "60%", "samples": 128, "threads": 1, "storage": "dense", "repair": repair}
     data = [{"x": steps(1, 128)}]
-    reference, result = prune(recurrent(), data, **choices).report, prune(model, data, **choices)
-    cosine, wanted = (next(iter(report["quality"]["agreement"].values()))["cosine"] for report in (result.report, reference))
-    assert cosine == pytest.approx(wanted, abs=1e-3)
+    reference, result = prune(recurrent(), data, **choices), prune(model, data, **choices)
+    cosine, wanted = (next(iter(item.report["quality"]["agreement"].values()))["cosine"] for item in (result, reference))
+    assert cosine == pytest.approx(wanted, abs=4e-4 if repair == "none" else 1e-4)
+    pairs = zip(reference.masks.keep.values(), result.masks.keep.values(), strict=True)
+    assert all((a != b).mean() <= 0.005 for a, b in pairs)
     assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
-    assert result.report["totals"]["kept_percent"] < 61
+    assert result.report["totals"]["kept_percent"] == reference.report["totals"]["kept_percent"]
     assert operators(result.model)["DynamicQuantizeLSTM"] == 2

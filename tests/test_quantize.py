@@ -230,7 +230,7 @@ def test_norms_are_folded_and_zeros_stay() -> None:
     folded, names = fold_norms(model)
     assert len(names) == 9
     assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
-    np.testing.assert_allclose(outputs(folded)[0], outputs(model)[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(outputs(folded)[0], outputs(model)[0], rtol=1e-5, atol=2e-5)
     before = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     for item in folded.graph.initializer:
         values = numpy_helper.to_array(item)

@@ -249,7 +249,7 @@ def test_repair_brings_samples_not_seen_closer(op: str, before_reset: bool, dire
     assert set(rows) == {"w", "r"}
     assert all(row["error_after"] < row["error_before"] and not row["reason"] for row in rows.values())
     assert error_of(proto, repaired.model, unseen) < 0.8 * error_of(proto, plain.model, unseen)
-    assert repaired.report["totals"]["kept_percent"] == pytest.approx(plain.report["totals"]["kept_percent"], abs=1)
+    assert repaired.report["totals"]["kept_percent"] == plain.report["totals"]["kept_percent"]
 
 
 def test_nothing_removed_is_nothing_changed() -> None:
@@ -300,11 +300,11 @@ def test_the_solution_is_the_ridge_regression_of_the_row() -> None:
     change = np.linalg.solve(a, centred[:, keep].T @ (wanted - wanted.mean() - centred[:, keep] @ old))
     solution = np.zeros(9)
     solution[keep] = old + change
-    np.testing.assert_allclose(found.w[0, row], solution[:5] / scales[0], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found.r[0, row], solution[5:] / scales[1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.w[0, row], solution[:5] / scales[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.r[0, row], solution[5:] / scales[1], rtol=1e-4, atol=1e-5)
     worth = np.square(solution[keep]) / np.diagonal(np.linalg.inv(a)) / len(x)
-    np.testing.assert_allclose(appraisals["W"].worth[row][keep[:5]], worth[: keep[:5].sum()], rtol=1e-2)
-    np.testing.assert_allclose(appraisals["R"].worth[row][keep[5:]], worth[keep[:5].sum() :], rtol=1e-2)
+    np.testing.assert_allclose(appraisals["W"].worth[row][keep[:5]], worth[: keep[:5].sum()], rtol=2e-4)
+    np.testing.assert_allclose(appraisals["R"].worth[row][keep[5:]], worth[keep[:5].sum() :], rtol=2e-4)
 
 
 # -- as exporters write it -----------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_dtln_at_half_of_its_weights(tmp_path: Path) -> None:
     rows = {row["weight"]: row for row in found.report["layers"]}
     assert {rows[name]["op"] for name in ("lstm_4_W", "lstm_4_R", "lstm_5_W", "lstm_5_R")} == {"LSTM"}
     assert {rows[name]["node"] for name in ("lstm_4_W", "lstm_4_R")} == {"lstm_4"}
-    assert found.report["totals"]["kept_percent"] == pytest.approx(50, abs=0.1)
+    assert found.report["totals"]["kept_percent"] == pytest.approx(50, abs=1e-3)
     assert target.stat().st_size < 0.6 * path.stat().st_size
     assert np.load(masks)["lstm_4_R/keep"].shape == (512, 128)
     unseen = open_dataset(feeds[48:], input_specs(onnx.load(path)))

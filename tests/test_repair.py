@@ -88,8 +88,8 @@ def test_each_neuron_is_its_own_ridge_regression(free: bool) -> None:
         target = wanted[:, j] - (wanted[:, j].mean(dtype=np.float64) if free else bias[j])
         stacked = np.concatenate([centred[:, row], ridge * np.eye(row.sum())])
         expected = np.linalg.lstsq(stacked, np.concatenate([target, ridge * weight[j, row]]), rcond=None)[0]
-        np.testing.assert_allclose(found[j, row], expected, rtol=1e-3, atol=1e-4)
-        assert offsets[j] == pytest.approx(wanted[:, j].mean() - expected @ mean[row] if free else bias[j], rel=1e-3, abs=1e-3)
+        np.testing.assert_allclose(found[j, row], expected, rtol=1e-4, atol=1e-5)
+        assert offsets[j] == pytest.approx(wanted[:, j].mean() - expected @ mean[row] if free else bias[j], rel=1e-4, abs=1e-4)
 
 
 def test_few_rows_are_not_fitted_too_closely(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def test_rounds_take_away_whole_units_too(granularity: str, tmp_path: Path) -> N
     once = prune(RESNET, keep="40%", iterations=1, **options)
     macs = [report["output"]["macs"] / report["input"]["macs"] for report in (found.report, once.report)]
     assert macs[0] <= 0.42
-    assert macs[0] == pytest.approx(macs[1], abs=0.05)
+    assert macs[0] == pytest.approx(macs[1], abs=0.015)
     assert found.report["verification"]["masked_vs_output_max_rel"] < 1e-4
 
 
@@ -411,7 +411,7 @@ def test_recalibration_finds_the_statistics_of_the_samples() -> None:
     assert found.keys() == spoilt.keys()
     again = recalibrate(model, data, threads=1)
     for name in found:
-        np.testing.assert_allclose(found[name], again[name], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[name], again[name], rtol=1e-6, atol=1e-6)
     plain = relief_onnx.compare_models(model, apply_weights(model, spoilt), data, threads=1).outputs["logits"]
     better = relief_onnx.compare_models(model, apply_weights(model, found), data, threads=1).outputs["logits"]
     assert better.cosine > 0.95 > plain.cosine
