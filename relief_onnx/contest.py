@@ -24,6 +24,8 @@ Feed = Mapping[str, NDArray[Any]]
 LEAST_SAMPLES, HELD = 96, 3
 # How much less than the first candidate's the error of another has to be: samples that judge are few.
 MARGIN = 0.1
+# A part of what an output is that single precision may make of nothing.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,15 @@ def emitted(model: onnx.ModelProto, feeds: Sequence[Feed], threads: int) -> list
 
 
 def distance(wanted: Sequence[Doubles], found: Sequence[Doubles]) -> float:
-    """Squared error as a part of the variance, the mean over outputs; infinite where it is not a number, or sizes differ."""
+    """Squared error as a part of the variance, the mean over outputs; infinite where it is not a number, or sizes differ.
+
+    An output that is constant but for rounding has no variance to speak of.
+    """
     if any(one.shape != other.shape for one, other in zip(wanted, found, strict=True)):
         return math.inf  # sizes of outputs depend on the data, as those of detectors do
     errors = []
     for one, other in zip(wanted, found, strict=True):
-        errors.append(float(np.square(other - one).sum() / max(np.square(one - one.mean(0)).sum(), 1e-300)))
+        least = ROUNDING**2 * float(np.square(one).sum()) + 1e-300
+        errors.append(float(np.square(other - one).sum() / max(np.square(one - one.mean(0)).sum(), least)))
     error = float(np.mean(errors)) if errors else 0.0
     return error if math.isfinite(error) else math.inf

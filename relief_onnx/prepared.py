@@ -16,6 +16,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find
 from relief_onnx.lowering import Lowered, lower
 from relief_onnx.pack import packed_names, unpack
+from relief_onnx.sparse import densified
 
 __all__ = ["Prepared", "prepare"]
 
@@ -24,8 +25,8 @@ __all__ = ["Prepared", "prepare"]
 class Prepared:
     """A model ready for work: `original` as given (unpacked), `graph` with every weight an initializer, and its plan.
 
-    lowered: what was rewritten in `graph`, and the way back. packed: weights that the file stores packed. origin: where its external data
-    are. sha256: of the .onnx file, or of the model where there is none; bytes: of all its files.
+    lowered: what was rewritten in `graph`, and the way back. packed: weights that the file stores packed, or as sparse tensors. origin:
+    where its external data are. sha256: of the .onnx file, or of the model where there is none; bytes: of all its files.
     """
 
     original: onnx.ModelProto
@@ -77,7 +78,9 @@ def prepare(source: files.ModelSource) -> Prepared:
     path = None if isinstance(source, onnx.ModelProto) else Path(source)
     origin = files.origin_of(source)
     sha256, size = files.given_identity(source, loaded)
-    original = unpack(loaded)
+    original, sparse = densified(unpack(loaded))
     lowered = lower(files.prepare(original))
     graph = Graph(lowered.model)
-    return Prepared(original, graph, find(graph), path, sha256, size, lowered=lowered, packed=packed_names(loaded), origin=origin)
+    return Prepared(
+        original, graph, find(graph), path, sha256, size, lowered=lowered, packed=(*packed_names(loaded), *sparse), origin=origin
+    )

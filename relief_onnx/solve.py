@@ -96,10 +96,16 @@ def solve(
 
 
 def _validated(x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, free_bias: bool) -> float:
+    own, wanted, _, _ = _centred(x, target, bias, free_bias)
+    return best_part(own, wanted, weight, keep)
+
+
+def _centred(x: Floats, target: Target, bias: Doubles, free_bias: bool) -> tuple[Floats, Floats, Doubles, Doubles]:
+    """Inputs and what neurons should emit without their means, which a free bias takes; and these means."""
     goal = target.of(np.zeros_like(target.wanted))
     offset = goal.mean(0, dtype=np.float64) if free_bias else bias
     mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
-    return best_part(x - mean.astype(np.float32), goal - offset.astype(np.float32), weight, keep)
+    return x - mean.astype(np.float32), goal - offset.astype(np.float32), mean, offset
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,8 @@ class _Moments:
 
     @classmethod
     def of(cls, x: Floats, target: Target, bias: Doubles, free_bias: bool) -> _Moments:
-        mean = x.mean(0, dtype=np.float64) if free_bias else np.zeros(x.shape[1])
-        own = x - mean.astype(np.float32)
-        goal = target.of(np.zeros_like(target.wanted))
-        offset = goal.mean(0, dtype=np.float64) if free_bias else bias
-        wanted = ((goal - offset.astype(np.float32)).T @ own).astype(np.float64)
-        return cls((own.T @ own).astype(np.float64), wanted, mean, offset)
+        own, goal, mean, offset = _centred(x, target, bias, free_bias)
+        return cls((own.T @ own).astype(np.float64), (goal.T @ own).astype(np.float64), mean, offset)
 
 
 def _ridge(moments: Doubles, part: float) -> float:

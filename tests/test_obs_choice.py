@@ -84,6 +84,8 @@ def test_a_distance_is_a_part_of_the_variance() -> None:
     assert distance([wanted, wanted], [wanted, wanted]) == 0
     assert distance([wanted], [np.array([2.0, 2.0])]) == 1
     assert distance([wanted], [np.array([np.nan, 2.0])]) == np.inf
+    constant = 3 + 1e-7 * np.arange(4)  # nothing but rounding
+    assert distance([constant, wanted], [constant[::-1], wanted]) < 0.01
 
 
 def prune(rows: int = 128, **options: Any) -> relief_onnx.Result:

@@ -296,3 +296,28 @@ def test_an_output_whose_size_depends_on_the_data(options: dict[str, Any]) -> No
     result = relief_onnx.prune(parsed(text, w=(40, 64), v=(64, 4)), data, keep="40%", threads=1, **options)
     assert set(result.report["quality"]["agreement"]) == {"s"}
     assert any("output y has another size" in text for text in result.report["warnings"])
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("criterion", ["flow", "flow-obs", "relief"])
+def test_sparse_initializers(flat: bool, criterion: str) -> None:
+    """Pruned like the same weights in a dense tensor."""
+    net = Net()
+    y = net.op("MatMul", net.op("Relu", dense(net, net.input("N", 6), 6, 40)), net.weight(40, 30))
+    model = finished(net, y)
+    stored = next(item for item in model.graph.initializer if list(item.dims) == [40, 30])
+    values = numpy_helper.to_array(stored) * (np.random.default_rng(1).random((40, 30)) < 0.6)
+    stored.CopyFrom(numpy_helper.from_array(values, stored.name))
+    sparse = onnx.ModelProto()
+    sparse.CopyFrom(model)
+    places = np.flatnonzero(values) if flat else np.argwhere(values)
+    held = numpy_helper.from_array(values[values != 0], stored.name)
+    sparse.graph.sparse_initializer.append(helper.make_sparse_tensor(held, numpy_helper.from_array(places, "places"), [40, 30]))
+    sparse.graph.initializer.remove(next(item for item in sparse.graph.initializer if item.name == stored.name))
+    options: Any = {"keep": "40%", "criterion": criterion, "threads": 1, "repair": "least-squares" if criterion == "flow-obs" else "none"}
+    found, wanted = (relief_onnx.prune(item, [feed()], **options) for item in (sparse, model))
+    assert found.model.graph.SerializeToString() == wanted.model.graph.SerializeToString()
+    # What is left alone is stored compactly again.
+    kept = relief_onnx.prune(sparse, [feed()], skip="^" + stored.name + "$", **options)
+    np.testing.assert_allclose(Session(kept.model).run(feed())[0], Session(kept.masked).run(feed())[0], rtol=1e-5, atol=1e-6)
+    assert stored.name not in {item.name for item in kept.model.graph.initializer}
