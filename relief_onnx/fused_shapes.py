@@ -70,7 +70,7 @@ def _product(step: Step) -> Dims | None:
 
 FUSED_RULES: dict[str, ShapeRule] = {
     "SimplifiedLayerNormalization": _same,
-    **{f"com.microsoft.{name}": _same for name in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu")},
+    **{f"com.microsoft.{name}": _same for name in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "QuantizeLinear", "DequantizeLinear")},
     "com.microsoft.FusedConv": SHAPE_RULES["Conv"],
     "com.microsoft.FusedGemm": SHAPE_RULES["Gemm"],
     "com.microsoft.FusedMatMul": _product,

@@ -134,7 +134,10 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape, relevance="none")),
-    **_rows("QuantizeLinear DequantizeLinear", OperatorRow("quantise", constant="computed")),
+    **_rows(
+        "QuantizeLinear DequantizeLinear com.microsoft.QuantizeLinear com.microsoft.DequantizeLinear",
+        OperatorRow("quantise", constant="computed"),
+    ),
     **_rows("DynamicQuantizeLinear", OperatorRow("range", constant="zero")),
 }
 

@@ -81,6 +81,8 @@ TYPE_RULES: dict[str, Callable[[Step], int]] = (
         "com.microsoft.EmbedLayerNormalization": _of_input(2),
         "com.microsoft.QEmbedLayerNormalization": lambda step: TensorProto.FLOAT,
         "com.microsoft.QAttention": _of_input(3),
+        "com.microsoft.QuantizeLinear": _of_input(2),
+        "com.microsoft.DequantizeLinear": _of_input(1),
         "ai.onnx.ml.Scaler": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.FeatureVectorizer": lambda step: TensorProto.FLOAT,
         "ai.onnx.ml.Normalizer": lambda step: TensorProto.FLOAT,

@@ -86,9 +86,11 @@ def quantised(name: str, form: str, per_channel: bool = True, kind: str = "QInt8
         if form == "dynamic":
             ort.quantize_dynamic(source, target, per_channel=per_channel, weight_type=integer)
         else:
+            contrib = form == "QDQ of com.microsoft"
             ort.quantize_static(
-                source, target, _Digits(), quant_format=getattr(ort.QuantFormat, form), per_channel=per_channel, activation_type=integer,
-                weight_type=integer,
+                source, target, _Digits(), quant_format=getattr(ort.QuantFormat, form.split()[0]), per_channel=per_channel,
+                activation_type=ort.QuantType.QUInt16 if contrib else integer, weight_type=integer,
+                extra_options={"UseQDQContribOps": contrib},
             )  # fmt: skip
         return onnx.load(target)
 
@@ -194,12 +196,13 @@ def test_repaired_values_are_rounded_to_scales_that_hold_them(form: str) -> None
 
 
 @pytest.mark.parametrize("granularity", ["connection", "channel", "channel+connection", "channel+weight"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "QDQ of com.microsoft"])
 def test_every_granularity(form: str, granularity: str) -> None:
     model = quantised("resnet8", form)
     result = prune(model, CALIB, granularity=granularity, keep="60%", samples=16, threads=1, storage="dense")
     assert set(operators(result.model)) <= set(operators(model))
-    assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
+    # Sums in another order rarely fall on another step of 8 bits, but do on neighbours among those of 16.
+    assert result.report["verification"]["masked_vs_output_max_rel"] < (1e-5 if form in FORMS else 8 / 65535)
     if granularity == "channel":
         assert result.report["output"]["macs"] < 0.7 * result.report["input"]["macs"]
         assert result.report["output"]["bytes"] < 0.8 * result.report["input"]["bytes"]
