@@ -23,6 +23,7 @@ from relief_onnx.datatypes import InputSpec
 from relief_onnx.errors import ModelError, OutputError, VerificationError
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.ordering import sort_nodes
 from relief_onnx.recurrent_layers import join_biases, split_biases
 from relief_onnx.session import Session
 
@@ -36,7 +37,8 @@ Origin = external.Origin
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Read a model with its external data, or take a copy of a ModelProto. The weights of a large one are set aside (see `aside`).
+    """Read a model with its external data, or take a copy of a ModelProto; its nodes are sorted (see `ordering`). The weights of a large
+    one are set aside (see `aside`).
 
     Raises ModelError with one sentence where the file is missing, empty, truncated or not ONNX, or its external data is
     missing or lies outside the model's folder.
@@ -44,6 +46,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         model = _copy(source)
         _check_plausible(model, "the given ModelProto")
+        sort_nodes(model.graph.node)
         return model
     path = Path(source)
     if path.is_dir():
@@ -67,6 +70,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if large:
         model = _copy(model)
     _load_external(model, path, large)
+    sort_nodes(model.graph.node)
     return model
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
-from helpers import run
+from helpers import SAMPLES, digits, run
 from onnx import TensorProto, helper, numpy_helper
 
 import relief_onnx
 from relief_onnx.errors import ModelError, NothingPrunedError
 from relief_onnx.graph import Graph
+from relief_onnx.ordering import sort_nodes
 from relief_onnx.session import Session
 
 QONNX = "qonnx.custom_op.general"
@@ -321,3 +322,34 @@ def test_sparse_initializers(flat: bool, criterion: str) -> None:
     kept = relief_onnx.prune(sparse, [feed()], skip="^" + stored.name + "$", **options)
     np.testing.assert_allclose(Session(kept.model).run(feed())[0], Session(kept.masked).run(feed())[0], rtol=1e-5, atol=1e-6)
     assert stored.name not in {item.name for item in kept.model.graph.initializer}
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "channel", "keep": "60%"}, {"keep": "50%", "repair": "least-squares"}])
+def test_nodes_that_are_not_sorted(options: dict[str, Any]) -> None:
+    """As onnxruntime's float16 converter writes them; the result is that of the sorted file, and valid."""
+    model = onnx.load(SAMPLES / "lenet5.onnx")  # of which there is one order only
+    mixed = onnx.ModelProto()
+    mixed.CopyFrom(model)
+    nodes = [model.graph.node[index] for index in np.random.default_rng(0).permutation(len(model.graph.node))]
+    del mixed.graph.node[:]
+    mixed.graph.node.extend(nodes)
+    with pytest.raises(onnx.checker.ValidationError, match="topologically sorted"):
+        onnx.checker.check_model(mixed)
+    results = [relief_onnx.prune(item, [{"image": digits(32)}], threads=1, **options) for item in (model, mixed)]
+    onnx.checker.check_model(results[1].model, full_check=True)
+    first, second = (Session(result.model).run({"image": digits(8)})[0] for result in results)
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+    assert results[0].report["totals"] == results[1].report["totals"]
+
+
+def test_bodies_are_sorted_and_circles_stay() -> None:
+    body = helper.make_graph([helper.make_node("Relu", ["b"], ["c"]), helper.make_node("Neg", ["a"], ["b"])], "body", [], [])
+    choice = helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=body)
+    graph = helper.make_graph([choice, helper.make_node("Abs", ["x"], ["a"])], "graph", [], [])
+    sort_nodes(graph.node)
+    assert [node.op_type for node in graph.node] == ["Abs", "If"]  # what a body reads counts
+    assert [node.op_type for node in graph.node[1].attribute[0].g.node] == ["Neg", "Relu"]
+    circle = [helper.make_node("Relu", ["b"], ["a"]), helper.make_node("Neg", ["a"], ["b"]), helper.make_node("Abs", ["x"], ["y"])]
+    graph = helper.make_graph(circle, "circle", [], [])
+    sort_nodes(graph.node)
+    assert list(graph.node) == circle
