@@ -144,7 +144,7 @@ class Replay:
         return (apply_weights(model, changed) if changed else model), outputs
 
     def _described(self, name: str) -> onnx.ValueInfoProto:
-        """The type of a value that a piece reads, and its rank; its sizes are left open, they may differ from batch to batch."""
+        """The type of a value that a piece reads, and its sizes; those are left open that differ from batch to batch."""
         values = [values[name] for values in self._values]
         if isinstance(values[0], list):
             item = values[0][0] if values[0] else np.zeros(0, np.float32)
@@ -152,9 +152,11 @@ class Replay:
             return helper.make_value_info(name, helper.make_sequence_type_proto(element))
         arrays = [self._read(value) for value in values]
         element_type = onnx.TensorProto.STRING if arrays[0].dtype.kind == "O" else helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
-        # Without ranks onnxruntime may take sizes that are computed from shapes for empty ones.
+        # Without ranks onnxruntime may take sizes that are computed from shapes for empty ones, and without the width of queries, keys
+        # and values it gets the shape of an Attention wrong.
         ranks = {array.ndim for array in arrays}
-        shape = [None] * ranks.pop() if len(ranks) == 1 else None
+        sizes = [set(own) for own in zip(*(array.shape for array in arrays), strict=False)]
+        shape = [own.pop() if len(own) == 1 else None for own in sizes] if len(ranks) == 1 else None
         return helper.make_value_info(name, helper.make_tensor_type_proto(element_type, shape))
 
     def _kept(self, value: Any) -> Any:
