@@ -125,6 +125,7 @@ def quantize_activations(
             )  # fmt: skip
             result = aside.moved(files.load(target))
         except _ERRORS as error:
+            Session(named, 1)  # a model that does not run is that first
             raise ModelError(
                 f"onnxruntime's quantiser cannot handle this model ({type(error).__name__}: {first_line(error)}); "
                 "use --activations none for int8 weights only, or leave layers alone with --skip"

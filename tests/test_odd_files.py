@@ -66,6 +66,16 @@ def test_operators_that_onnxruntime_does_not_know(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "x.npy"]
 
 
+def test_quantize_names_the_operator_too(tmp_path: Path) -> None:
+    onnx.save(custom("com.acme", "Magic"), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", feed()["x1"])
+    for activations in ("uint8", "none"):
+        result = run("quantize", tmp_path / "m.onnx", "--data", tmp_path / "x.npy", "--activations", activations, "--quiet")
+        assert result.exit_code == 1
+        assert "operator Magic of domain com.acme" in result.output.replace("\n", " ")
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "x.npy"]
+
+
 def test_the_same_operator_as_a_local_function_works() -> None:
     """Quant(x, scale, zero point, bits) of QONNX, reduced to what it does with a scale."""
     nodes = [
