@@ -96,12 +96,15 @@ class Pool:
         return chosen
 
     def cut_pattern(self, n: int, m: int, part: float) -> None:
-        """At most n of every m consecutive inputs, or as many as `part` of the way there in the logarithm."""
+        """At most n of every m consecutive inputs, or as many as `part` of the way there in the logarithm; inputs that go do not count."""
         count = n if part >= 1 else math.ceil(m * (n / m) ** part)
         for where, shape in zip(self._slices, self.shapes, strict=True):
             if shape[1] >= m:
                 worth = np.where(self.keep[where], self.worth[where], -1.0).reshape(shape)
-                self.keep[where] &= keep_pattern(worth, count, m).reshape(-1)
+                read = np.moveaxis(self._allowed[where].reshape(shape), 1, 0).reshape(shape[1], -1).any(1)
+                best = np.zeros(shape, bool)
+                best[:, read] = keep_pattern(worth[:, read], count, m)
+                self.keep[where] &= best.reshape(-1)
 
     def bury(self, surviving: Mapping[str, Flags]) -> None:
         """Let go of what no output depends on any more. surviving: single weights [out, in per group, *kernel] by weight."""

@@ -88,6 +88,11 @@ class Options:
         default = DEFAULT_FLOW_CHANNEL_ALPHA if self.by_flow else DEFAULT_CHANNEL_ALPHA
         return default if self.alpha_channel is None else self.alpha_channel
 
+    @property
+    def cuts_units(self) -> bool:
+        """Whether units that lose everything leave the model; under a pattern only together with channels, as blocks would move."""
+        return self.pattern is None or self.by_channel
+
     def layer_alpha(self, names: tuple[str, ...]) -> tuple[str, float] | None:
         """What [layers] of a recipe says about a layer: the pattern and its alpha."""
         return next(((pattern, alpha) for pattern, alpha in self.layers if any(re.search(pattern, name) for name in names)), None)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import onnx
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.aside import scoped, whole
+from relief_onnx.blocks import in_blocks
 from relief_onnx.channels import Choice, relevance
 from relief_onnx.clock import Clock
 from relief_onnx.compare import compare_models
@@ -165,8 +167,9 @@ def prune(
         masked = ready.restored(cut.rules.insert_gates(insert(graph, flags), gates))
     with clock("surgery"):
         operation, masked, states = cut_states(
-            cut.masked(graph), masked, cut.ready.graph, cut.ready.plan, cut.chosen.coupling if options.allow_state_change else None
-        )
+            cut.masked(graph), masked, cut.ready.graph, cut.ready.plan, cut.chosen.coupling if options.allow_state_change else None,
+            options.cuts_units,
+        )  # fmt: skip
         final = files.share_again(ready.restored(operation.model, operation.kept), ready.original)
         operation = replace(operation, model=files.share_again(operation.model, ready.original))
     with clock("pack"):
@@ -202,8 +205,7 @@ def prune(
             write_arrays(masks.arrays(), Path(save_masks))
         if save_report is not None and is_first():
             files.write_atomically(Path(save_report), to_json(report))
-        # Last, so that no other failure leaves a file here.
-        if target is not None and is_first():
+        if target is not None and is_first():  # last, so that no other failure leaves a file here
             files.save(shipped, target, ready.origin)
     return Result(whole(shipped), whole(masked), masks, cut.found, report)
 
@@ -291,16 +293,18 @@ def _cut(
         masks, gates = rules.apply(chosen.masks)
         if before is not None:
             masks, gates = both(before.masks, masks), both_gates(before.gates, gates)
+        allowed = chosen.within(masks) if before is None else both(before.masks, chosen.within(masks))
+        fit = partial(in_blocks, ready, options, chosen, found, allowed=allowed, gated=lambda model: rules.insert_gates(model, gates))
+        masks = fit(ready.graph, masks, again=True)
         graph, shifts = _shifted(job, ready, options, found, chosen, masks)
     plan = ready.plan if graph is ready.graph else find(graph)
     floors, improved = chosen.floors, None
     if options.criterion == "flow-obs" and options.fine is not None:
         with job.clock("choose"), _named(ready.path):
-            allowed = chosen.within(masks) if before is None else both(before.masks, chosen.within(masks))
             improved = _improved(job, ready, graph, plan, options, found, chosen, masks, allowed)
         masks, floors = improved.masks, floors if improved.taken == "flow" else improved.floors
-    flags = initializer_masks(plan, masks)
-    return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, flags, shifts, floors, improved)
+    masks = fit(graph, masks)
+    return _Cut(ready, options, rules, found, chosen, masks, gates, graph, plan, initializer_masks(plan, masks), shifts, floors, improved)
 
 
 def _search(job: _Job, ready: Prepared, scores: Scores) -> tuple[Search, Worth]:

@@ -52,18 +52,18 @@ class StateChange:
 
 
 def cut_states(
-    model: onnx.ModelProto, masked: onnx.ModelProto, graph: Graph, plan: Plan, coupling: Coupling | None
+    model: onnx.ModelProto, masked: onnx.ModelProto, graph: Graph, plan: Plan, coupling: Coupling | None, units: bool = True
 ) -> tuple[Operation, onnx.ModelProto, tuple[StateChange, ...]]:
     """Surgery on `model`, in which states may get narrower where a coupling of `graph` is given; the masked model, and what changed.
 
-    model: with zeros where something goes; masked: the same as a file, which gets the masks of states.
+    model: with zeros where something goes; masked: the same as a file, which gets the masks of states. units: as for `operate`.
     """
     if coupling is None:
-        return operate(model), masked, ()
+        return operate(model, units=units), masked, ()
     states, arrays = find_all_states(graph, plan), Graph(model)
     if coupling.ways:  # what surgery takes from each direction may be other pairs than those that were ranked
         coupling = trace(graph, plan, states)
-    operation = operate(masked_states(model, arrays, coupling, states), states)
+    operation = operate(masked_states(model, arrays, coupling, states), states, units=units)
     operation = replace(operation, model=without_masks(operation.model, states))
     return operation, masked_states(masked, arrays, coupling, states), _changes(graph, plan, coupling, states, operation)
 

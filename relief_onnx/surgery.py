@@ -47,8 +47,8 @@ class Operation:
     kept: Kept = field(default_factory=dict)
 
 
-def operate(model: onnx.ModelProto, states: States = NO_STATES) -> Operation:
-    """Remove every provably dead unit and weight.
+def operate(model: onnx.ModelProto, states: States = NO_STATES, *, units: bool = True) -> Operation:
+    """Remove every provably dead unit and weight; without `units` weights alone, which leave zeros.
 
     `channels` maps a layer's name to its output channels before and after; `surviving` maps a weight to flags in the canonical
     layout [out, in per group, *kernel] of the input model: which single weights are left and not zero (of a shared weight, as its
@@ -56,7 +56,7 @@ def operate(model: onnx.ModelProto, states: States = NO_STATES) -> Operation:
     `dead_branches` are gone with all their nodes. states: inputs and outputs of the model that may get narrower; all others keep their
     shapes.
     """
-    operation, kept = _operate_once(model, states)
+    operation, kept = _operate_once(model, states, units)
     found = operation
     names = _names(model)
     while True:
@@ -65,7 +65,7 @@ def operate(model: onnx.ModelProto, states: States = NO_STATES) -> Operation:
             return replace(operation, kept=kept, channels={name: operation.channels[output] for name, output in names.items()})
         # A cut can loosen a coupling: of a grouped convolution with one channel left per group, each channel can go alone. A bias that
         # nobody reads and that is now 0 may be what a norm or a sum over channels was waiting for.
-        found, now = _operate_once(lighter, states)
+        found, now = _operate_once(lighter, states, units)
         operation, kept = _followed(replace(operation, dead_branches=(*operation.dead_branches, *dead)), kept, found, now)
 
 
@@ -95,13 +95,15 @@ def _followed(first: Operation, kept: Kept, second: Operation, now: Kept) -> tup
     return Operation(second.model, removed, channels, surviving, folded, first.dead_branches), both
 
 
-def _operate_once(model: onnx.ModelProto, states: States) -> tuple[Operation, Kept]:
+def _operate_once(model: onnx.ModelProto, states: States, units: bool) -> tuple[Operation, Kept]:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = Graph(model)  # of the model before the cut; `result` is edited
     plan = find(graph)
     coupling = trace(graph, plan, states)
     removal = find_dead(graph, plan, coupling)
+    if not units:
+        removal = replace(removal, units=set(), folds=[])
     left = {layer.node: int((~_gone(coupling.outputs[layer.key], removal)).sum()) for layer in plan.layers}
     counts = {made(graph.nodes[layer.node]): (layer.out_channels, left[layer.node]) for layer in plan.layers}
     first = {weight: layers[0] for weight, layers in plan.by_weight().items()}

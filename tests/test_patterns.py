@@ -1,13 +1,22 @@
-"""N:M patterns against a naive loop."""
+"""N:M patterns: against a naive loop, and in the file where units go too."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx
 import pytest
+from builders import Net
+from helpers import SAMPLES, digits
 from hypothesis import given
 from hypothesis import strategies as st
 
+import relief_onnx
 from relief_onnx.errors import RecipeError
+from relief_onnx.graph import Graph
+from relief_onnx.layers import find
+from relief_onnx.model import prepare
 from relief_onnx.patterns import keep_pattern, parse_pattern
 
 
@@ -47,3 +56,45 @@ def test_parse(text: str, wanted: tuple[int, int]) -> None:
 def test_what_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="write N:M"):
         parse_pattern(text)
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+@pytest.mark.parametrize("granularity", ["channel+weight", "channel+connection"])
+def test_blocks_are_those_of_the_file(granularity: str, repair: str) -> None:
+    """Where channels go as well, and where an input dies because every neuron let it go."""
+    model = onnx.load(str(SAMPLES / "resnet8.onnx"))
+    result = relief_onnx.prune(
+        model, [{model.graph.input[0].name: digits(64)}], pattern="2:4", granularity=granularity, keep="60%", round_to=1, repair=repair,
+        storage="dense", threads=1,
+    )  # fmt: skip
+    assert result.report["units_removed"] > 0
+    assert _fullest_block(result.model, 4) == 2
+    assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "channel+weight", "alpha_channel": 1.0, "round_to": 1}])
+def test_inputs_that_nobody_keeps(options: dict[str, Any]) -> None:
+    """Two of nine units have the smallest weights of their block for all that read it; without them blocks would be other ones."""
+    rng = np.random.default_rng(0)
+    net = Net(opset=17)
+    x = net.input("N", 8)
+    second = rng.uniform(1, 2, (9, 6)).astype(np.float32)
+    second[[0, 3]] = 0.001
+    hidden = net.op("Relu", net.op("MatMul", x, net.weight(8, 9)))
+    model = net.model(net.op("MatMul", hidden, net.constant(second)))
+    feed = {x: rng.normal(size=(64, 8)).astype(np.float32)}
+    result = relief_onnx.prune(model, [feed], pattern="2:4", criterion="magnitude", storage="dense", threads=1, **options)
+    assert result.report["units_removed"] == (2 if options else 0)
+    assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
+    assert _fullest_block(result.model, 4) == 2
+
+
+def _fullest_block(model: onnx.ModelProto, m: int) -> int:
+    """The most entries that are not 0 in m consecutive inputs, of all layers with so many."""
+    fullest = 0
+    for layer in find(Graph(prepare(model))).layers:
+        weight = layer.view.apply(Graph(prepare(model)).array(layer.weight))
+        if weight.shape[1] >= m:
+            blocks = (weight[:, : weight.shape[1] // m * m] != 0).reshape(len(weight), -1, m, *weight.shape[2:])
+            fullest = max(fullest, int(blocks.sum(2).max()))
+    return fullest
