@@ -172,9 +172,9 @@ def _written(graph: onnx.GraphProto) -> Iterable[str]:
 Sunk = Mapping[str, tuple[int, tuple[str, ...]]]
 
 
-def sunk(model: onnx.ModelProto, output: str) -> tuple[onnx.ModelProto, Sunk]:
+def sunk(model: onnx.ModelProto, output: str, foreign: Collection[str] = ()) -> tuple[onnx.ModelProto, Sunk]:
     """A copy in which stored tensors that only one body within a node reads are in that body, where any body of the node has nodes whose
-    weights are rewritten: what is captured cannot be.
+    weights are rewritten: what is captured cannot be. foreign: what the model, itself a body, captures, and so cannot give away.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -185,7 +185,7 @@ def sunk(model: onnx.ModelProto, output: str) -> tuple[onnx.ModelProto, Sunk]:
     read += [name for item in result.graph.node if item is not node for body in subgraphs(item) for name in captured(body)]
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
     for place, item in enumerate(result.graph.initializer):
-        reached = _down(node, item.name) if item.name not in read else None
+        reached = _down(node, item.name) if item.name not in read and item.name not in foreign else None
         if reached is not None:
             body, way = reached
             found[item.name] = place, way

@@ -26,9 +26,10 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.errors import DataError
 from relief_onnx.exposed import Exposed, Path, conceal, settled
 from relief_onnx.graph import Graph
+from relief_onnx.inner_branches import folded, joined, parted
 from relief_onnx.layers import find
 from relief_onnx.lifting import BRANCHES, Lift, inlined, lift, sink
-from relief_onnx.loops import expose
+from relief_onnx.loops import expose, numbered
 from relief_onnx.lowering import Lowered, Restore, lower
 from relief_onnx.nodes import mark_taken, subgraphs, taken_branch, unmark
 from relief_onnx.prepared import Prepared
@@ -73,8 +74,8 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     for output in [key_of(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
         found, silent = _exposed(model, output, dataset, draws) if ready.graph.opset >= OPSET else (None, False)
         if found is not None:
-            model = found[0]
-            restores.append(_Concealed(found[1]))
+            model, back = found
+            restores += back
         else:
             model, before = _marked(model, output, "none" if silent and not taken_branch(_node(model, output)) else "both")
             notes.setdefault(output, before)
@@ -116,35 +117,45 @@ def _session(model: onnx.ModelProto, names: Sequence[str], element: int, threads
 
 def _exposed(
     model: onnx.ModelProto, output: str, dataset: Dataset, draws: Mapping[str, Any]
-) -> tuple[tuple[onnx.ModelProto, Exposed] | None, bool]:  # fmt: skip
-    """The model with mirrors of the layers in the bodies of a node that run (None: no such layer), and whether none runs that has any."""
-    for rows_only in (False, True):
-        found = expose(model, output, rows_only=rows_only)
-        if found is None:
-            return None, False
-        try:
-            ran = _running(found[0], found[1], dataset, **draws)
-        except DataError:
-            if rows_only:
-                raise
-            continue
-        return (found if ran >= found[1].runs.keys() else expose(model, output, ran, rows_only)), not ran
-    raise AssertionError("the second look ends")
+) -> tuple[tuple[onnx.ModelProto, list[Restore]] | None, bool]:  # fmt: skip
+    """The model with mirrors of the layers in the bodies of a node that run, and the ways back (None: no such layer); whether none runs."""
+    ran = _running(folded(model, output), output, dataset, **draws)
+    ready, copies = parted(folded(model, output, ran), output, ran)
+    found = expose(ready, output, ran)
+    if found is not None and found[1].images and not _fits(found[0], found[1], dataset, **draws):
+        found = expose(ready, output, ran, rows_only=True)
+    back: list[Restore] = [] if found is None else [partial(_joined, copies=copies), _Concealed(found[1])]
+    return None if found is None else (found[0], back), False in ran.values() and True not in ran.values()
 
 
-def _running(model: onnx.ModelProto, record: Exposed, dataset: Dataset, samples: int | None, seed: int, threads: int) -> set[Path]:
-    """The paths of the bodies that run on any sample. Raises DataError, also where images that are handed out differ in size."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    sizes = {path: f"{name}/size" for path, name in record.runs.items()}
-    probe.graph.node.extend(helper.make_node("Size", [record.runs[path]], [size], name=size) for path, size in sizes.items())
+def _running(
+    model: onnx.ModelProto, output: str, dataset: Dataset, samples: int | None, seed: int, threads: int
+) -> dict[Path, bool]:  # fmt: skip
+    """By the path of a body of a node, as far as this can be seen, whether it runs on any sample. Raises DataError."""
+    found = numbered(model, output)
+    if found is None:
+        return {}
+    probe, sizes = found[0], {path: f"{name}/size" for path, name in found[1].items()}
+    probe.graph.node.extend(helper.make_node("Size", [name], [sizes[path]], name=sizes[path]) for path, name in found[1].items())
     session = _session(probe, [*sizes.values()], TensorProto.INT64, threads)
-    found: set[Path] = set()
+    ran = dict.fromkeys(sizes, False)
     for batch in dataset.batches(1, limit=samples, seed=seed):
-        found |= {path for path, size in zip(sizes, session.run(batch.feed, [*sizes.values()], batch.source), strict=True) if int(size)}
-        if found >= sizes.keys() and not record.images:
+        values = session.run(batch.feed, [*sizes.values()], batch.source)
+        ran = {path: seen or bool(size) for (path, seen), size in zip(ran.items(), values, strict=True)}
+        if all(ran.values()):
             break
-    return {path[:end] for path in found for end in range(2, len(path) + 1, 2)}  # with the bodies around them
+    return ran
+
+
+def _fits(model: onnx.ModelProto, record: Exposed, dataset: Dataset, samples: int | None, seed: int, threads: int) -> bool:
+    """Whether images that are handed out have one size in every run, so that they can lie one after the other."""
+    session = _session(model, [*record.runs.values()], TensorProto.INT64, threads)
+    for batch in dataset.batches(1, limit=samples, seed=seed):
+        try:
+            session.run(batch.feed, [*record.runs.values()], batch.source)
+        except DataError:
+            return False
+    return True
 
 
 def _node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
@@ -164,6 +175,10 @@ def _marked(model: onnx.ModelProto, output: str, taken: str) -> tuple[onnx.Model
 
 def _sunk(model: onnx.ModelProto, kept: Kept, record: Lift) -> onnx.ModelProto:
     return sink(model, record)
+
+
+def _joined(model: onnx.ModelProto, kept: Kept, copies: Mapping[str, str]) -> onnx.ModelProto:
+    return joined(model, copies)
 
 
 @dataclass(frozen=True)

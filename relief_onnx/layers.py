@@ -255,7 +255,7 @@ def _held_in(body: onnx.GraphProto, where: str, reason: str, runs: bool) -> list
         for own in (item for item in child.attribute if item.type == AttributeProto.GRAPH):
             name = child.name or next((output for output in child.output if output), "")
             inside, why, taken = f"inside the {own.name} of {operator_of(child)} node {name} {where}", reason, taken_branch(child)
-            goes = runs and taken in ("both", "idle", f"only {own.name}")
+            goes = runs and taken in ("both", "idle", f"only {own.name}", f"idle {own.name}")
             if runs and taken:
                 why = f"it lives {inside}" + (", and no layer that can be pruned reads it there" if goes else _NEVER)
             found += _held_in(own.g, inside, why, goes)

@@ -8,7 +8,7 @@ body comes first: its mirrors are layers of the body, and go out with the others
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,37 +21,48 @@ from relief_onnx.exposed import Body, Exposed, Path
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.lifting import names_in
-from relief_onnx.lowering import INNER_PASSES, Lowered, lower
+from relief_onnx.lowering import INNER_PASSES, RUNNING_PASSES, Lowered, Pass, lower
 from relief_onnx.nodes import captured, mark_mirror, mark_taken, runs_of, subgraphs
 from relief_onnx.recurrent_layers import WITHIN
 from relief_onnx.recurrent_mirrors import Batch, can_mirror
 from relief_onnx.sources import Source, trace_constant
 
-__all__ = ["expose"]
+__all__ = ["expose", "numbered"]
 
 _MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"})
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What is looked at: the bodies that `ran` (by path; None: all), and of layers all or those of rows only. names: of the whole model."""
+    """What is looked at: the bodies that `ran` (by path; None: all), and of layers all or those of rows only. names: of the whole model.
 
-    ran: Collection[Path] | None
+    layers: whether any are; else bodies hand out the numbers of their runs only.
+    """
+
+    ran: Mapping[Path, bool] | None
     rows_only: bool
     names: Names
+    layers: bool = True
 
 
 def expose(
-    model: onnx.ModelProto, output: str, ran: Collection[Path] | None = None, rows_only: bool = False
+    model: onnx.ModelProto, output: str, ran: Mapping[Path, bool] | None = None, rows_only: bool = False
 ) -> tuple[onnx.ModelProto, Exposed] | None:
     """A copy of the model with mirrors of the layers in the bodies of a node (by its first output); None where it has no such layer.
 
-    ran: the paths of the bodies to look at; None: all. rows_only: leave convolutions and recurrent nodes, whose inputs have to be as
-    large in every run.
+    ran: by the path of a body whether it does, as far as is known; those that do are looked at, None: all. rows_only: leave convolutions
+    and recurrent nodes, whose inputs have to be as large in every run.
     """
     ready, tensors = sunk(unique_bodies(model, output), output)
     found = _Work(ready, output, (), _Look(ran, rows_only, Names(ready))).run()
     return None if found is None else (found[0], replace(found[1], sunk=tensors))
+
+
+def numbered(model: onnx.ModelProto, output: str) -> tuple[onnx.ModelProto, Mapping[Path, str]] | None:
+    """A copy in which all bodies of a node hand out a number for each run; by path the tensor that has them. None where nothing can."""
+    ready = unique_bodies(model, output)
+    found = _Work(ready, output, (), _Look(None, False, Names(ready), layers=False)).run()
+    return None if found is None else (found[0], found[1].runs)
 
 
 class _Work:
@@ -77,11 +88,23 @@ class _Work:
             return None
         for name, body in self.bodies.items():
             self._open(name, body)
-        plans = {name: find(graph) for name, graph in self.inner.items()}
-        refused = self._refused(plans)
-        chosen = [(name, layer) for name, plan in plans.items() for layer in plan.layers if layer.weight not in refused]
-        if not chosen:
-            return None
+        if self.look.layers:
+            if not (chosen := self._chosen()):
+                return None
+            self._place_mirrors(chosen)
+        else:
+            for name in self.bodies:
+                self._stamp(name, "")
+            self.record.home = self._home()
+        for name, own in self.record.bodies.items():
+            for inner in own.inner:
+                for path, tensor in inner.runs.items():
+                    self.record.runs[path] = self._stamp(name, tensor)
+            _sweep(self.bodies[name], {tensor for inner in own.inner for tensor in inner.nodes})
+        self._finish()
+        return self.model, self.record
+
+    def _place_mirrors(self, chosen: Sequence[tuple[str, Layer]]) -> None:
         places = {item.name: place for own in self.bodies.values() for place, item in enumerate(own.initializer)}
         lifted: dict[tuple[str, str], str] = {}
         for name, layer in chosen:
@@ -93,13 +116,6 @@ class _Work:
             if key not in lifted:
                 lifted[key] = self._lift(name, layer)
             self._mirror(name, layer, lifted[key], places)
-        for name, own in self.record.bodies.items():
-            for inner in own.inner:
-                for path, tensor in inner.runs.items():
-                    self.record.runs[path] = self._stamp(name, tensor)
-            _sweep(self.bodies[name], {tensor for inner in own.inner for tensor in inner.nodes})
-        self._finish()
-        return self.model, self.record
 
     def _finish(self) -> None:
         """Put in place what was collected."""
@@ -118,29 +134,42 @@ class _Work:
         self.record.nodes |= {name for item in self.mirrors for name in item.output}
 
     def _looked(self, name: str) -> bool:
-        return self.look.ran is None or (*self.path, name) in self.look.ran
+        return self.look.ran is None or self.look.ran.get((*self.path, name), False)
 
     def _open(self, name: str, body: onnx.GraphProto) -> None:
         """Make a body a model, in which the nodes that have bodies themselves are laid open first."""
         found = opened(self.graph, body)
-        lowered = _lowered(found, self.scope)
-        record, model = Body(found.held, lowered), lowered.model
+        choices = ((RUNNING_PASSES, INNER_PASSES) if self._looked(name) else (INNER_PASSES,)) if self.look.layers else ()
+        lowered = _lowered(found, self.scope, choices)
+        record, model, path = Body(found.held, lowered), lowered.model, (*self.path, name)
         for output in [key_of(node) for node in model.graph.node if bodies_of(node) and key_of(node)]:
-            path = (*self.path, name)
-            inner = _Work(model, output, path, self.look, self.scope).run() if self._looked(name) else None
+            ready, tensors = sunk(model, output, found.foreign) if self.look.layers else (model, {})
+            inner = _Work(ready, output, path, self.look, self.scope).run() if self._looked(name) else None
             if inner is None:
-                every = replace(self.look, ran=None)
-                silent = self.look.ran is not None and _Work(model, output, path, every, self.scope).run() is not None
                 node = next(item for item in model.graph.node if output in item.output)
                 record.marked[output] = node.doc_string
-                mark_taken(node, "none" if silent else "idle")
+                mark_taken(node, self._idle(node, (*path, output)))
                 continue
             model = inner[0]
-            record.inner.append(inner[1])
+            record.inner.append(replace(inner[1], sunk=tensors))
             self.record.images |= inner[1].images
         self.record.bodies[name] = record
         as_stored(model, found.foreign, body)
         self.inner[name] = Graph(model)
+
+    def _idle(self, node: onnx.NodeProto, path: Path) -> str:
+        """What is noted of a node within a body that has no layer to look at (see `mark_taken`)."""
+        known = {name: (self.look.ran or {}).get((*path, name)) for name in bodies_of(node)}
+        own = [name for name, ran in known.items() if ran]
+        if not own and False in known.values():
+            return "none"
+        return f"idle {own[0]}" if len(own) == 1 and len(known) > 1 else "idle"
+
+    def _chosen(self) -> list[tuple[str, Layer]]:
+        """The layers to mirror, and their bodies."""
+        plans = {name: find(graph) for name, graph in self.inner.items()}
+        refused = self._refused(plans)
+        return [(name, layer) for name, plan in plans.items() for layer in plan.layers if layer.weight not in refused]
 
     def _refused(self, plans: Mapping[str, Plan]) -> set[str]:
         """Weights that stay: where any body reads them that is not looked at, or as something else than a layer that can be mirrored."""
@@ -339,11 +368,16 @@ def _sweep(body: onnx.GraphProto, mirrors: Collection[str]) -> None:
     body.node.extend(nodes)
 
 
-def _lowered(found: Opened, scope: frozenset[str]) -> Lowered:
-    """What hides weights in a body laid open; nothing of it where that would rewrite what others read too, or make names of the `scope`."""
-    lowered = lower(found.model, INNER_PASSES)
-    after = {item.name: item for item in lowered.model.graph.initializer}
-    foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
-    rewritten = (after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items())
-    made = (names_in(lowered.model.graph) - names_in(found.model.graph)) & scope
-    return Lowered(found.model) if made or any(rewritten) else lowered
+def _lowered(found: Opened, scope: frozenset[str], choices: Sequence[Sequence[Pass]]) -> Lowered:
+    """What hides weights in a body laid open, by the first of the choices that does not rewrite what others read too, or make names of the
+    `scope`; else nothing of it.
+    """
+    for passes in choices:
+        lowered = lower(found.model, passes)
+        after = {item.name: item for item in lowered.model.graph.initializer}
+        foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
+        rewritten = (after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items())
+        made = (names_in(lowered.model.graph) - names_in(found.model.graph)) & scope
+        if not made and not any(rewritten):
+            return lowered
+    return Lowered(found.model)

@@ -24,7 +24,7 @@ from relief_onnx.quantised_open import open_packed
 from relief_onnx.rearranged import rearranged
 from relief_onnx.recurrent_layers import join_biases, split_biases
 
-__all__ = ["INNER_PASSES", "PASSES", "Lowered", "Pass", "Restore", "lower"]
+__all__ = ["INNER_PASSES", "PASSES", "RUNNING_PASSES", "Lowered", "Pass", "Restore", "lower"]
 
 # From the rewritten model, cut or not, back to the form of the file. Kept: what surgery left of each weight (empty: all of it).
 Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
@@ -40,8 +40,16 @@ def _halves(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
     return None if split is model else (split, lambda edited, kept: join_biases(edited, model))
 
 
-# For the body of a node (see `loops`): what never runs in it stays, and so does what is stored in another order than it is read.
+def _rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
+    """A pass: `rearranged`, biases whole again on the way back."""
+    found = rearranged(model)
+    return None if found is None else (found[0], lambda edited, kept: join_biases(edited, model))
+
+
+# For the body of a node (see `loops`).
 INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, lower_quantised, lay_open)
+# For one that runs: what the last one does is not undone.
+RUNNING_PASSES: tuple[Pass, ...] = (*INNER_PASSES, _rearranged)
 
 
 @runtime_checkable

@@ -68,8 +68,8 @@ _MARK = "relief-onnx/taken/1 "
 def mark_taken(node: onnx.NodeProto, taken: str, operator: str = "") -> None:
     """Note on an If which branch ran on the calibration data: "then_branch", "else_branch", "both", "none" or "old" (not known).
 
-    Of a Loop or Scan "both" says that its body runs. Of nodes within bodies "idle" says that they hold no layer, and "only " with the name
-    of a branch which one runs. operator: what the node is in the file, where that is another.
+    Of a Loop or Scan "both" says that its body runs. Of nodes within bodies "idle" says that they hold no layer that runs, and "only " or
+    "idle " with the name of a branch which one runs. operator: what the node is in the file, where that is another.
     """
     node.doc_string = f"{_MARK}{taken}\n{operator or node.op_type}"
 

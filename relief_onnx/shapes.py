@@ -183,7 +183,7 @@ class _Walk:
 
     def branches(self, step: Step) -> None:
         """If: the branch that is taken, or what both have in common."""
-        condition, taken = known(step.content()), taken_branch(step.node)
+        condition, taken = known(step.content()), taken_branch(step.node).rpartition(" ")[2]
         names: tuple[str, ...] = ("then_branch", "else_branch")
         if condition is not None or taken in names:
             names = (taken,) if taken in names else ("then_branch",) if condition is not None and condition[0] else ("else_branch",)

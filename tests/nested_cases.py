@@ -306,7 +306,7 @@ CASES: Mapping[str, Case] = {
     ),
     "shared": Case(_SHARED, {"net": ("last", "wa"), "two": ("wb",)}, _shared),
     "never": Case(
-        _within_loop(IF.replace("(s, zero)", "(zero, low)")).replace("float zero = {0.0}", "float zero = {0.0}, float low = {-1.0}"),
+        _within_loop(IF.replace("(s, zero)", "(s, low)")).replace("float zero = {0.0}", "float low = {-1000.0}"),
         {"net": ("last",), "one": ("wa", "ba"), "two": ("wb",)}, _silent, {"wa": "ba"}, ("wb",),
     ),
     "Scan in If in Loop in If": Case(
