@@ -51,24 +51,27 @@ def _fold(model: onnx.ModelProto, output: str, path: Path, ran: Mapping[Path, bo
 
 
 def parted(model: onnx.ModelProto, output: str, ran: Mapping[Path, bool]) -> tuple[onnx.ModelProto, Mapping[str, str]]:
-    """A copy in which bodies of a node that never ran, at any depth, have copies of the float weights that others read too, beside these.
+    """A copy in which bodies of a node that never ran, at any depth, have copies of the float weights that others read too: one body its
+    own, several one beside the weight.
 
     ran: by the path of a body, whether it did. Also, by the name of a copy, the weight.
     """
     result = unique_bodies(model, output)
     graphs = list(_graphs(result.graph, ran))
-    running, silent = ([graph for graph, runs in graphs if runs is wanted] for wanted in (True, False))
-    shared = {name for graph in silent for name in captured(graph)} & {name for graph in running for name in _read(graph)}
+    running = [graph for graph, runs in graphs if runs]
+    silent = [(graph, captured(graph)) for graph, runs in graphs if not runs]
+    read = {name for graph in running for name in _read(graph)}
     names, copies = Names(result), dict[str, str]()
     for graph in running:
         for name, tensor in list(_held(graph)):
-            if name in shared and tensor.data_type in FLOATS and math.prod(tensor.dims) > 1:
-                copy = graph.initializer.add()
+            readers = [body for body, known in silent if name in known]
+            if readers and name in read and tensor.data_type in FLOATS and math.prod(tensor.dims) > 1:
+                copy = (readers[0] if len(readers) == 1 else graph).initializer.add()
                 copy.CopyFrom(tensor)
                 copy.name = names.free(f"{name}/unrun")
                 copies[copy.name] = name
-    for graph in silent:
-        rename_in(graph, {name: copy for copy, name in copies.items()})
+    for body, _ in silent:
+        rename_in(body, {name: copy for copy, name in copies.items()})
     return result, copies
 
 

@@ -60,13 +60,24 @@ def fixed_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its branch in place of every If whose condition cannot change, Constant nodes of floats as initializers."""
     while model.ir_version >= 4 and any(node.op_type == "If" for node in model.graph.node):
-        graph = Graph(model)
-        found = ((node, graph.values(node.input[0])) for node in graph.nodes if node.op_type == "If" and not taken_branch(node))
+        graph = Graph(_unmarked(model))
+        found = ((node, graph.values(node.input[0])) for node in model.graph.node if node.op_type == "If" and not taken_branch(node))
         fixed = next(((_key(node), values[0].coefficient) for node, values in found if values and not values[0].symbols), None)
         if fixed is None:
             break
         model = files.hoist(inline(model, fixed[0], BRANCHES[0 if fixed[1] else 1]))
     return model
+
+
+def _unmarked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without notes on branches that were moved: what follows from those is so on the data only."""
+    if not any(taken_branch(node) for node in model.graph.node):
+        return model
+    result = _copy(model)
+    for node in result.graph.node:
+        if taken_branch(node):
+            unmark(node, "")
+    return result
 
 
 def lift(model: onnx.ModelProto, output: str, taken: str) -> tuple[onnx.ModelProto, Lift]:

@@ -185,10 +185,11 @@ def share_again(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.Model
     model = join_biases(model, original)
     stored = {item.name: item for item in model.graph.initializer}
     known = {item.name for item in original.graph.initializer}
+    left = known | {name for node in model.graph.node for body in subgraphs(node) for name in captured(body)}
     renamed = {}
     for name, item in stored.items():
         base = stored.get(name.rpartition("/")[0])
-        if name in known or base is None or base.name not in known or base.dims != item.dims:
+        if name in left or base is None or base.name not in known or base.dims != item.dims:
             continue
         if np.array_equal(array_of(base), array_of(item), equal_nan=True):
             renamed[name] = base.name

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 Arrays = dict[str, NDArray[Any]]
-STEPS, X, HIDDEN, OUT = 5, 8, 10, 4
+STEPS, X, HIDDEN, OUT, UNITS = 5, 8, 10, 4, 5
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "wa": (X, HIDDEN), "ba": (HIDDEN,), "wb": (X, HIDDEN), "ws": (HIDDEN, HIDDEN), "wx": (X, HIDDEN), "wg": (HIDDEN, X), "bg": (HIDDEN,),
     "wl": (HIDDEN, X), "k": (6, 1, 3), "kb": (6,), "last": (HIDDEN, OUT), "never": (X, HIDDEN),
+    "ih": (4 * UNITS, X), "hh": (4 * UNITS, UNITS), "bi": (4 * UNITS,), "bh": (4 * UNITS,),
 }  # fmt: skip
 
 
