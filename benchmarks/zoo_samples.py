@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +123,15 @@ def _gtcrn(name: str, split: str, count: int, folder: Path) -> list[Feed]:
     return _running(name, folder, split, count, {key: np.zeros(shape, np.float32) for key, shape in state.items()}, frames)
 
 
-def _silero(name: str, split: str, count: int, folder: Path) -> list[Feed]:
-    rate = np.array(RATE, np.int64)
+def _silero(name: str, split: str, count: int, folder: Path, steps: tuple[int, ...] = (1,)) -> list[Feed]:
+    """steps: how much slower than RATE the utterances are sampled, in turns."""
+    turns = cycle(steps)
 
     def frames(sound: NDArray[np.float64]) -> Iterator[Feed]:
-        for start in range(64, len(sound) - 512, 512):
-            yield {"input": sound[start - 64 : start + 512][None].astype(np.float32), "sr": rate}
+        step = next(turns)
+        slow, chunk, rate = sound[: len(sound) // step * step].reshape(-1, step).mean(1), 512 // step, np.array(RATE // step, np.int64)
+        for start in range(chunk // 8, len(slow) - chunk, chunk):
+            yield {"input": slow[start - chunk // 8 : start + chunk][None].astype(np.float32), "sr": rate}
 
     return _running(name, folder, split, count, {"state": np.zeros((2, 1, 128), np.float32)}, frames)
 
@@ -173,7 +178,8 @@ _MADE: Mapping[str, tuple[frozenset[str], Callable[[str, str, int, Path], list[F
     "frames": (frozenset({"dtln_2"}), _stored),
     "speech": (frozenset({"dtln_1"}), _dtln),
     "speech, streaming": (frozenset({"gtcrn"}), _gtcrn),
-    "speech, chunks": (frozenset({"silero_vad_v6", "silero_vad_16k_op15", "silero_vad_op18_ifless"}), _silero),
+    "speech, chunks": (frozenset({"silero_vad_16k_op15"}), _silero),
+    "speech, both rates": (frozenset({"silero_vad_v6", "silero_vad_op18_ifless"}), partial(_silero, steps=(1, 2))),
     "sound": (frozenset({"basic_pitch"}), _pitch),
     "files": (frozenset({"magika_v3_3"}), _files),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -23,14 +23,13 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_reads import Cell, cell_of, read_by_r, steps_of, stored
-from relief_onnx.replay import Replay
 from relief_onnx.ridge import few_rows
 from relief_onnx.rows import POSITIONS
 from relief_onnx.session import Session
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
-__all__ = ["Loop", "PartEquations", "inputs_of", "start_of"]
+__all__ = ["Loop", "NoEquations", "PartEquations", "Values", "inputs_of", "start_of"]
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -101,10 +100,21 @@ def _blocks(cell: Cell, gates: int, hidden: int) -> Iterator[_Block]:
             yield _Block(direction, every[2 * hidden :], "WR", 3 * direction + 2)
 
 
+class Values(Protocol):
+    """A network on all batches: what a node reads."""
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+
+    def value(self, name: str, batch: int) -> NDArray[Any] | None:
+        """A tensor of one batch."""
+
+
 class _Runs:
     """One node on all batches, with whatever weights: a model of that node alone."""
 
-    def __init__(self, graph: Graph, index: int, replay: Replay, threads: int) -> None:
+    def __init__(self, graph: Graph, index: int, replay: Values, threads: int) -> None:
         node = onnx.NodeProto.FromString(graph.nodes[index].SerializeToString())
         inputs = [*node.input, *[""] * (4 - len(node.input))]
         inputs[3] = inputs[3] or "bias"
@@ -165,7 +175,7 @@ class Loop:
 
     def __init__(
         self, original: Graph, graph: Graph, layers: Mapping[str, Layer], free: Collection[str], flags: Mapping[str, Flags],
-        removed: Mapping[str, Flags], before: Replay, after: Replay, seed: int, threads: int,
+        removed: Mapping[str, Flags], before: Values, after: Values, seed: int, threads: int,
     ) -> None:  # fmt: skip
         self._graph, self._layers = graph, layers
         kind, index = layers["W"].recurrent, layers["W"].node
@@ -360,6 +370,23 @@ class PartEquations(Equations):
         """New initializers and what each weight is worth."""
         weights, found = self._loop.appraised(additions, flops)
         return self._loop.initializers(weights, self._part), found[self._part]
+
+
+class NoEquations(Equations):
+    """Of a node within a body that no batch takes to in both networks."""
+
+    met = False
+
+    def __init__(self) -> None: ...
+
+    @property
+    def few(self) -> bool:
+        """See `Equations.few`."""
+        return False
+
+    def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
+        """Nothing."""
+        return {}, (0.0, 0.0)
 
 
 def _doubles(w: NDArray[Any], r: NDArray[Any], biases: tuple[NDArray[Any], NDArray[Any]]) -> _Weights:

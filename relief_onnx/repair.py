@@ -22,7 +22,7 @@ from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.nodes import chooses
-from relief_onnx.recurrent_equations import Loop, inputs_of, start_of
+from relief_onnx.recurrent_equations import Loop, NoEquations, Values, inputs_of, start_of
 from relief_onnx.repair_inside import Inside
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
@@ -99,26 +99,32 @@ def sweep(
     aims = {layer.name: aim_of(original, graph, layer) for layer in layers if layer.recurrent is None}
     last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None and layer.inside is None}
     body: Inside | None = None
-    pairs, loops = plan.recurrent(), dict[int, Loop]()
-    read = {name for layer in layers if layer.recurrent is not None for name in inputs_of(original, original.producer[layer.output])}
+    pairs, loops = plan.recurrent(), dict[int, Loop | None]()
+    outside = [layer for layer in layers if layer.recurrent is not None and layer.inside is None]
+    read = {name for layer in outside for name in inputs_of(original, original.producer[layer.output])}
     free = {layer.weight for layer in layers}
     new: dict[str, NDArray[Any]] = {}
     with Replay(original, feeds, {*last, *read}, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
         for layer in layers:
+            if layer.inside is not None and (body is None or body.node != layer.inside):
+                body = Inside(original, graph, layer.inside, before, after, new)
             if layer.recurrent is not None:
                 if layer.node not in loops:
-                    after.advance(start_of(graph, layer.node), new)
-                    before.advance(start_of(original, original.producer[layer.output]))
-                    own = pairs[layer.node]
-                    loops = {layer.node: Loop(original, graph, own, free, flags, removed, before, after, seed, threads)}
-                new |= visit(layer, loops[layer.node].part(layer))
+                    sides: tuple[Values, Values] | None = before, after
+                    if layer.inside is not None and body is not None:
+                        sides = body.sides(layer, new)
+                    else:
+                        after.advance(start_of(graph, layer.node), new)
+                        before.advance(start_of(original, original.producer[layer.output]))
+                    given = original, graph, pairs[layer.node], free, flags, removed
+                    loops = {layer.node: None if sides is None else Loop(*given, *sides, seed, threads)}
+                loop = loops[layer.node]
+                new |= visit(layer, NoEquations() if loop is None else loop.part(layer))
                 continue
             aim = aims[layer.name]
             bias_keep = None if layer.bias is None else flags.get(layer.bias.name)
             fixed = flags.get(layer.weight), bias_keep, removed.get(layer.weight)
-            if layer.inside is not None:
-                if body is None or body.node != layer.inside:
-                    body = Inside(original, graph, layer.inside, before, after, new)
+            if layer.inside is not None and body is not None:
                 met = body.met(layer, new)
                 new |= visit(layer, Equations(graph, layer, aim, *fixed, met, met, seed))
                 continue
@@ -136,6 +142,4 @@ def refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:
         return "not chosen"
     if len(plan.by_weight()[layer.weight]) > 1:
         return "several nodes read its weight"
-    if layer.inside is not None and layer.recurrent is not None:
-        return "it is recurrent and runs inside a body of control flow"
     return ""

@@ -1,7 +1,8 @@
 """Layers within bodies as equations: both networks run the node with its bodies once more for each of them; mirrors tell what they meet.
 
 The body runs as a whole, with the weights that are solved for already; the walk itself goes on when all layers of the node are done. Rows
-of both networks belong together only where their bodies ran in the same rounds, which the numbers say that each run hands out.
+of both networks belong together only where their bodies ran in the same rounds, which the numbers say that each run hands out. The mirror
+of a recurrent node has the sequences of all runs as one batch, and is run by itself like any other.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.nodes import runs_of
+from relief_onnx.recurrent_equations import inputs_of
 from relief_onnx.replay import Aside, Replay
 
-__all__ = ["Inside"]
+__all__ = ["Inside", "Side"]
 
 
 @dataclass
@@ -46,6 +48,23 @@ class _Met:
         return own.value(name, batch) if np.array_equal(before, after) else None  # type: ignore[arg-type]
 
 
+@dataclass
+class Side:
+    """One network at a recurrent node, on the batches in which both took the same way."""
+
+    values: Aside
+    chosen: tuple[int, ...]
+
+    @property
+    def batches(self) -> int:
+        """How many these are."""
+        return len(self.chosen)
+
+    def value(self, name: str, batch: int) -> NDArray[Any] | None:
+        """A tensor of one of them."""
+        return self.values.value(name, self.chosen[batch])
+
+
 class Inside:
     """The layers in the bodies of one node (by its number in `graph`). Both walks are brought before the node and stay there."""
 
@@ -61,3 +80,13 @@ class Inside:
         runs = runs_of(self._graph.nodes[layer.node])
         then = self._before.aside(self._original.producer[layer.output] + 1, [layer.output, runs])
         return _Met(self._after.aside(layer.node, [layer.input, runs], new), then, layer, runs)
+
+    def sides(self, layer: Layer, new: dict[str, NDArray[Any]]) -> tuple[Side, Side] | None:
+        """The original and the pruned network with the weights `new` at a recurrent node; None where no batch goes one way in both."""
+        runs, place = runs_of(self._graph.nodes[layer.node]), self._original.producer[layer.output]
+        then = self._before.aside(place, [*inputs_of(self._original, place), runs])
+        now = self._after.aside(layer.node, [*inputs_of(self._graph, layer.node), runs], new)
+        ways = ((then.value(runs, batch), now.value(runs, batch)) for batch in range(now.batches))
+        same = [one is not None and one.size > 0 and np.array_equal(one, other) for one, other in ways if other is not None]
+        chosen = tuple(np.flatnonzero(same).tolist())
+        return (Side(then, chosen), Side(now, chosen)) if chosen else None
