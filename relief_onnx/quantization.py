@@ -24,7 +24,7 @@ from relief_onnx.folding import fold_norms
 from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
 from relief_onnx.int8 import Stored, kept_axes, store
-from relief_onnx.layers import Plan, find
+from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.nodes import STANDARD, subgraphs
 from relief_onnx.options import Options, resolve
 from relief_onnx.pack import pack, unpack
@@ -115,7 +115,7 @@ def quantize(
     stored_as_int8, stored, too_small = store(base, found.axes)
     only_weights = put_back(stored_as_int8, {})
     dense, integers = only_weights, False
-    nodes = _nodes(found) if activations != "none" else frozenset()
+    nodes = _nodes(found, fine, notes) if activations != "none" else frozenset()
     if nodes:
         with _clock(seconds, "calibrate"):
             dense, names = quantize_activations(
@@ -241,18 +241,26 @@ def _candidates(model: onnx.ModelProto, run: Options, per_channel: bool) -> _Can
     return _Candidates(graph, plan, {weight: axis for weight, axis in axes.items() if weight not in reasons}, reasons)
 
 
-def _nodes(found: _Candidates) -> frozenset[int]:
-    """The nodes that are to read and write 8 bit values; empty where no layer can."""
+def _has_uneven_bias(layer: Layer) -> bool:
+    """Whether onnxruntime's quantiser has scales for the channels of one group, and the bias one number for each channel of all groups."""
+    return layer.op == "ConvTranspose" and layer.groups > 1 and layer.bias is not None
+
+
+def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset[int]:
+    """The nodes that are to read and write 8 bit values; empty where no layer can. notes: takes what keeps others from it."""
     graph = found.graph
     layers = {
         layer.node: layer
         for layer in found.plan.single().values()
         if layer.weight in found.axes and graph.nodes[layer.node].input[1] == layer.weight and not graph.is_output(layer.weight)
     }
-    if not layers:
+    uneven = {i: layer for i, layer in layers.items() if per_channel and _has_uneven_bias(layer)}
+    why = "is int8 as a weight only: onnxruntime's quantiser has scales for one of its groups and a bias for all"
+    notes += [f"{layer.weight} {why}" for layer in uneven.values()]
+    if layers.keys() == uneven.keys():
         return frozenset()
-    known: dict[int, bool] = {i: layer.is_convolution for i, layer in layers.items()}
-    chosen = set(layers)
+    known: dict[int, bool] = {i: layer.is_convolution and i not in uneven for i, layer in layers.items()}
+    chosen = set(layers) - uneven.keys()
     for i, node in enumerate(graph.nodes):
         if i in layers or node.domain not in STANDARD:
             continue

@@ -296,6 +296,21 @@ def test_recurrent_layers_get_int8_weights_beside_int8_layers() -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_transposed_convolutions_in_groups(bias: bool, per_channel: bool) -> None:
+    """onnxruntime's quantiser fails where their bias has more numbers than their weight has scales."""
+    net = Net()
+    h = net.op("Relu", net.op("Conv", net.input("N", 4, 6, 6), net.weight(12, 4, 3, 3), pads=[1, 1, 1, 1]))
+    weight = net.weight(12, 5, 3, 3)
+    model = net.model(net.op("ConvTranspose", h, weight, *([net.bias(10)] if bias else []), group=2))
+    feed = {"x1": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
+    found = quantize(model, [feed], per_channel=per_channel, threads=1)
+    assert any(weight in note for note in found.report["warnings"]) == (bias and per_channel)
+    wanted, given = (ort.InferenceSession(item.SerializeToString()).run(None, feed)[0] for item in (model, found.model))
+    assert np.abs(wanted - given).max() < 0.05 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("activations", MODES)
 def test_a_quantised_model_is_refused(activations: str) -> None:
     with pytest.raises(NothingQuantizedError, match="already quantised"):
