@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,14 +14,16 @@ from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.ridge import few_rows
-from relief_onnx.rows import layer_rows
+from relief_onnx.rows import Places, drawn, layer_rows
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
 __all__ = ["Equations", "Source"]
 
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+Initializers = Mapping[str, NDArray[Any]]
 
 # Bytes of rows that one layer holds.
 ROW_BYTES = 256 << 20
@@ -62,7 +64,8 @@ class Equations:
             self._bias = np.asarray(layer.bias.view.apply(graph.array(layer.bias.name)), np.float64) * layer.bias.factor
             if bias_keep is not None:  # what the mask silenced stays silent
                 self._solved &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
-        self._x, self._wanted, other = self._rows(before, after, seed)
+        self._seed, self._after = seed, after
+        self._x, self._wanted, other = self._rows(before, after)
         self._shift = other + aim.shift.astype(np.float32)
         self.met = len(self._x) > 0
 
@@ -72,6 +75,16 @@ class Equations:
         for x, units, _ in self._groups():
             found[units] = np.var(x @ self._weight[units].T.astype(np.float32), axis=0, dtype=np.float64)
         return found
+
+    @property
+    def inputs(self) -> int:
+        """Of a neuron."""
+        return int(self._weight.shape[1])
+
+    @property
+    def rows_per_input(self) -> float:
+        """Rows for each input that neurons keep, on average."""
+        return len(self._x) / max(float(self._keep[self._solved].sum(1).mean()) if self._solved.any() else 1.0, 1.0)
 
     @property
     def few(self) -> bool:
@@ -95,7 +108,7 @@ class Equations:
             for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
                 errors[place] += _error(x, target, w, b)
             weight[units], bias[units] = found
-        return self._stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
+        return self.stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
 
     def trial(self, flops: float) -> tuple[dict[str, NDArray[Any]], Doubles]:
         """New initializers, the Relu behind the layer left out, and the mean squared error that rows are left with [out]."""
@@ -106,7 +119,7 @@ class Equations:
             weight[units], bias[units] = solve(x, linear, weight[units], bias[units], self._keep[units], self._free, flops=flops)
             y = x @ weight[units].T.astype(np.float32) + bias[units].astype(np.float32)
             errors[units] = np.square(linear.of(y) - y, dtype=np.float64).mean(0)
-        return self._stored(weight, bias), errors
+        return self.stored(weight, bias), errors
 
     def appraised(self, size: int, additions: bool, flops: float = math.inf) -> tuple[dict[str, NDArray[Any]], Appraisal]:
         """New initializers and what each run of `size` features is worth after the solve; the Relu behind the layer plays no part.
@@ -120,7 +133,7 @@ class Equations:
             linear = replace(target, one_sided=False)
             weight[units], bias[units] = solve(x, linear, weight[units], bias[units], self._keep[units], self._free, part)
             appraisal.worth[units] = part.worth / len(x)
-        return self._stored(weight, bias), appraisal
+        return self.stored(weight, bias), appraisal
 
     def _groups(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp], Target]]:
         """Inputs, units that are solved for and their targets, of each group of the layer."""
@@ -132,7 +145,31 @@ class Equations:
                 target = Target(self._wanted[:, units], self._shift[:, units], self._aim.scale[units], self._aim.one_sided)
                 yield self._x[:, group], units, target
 
-    def _stored(self, weight: Doubles, bias: Doubles) -> dict[str, NDArray[Any]]:
+    def present(self, stored: Initializers) -> tuple[Doubles, Doubles]:
+        """Weights [out, features] and biases [out] that initializers mean: those of before where they are not among them."""
+        layer, weight, bias = self._layer, self._weight * self._keep, self._bias
+        if layer.weight in stored:
+            weight = np.asarray(layer.view.apply(stored[layer.weight]), np.float64).reshape(weight.shape) * layer.scale
+        if layer.bias is not None and layer.bias.name in stored:
+            bias = np.asarray(layer.bias.view.apply(stored[layer.bias.name]), np.float64) * layer.bias.factor
+        return weight, bias
+
+    def left(self, stored: Initializers) -> tuple[Floats, Floats]:
+        """Of a layer without groups [rows, out]: how far outputs are from where they should be, times the scale that follows, and 1 where
+        that counts, else 0."""
+        weight, bias = self.present(stored)
+        y = self._x[:, 0] @ weight.T.astype(np.float32) + bias.astype(np.float32)
+        scale, target = self._aim.scale.astype(np.float32), Target(self._wanted, self._shift, self._aim.scale, self._aim.one_sided)
+        counts = self._solved & ((self._wanted > 0) | (y * scale + self._shift > 0) | (not self._aim.one_sided))
+        return (target.of(y) - y) * scale * counts, counts.astype(np.float32)
+
+    def moments(self) -> Doubles:
+        """X'X of a layer without groups, with a feature that is always 1 as the last."""
+        x = np.concatenate([self._x[:, 0], np.ones((len(self._x), 1), np.float32)], 1)
+        return np.asarray(x.T @ x, np.float64)
+
+    def stored(self, weight: Doubles, bias: Doubles) -> dict[str, NDArray[Any]]:
+        """The initializers of weights and biases; empty where they are not finite."""
         layer, graph = self._layer, self._graph
         old = graph.array(layer.weight)
         canonical = np.where(self._keep, weight / layer.scale, 0.0).reshape(layer.view.shape)
@@ -143,18 +180,31 @@ class Equations:
             found[layer.bias.name] = layer.bias.view.invert(bias / layer.bias.factor).astype(stored.dtype)
         return found if all(np.isfinite(value).all() for value in found.values()) else {}
 
-    def _rows(self, before: Source, after: Source, seed: int) -> tuple[NDArray[np.float32], ...]:
+    def places(self, x: NDArray[Any], y: NDArray[Any], batch: int) -> Places:
+        """Which rows of a batch with that input and output are among the equations."""
+        return drawn(self._layer, x, y, *self._chance(batch))
+
+    def by_batch(self, rows: Floats) -> list[Floats]:
+        """What is known of all rows, batch by batch."""
+        return np.split(rows, self._ends[:-1])
+
+    def _chance(self, batch: int) -> tuple[int, np.random.Generator]:
+        """At most how many rows of a batch, and what draws them."""
+        each = self._layer.groups * self._weight.shape[1] * 4
+        budget = max(ROW_BYTES // each, 64) // max(self._after.batches, 1)
+        return budget, np.random.default_rng([self._seed, self._layer.node, batch])
+
+    def _rows(self, before: Source, after: Source) -> tuple[NDArray[np.float32], ...]:
         """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
         layer, name = self._layer, self._aim.other
-        each = layer.groups * self._weight.shape[1] * 4
-        budget = max(ROW_BYTES // each, 64) // max(after.batches, 1)
         collected: list[tuple[NDArray[Any], ...]] = []
+        self._ends: list[int] = []
         for batch in range(after.batches):
-            rng = np.random.default_rng([seed, layer.node, batch])
             x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
             other = after.value(name, batch) if name else None
             if x is not None and y is not None:
-                collected.append(layer_rows(layer, x, y, other, budget, rng))
+                collected.append(layer_rows(layer, x, y, other, *self._chance(batch)))
+            self._ends.append(sum(len(part[0]) for part in collected))
         if not collected:
             none = np.zeros((0, layer.out_channels), np.float32)
             return np.zeros((0, layer.groups, self._weight.shape[1]), np.float32), none, none

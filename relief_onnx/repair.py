@@ -22,6 +22,7 @@ from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.nodes import chooses
+from relief_onnx.pairs import pairs_of
 from relief_onnx.recurrent_equations import Loop, NoEquations, Values, inputs_of, start_of
 from relief_onnx.repair_inside import Inside
 from relief_onnx.replay import Replay
@@ -75,7 +76,7 @@ def repair(
         return found
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
-    new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads)
+    new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads, jointly=True)
     rows |= {layer.name: Repaired(layer, reason="the rows of a table are looked up, not summed") for layer in plan.tables}
     listed = tuple(rows[layer.name] for layer in (*plan.layers, *plan.tables) if layer.weight in weights)
     return (apply_weights(masked, new) if new else masked), listed
@@ -93,11 +94,15 @@ def batch_of(graph: Graph) -> int:
 
 def sweep(
     original: Graph, graph: Graph, plan: Plan, layers: Sequence[Layer], feeds: Sequence[Feed], flags: Mapping[str, Flags],
-    removed: Mapping[str, Flags], visit: Visit, *, seed: int, threads: int,
+    removed: Mapping[str, Flags], visit: Visit, *, seed: int, threads: int, jointly: bool = False,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
-    """Walk both networks side by side and ask `visit` for new initializers of each of the `layers`, which later ones see. All of them."""
+    """Walk both networks side by side and ask `visit` for new initializers of each of the `layers`, which later ones see. All of them.
+
+    jointly: layers that lost units are then fitted together with the only layer that reads them (see `pairs`).
+    """
     aims = {layer.name: aim_of(original, graph, layer) for layer in layers if layer.recurrent is None}
     last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None and layer.inside is None}
+    together = pairs_of(original, graph, layers, aims, removed) if jointly else {}
     body: Inside | None = None
     pairs, loops = plan.recurrent(), dict[int, Loop | None]()
     outside = [layer for layer in layers if layer.recurrent is not None and layer.inside is None]
@@ -122,18 +127,27 @@ def sweep(
                 new |= visit(layer, NoEquations() if loop is None else loop.part(layer))
                 continue
             aim = aims[layer.name]
-            bias_keep = None if layer.bias is None else flags.get(layer.bias.name)
-            fixed = flags.get(layer.weight), bias_keep, removed.get(layer.weight)
+            fixed = _fixed(layer, flags, removed)
             if layer.inside is not None and body is not None:
                 met = body.met(layer, new)
                 new |= visit(layer, Equations(graph, layer, aim, *fixed, met, met, seed))
                 continue
             after.advance(layer.node, new)
             before.advance(original.producer[aim.tensor] + 1)
-            new |= visit(layer, Equations(graph, layer, aim, *fixed, before, after, seed))
+            equations = Equations(graph, layer, aim, *fixed, before, after, seed)
+            new |= visit(layer, equations)
+            if layer.name in together:
+                pair = together[layer.name]
+                before.advance(original.producer[pair.aim.tensor] + 1)
+                new |= pair.fitted(graph, equations, before, after, new, _fixed(pair.reader, flags, removed), seed)
             if last[aim.tensor] is layer:
                 before.drop(aim.tensor)
     return new
+
+
+def _fixed(layer: Layer, flags: Mapping[str, Flags], removed: Mapping[str, Flags]) -> tuple[Flags | None, Flags | None, Flags | None]:
+    """What stays of a layer's weight and of its bias, and which units go."""
+    return flags.get(layer.weight), None if layer.bias is None else flags.get(layer.bias.name), removed.get(layer.weight)
 
 
 def refusal(plan: Plan, layer: Layer, weights: frozenset[str]) -> str:

@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 from relief_onnx.gram import patches
 from relief_onnx.layers import Layer
 
-__all__ = ["POSITIONS", "layer_rows"]
+__all__ = ["POSITIONS", "Places", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
+
+# Of a convolution the places in its output, axis by axis, the same in all samples of a batch; of a dense layer rows of the whole batch.
+Places = tuple[NDArray[np.intp], ...]
+Floats = NDArray[np.float32]
 
 # Positions of a sample (pixels, tokens, time steps) that are looked at.
 POSITIONS = 32
@@ -24,44 +28,61 @@ def layer_rows(
     x is the layer's input; y and other have the shape of its output. At most about `budget` rows, chosen at random, and no more than
     POSITIONS of each sample. Features are in the order of the canonical weight.
     """
-    pick = _of_convolution if layer.geometry is not None else _of_dense
-    return pick(layer, x, y, other, budget, rng)
+    places = drawn(layer, x, y, budget, rng)
+    wanted = outputs_at(layer, y, places)
+    return inputs_at(layer, x, places), wanted, np.zeros_like(wanted) if other is None else outputs_at(layer, other, places)
 
 
-def _of_convolution(
-    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, rng: np.random.Generator
-) -> tuple[NDArray[Any], ...]:
-    """Rows of a convolution at some output positions, the same of all samples of a batch."""
-    assert layer.geometry is not None
-    space = y.shape[2:]
-    size = int(np.prod(space))
-    number = min(size, POSITIONS, max(budget // len(x), 1))
-    places = np.unravel_index(np.sort(rng.permutation(size)[:number]), space)
-    rows = patches(layer.geometry, np.asarray(x, np.float32), places).reshape(len(x) * number, layer.groups, -1)
-    emitted = [_at(part, places, layer.out_channels) for part in (y, other)]
-    return rows, emitted[0], emitted[1] if other is not None else np.zeros_like(emitted[0])
+def drawn(layer: Layer, x: NDArray[Any], y: NDArray[Any], budget: int, rng: np.random.Generator) -> Places:
+    """Places by chance, as many as `layer_rows` says."""
+    if layer.geometry is not None:
+        space = y.shape[2:]
+        size = int(np.prod(space))
+        number = min(size, POSITIONS, max(budget // len(x), 1))
+        return np.unravel_index(np.sort(rng.permutation(size)[:number]), space)
+    size = x.size // layer.in_per_group
+    number = min(size, max(budget, 1), POSITIONS * len(x) if layer.input_axis else size)
+    return (np.sort(rng.permutation(size)[:number]),)
 
 
-def _at(y: NDArray[Any] | None, places: tuple[NDArray[np.intp], ...], units: int) -> NDArray[Any]:
-    if y is None:
-        return np.zeros((0, units), np.float32)
-    every: tuple[Any, ...] = (..., *places)
-    values: NDArray[Any] = np.moveaxis(np.asarray(y, np.float32)[every], 1, -1).reshape(-1, units)
-    return values
+def inputs_at(layer: Layer, x: NDArray[Any], places: Places) -> Floats:
+    """What the weights meet there [rows, groups, features]."""
+    x = np.asarray(x, np.float32)
+    if layer.geometry is not None:
+        return patches(layer.geometry, x, places).reshape(len(x) * len(places[0]), layer.groups, -1)
+    return np.moveaxis(x, layer.input_axis, -1).reshape(-1, layer.in_per_group)[places][:, None]
 
 
-def _of_dense(
-    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, rng: np.random.Generator
-) -> tuple[NDArray[Any], ...]:
-    """Rows of a dense layer: samples, tokens, time steps."""
-    flat = np.moveaxis(np.asarray(x, np.float32), layer.input_axis, -1).reshape(-1, layer.in_per_group)
-    emitted = [
-        np.moveaxis(np.asarray(part, np.float32), layer.output_axis, -1).reshape(-1, layer.out_channels) if part is not None else None
-        for part in (y, other)
-    ]
-    number = min(len(flat), max(budget, 1), POSITIONS * len(x) if layer.input_axis else len(flat))
-    chosen = np.sort(rng.permutation(len(flat))[:number])
-    wanted = emitted[0]
-    assert wanted is not None
-    added = emitted[1][chosen] if emitted[1] is not None else np.zeros_like(wanted[chosen])
-    return flat[chosen][:, None], wanted[chosen], added
+def outputs_at(layer: Layer, y: NDArray[Any], places: Places) -> Floats:
+    """What the layer emits there [rows, out]."""
+    y = np.asarray(y, np.float32)
+    if layer.geometry is not None:
+        every: tuple[Any, ...] = (..., *places)
+        found: Floats = np.moveaxis(y[every], 1, -1).reshape(-1, layer.out_channels)
+    else:
+        found = np.moveaxis(y, layer.output_axis, -1).reshape(-1, layer.out_channels)[places]
+    return found
+
+
+def spread(layer: Layer, rows: Floats, shape: tuple[int, ...], places: Places) -> Floats:
+    """The transpose of `inputs_at`, of a layer without groups: rows [rows, features] added up in a tensor of its input's shape."""
+    if layer.geometry is None:
+        moved = [size for axis, size in enumerate(shape) if axis != layer.input_axis % len(shape)]
+        flat = np.zeros((int(np.prod(moved)), layer.in_per_group), np.float32)
+        flat[places] = rows
+        return np.moveaxis(flat.reshape(*moved, -1), -1, layer.input_axis)
+    # Each entry has a number, 0 is the padding: what an offset of the kernel sees are different entries, place by place.
+    numbers = 1 + np.arange(int(np.prod(shape[1:]))).reshape(1, *shape[1:])
+    seen = patches(layer.geometry, numbers, places).reshape(len(places[0]), shape[1], -1)
+    given = rows.reshape(shape[0], *seen.shape)
+    found = np.zeros((shape[0], 1 + numbers.size), np.float32)
+    for offset in range(seen.shape[2]):
+        found[:, seen[:, :, offset]] += given[..., offset]
+    return found[:, 1:].reshape(shape)
+
+
+def touched(layer: Layer, y: NDArray[Any]) -> Places:
+    """The places where what has the shape of the layer's output is not 0, in any sample and unit."""
+    if layer.geometry is not None:
+        return np.nonzero(y.any((0, 1)))
+    return np.nonzero(np.moveaxis(y, layer.output_axis, -1).reshape(-1, layer.out_channels).any(1))
