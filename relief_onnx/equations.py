@@ -44,6 +44,7 @@ class Equations:
     """Rows of one layer, at some positions of all samples, and its weights as they were before.
 
     keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are. met: whether there are rows.
+    solves: units that are solved for.
     """
 
     met = True
@@ -57,13 +58,13 @@ class Equations:
         self._weight = weight.reshape(layer.out_channels, -1) * layer.scale
         stays = np.ones((), bool) if keep is None else keep
         self._keep = layer.view.apply(np.broadcast_to(stays, layer.view.source)).reshape(layer.out_channels, -1)
-        self._solved = np.ones(layer.out_channels, bool) if removed is None else ~removed
+        self.solves = np.ones(layer.out_channels, bool) if removed is None else ~removed
         self._free = layer.bias is not None and not layer.bias.shared and layer.bias.factor != 0
         self._bias = np.zeros(layer.out_channels)
         if layer.bias is not None:
             self._bias = np.asarray(layer.bias.view.apply(graph.array(layer.bias.name)), np.float64) * layer.bias.factor
             if bias_keep is not None:  # what the mask silenced stays silent
-                self._solved &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
+                self.solves &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
         self._seed, self._after = seed, after
         self._x, self._wanted, other = self._rows(before, after)
         self._shift = other + aim.shift.astype(np.float32)
@@ -84,7 +85,7 @@ class Equations:
     @property
     def rows_per_input(self) -> float:
         """Rows for each input that neurons keep, on average."""
-        return len(self._x) / max(float(self._keep[self._solved].sum(1).mean()) if self._solved.any() else 1.0, 1.0)
+        return len(self._x) / max(float(self._keep[self.solves].sum(1).mean()) if self.solves.any() else 1.0, 1.0)
 
     @property
     def few(self) -> bool:
@@ -100,7 +101,7 @@ class Equations:
             return {}, (0.0, 0.0)
         weight, bias = self._weight * self._keep, self._bias.copy()
         errors = np.zeros(2)
-        total = float(self._wanted.var(0, dtype=np.float64)[self._solved].sum()) + 1e-30
+        total = float(self._wanted.var(0, dtype=np.float64)[self.solves].sum()) + 1e-30
         for x, units, target in self._groups():
             found = solve(
                 x, target, weight[units], bias[units], self._keep[units], self._free, flops=flops, validated=validated
@@ -140,7 +141,7 @@ class Equations:
         per_group = self._layer.out_channels // self._layer.groups
         for group in range(self._layer.groups):
             units = np.arange(group * per_group, (group + 1) * per_group)
-            units = units[self._solved[units]]
+            units = units[self.solves[units]]
             if len(units):
                 target = Target(self._wanted[:, units], self._shift[:, units], self._aim.scale[units], self._aim.one_sided)
                 yield self._x[:, group], units, target
@@ -160,7 +161,7 @@ class Equations:
         weight, bias = self.present(stored)
         y = self._x[:, 0] @ weight.T.astype(np.float32) + bias.astype(np.float32)
         scale, target = self._aim.scale.astype(np.float32), Target(self._wanted, self._shift, self._aim.scale, self._aim.one_sided)
-        counts = self._solved & ((self._wanted > 0) | (y * scale + self._shift > 0) | (not self._aim.one_sided))
+        counts = self.solves & ((self._wanted > 0) | (y * scale + self._shift > 0) | (not self._aim.one_sided))
         return (target.of(y) - y) * scale * counts, counts.astype(np.float32)
 
     def moments(self) -> Doubles:

@@ -35,8 +35,8 @@ Flags = NDArray[np.bool_]
 Initializers = Mapping[str, NDArray[Any]]
 Fixed = tuple[Flags | None, Flags | None, Flags | None]
 
-# More rounds were worse on samples not seen.
-ROUNDS = 3
+# Each helps less than the one before.
+ROUNDS = 2
 # Added to G and X'X, as parts of their mean diagonals.
 DAMPING, RIDGE = 0.5, 0.01
 # Rows for each input of a neuron below which rows would be fitted and not the layers; inputs of which X'X is not inverted any more.
@@ -60,12 +60,14 @@ class Pair:
         before, after: both networks; the latter waits at the layer. fixed: of the reader, as `Equations` has it. Raises ModelError.
         """
         found: dict[str, NDArray[Any]] = {}
+        if equations.rows_per_input < LEAST_ROWS or equations.inputs > MOST_INPUTS:
+            return found
         own, least = found, math.inf
         for turn in range(ROUNDS + 1):
             now = {**new, **own}
             met = _Met(self, before, after, now)
             reading = Equations(graph, self.reader, self.aim, *fixed, before, met, seed)
-            if min(reading.rows_per_input, equations.rows_per_input) < LEAST_ROWS or equations.inputs > MOST_INPUTS:
+            if reading.rows_per_input < LEAST_ROWS:
                 break
             solution, (_, error) = reading.solved()
             if not solution or not error < least:
@@ -87,6 +89,7 @@ class Pair:
         taps = kernel.reshape(len(kernel), self.reader.in_per_group, -1) * self.own.scale[:, None]
         factor = _damped(np.einsum("ock,odk->cd", taps, taps), DAMPING)
         step = np.linalg.solve(factor, np.linalg.solve(_damped(equations.moments(), RIDGE), gradient.T).T)
+        step[~equations.solves] = 0.0  # what the mask silenced stays silent
         weight, bias = equations.present(now)
         whole = equations.stored(weight + step[:, :-1], bias + step[:, -1])
         if not whole:
