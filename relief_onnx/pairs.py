@@ -7,7 +7,8 @@ R what is missing there, W2 the second layer's weights, x the first one's inputs
     D = (G + damping)^-1 [sum over positions of (m * W2' R) x'] (X'X + ridge)^-1,     G = W2' W2, summed over the taps of the kernel
 
 (Gauss-Newton with the curvature as a product of two factors; Martens and Grosse 2015), as far as the error falls along it, which is a
-quotient of two sums as long as no Relu turns. Then the second layer is solved for again. The round with the least error is taken.
+quotient of two sums as long as no Relu turns. Then the second layer is solved for again. The step is
+taken if that leaves less of the error.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Flags = NDArray[np.bool_]
 Initializers = Mapping[str, NDArray[Any]]
 Fixed = tuple[Flags | None, Flags | None, Flags | None]
 
-# Each helps less than the one before.
-ROUNDS = 2
+# Steps, and one batch in so many that they are made from: what either adds beyond that is less than what it costs.
+ROUNDS, EVERY = 1, 2
 # Added to G and X'X, as parts of their mean diagonals.
 DAMPING, RIDGE = 0.5, 0.01
 # Rows for each input of a neuron below which rows would be fitted and not the layers; inputs of which X'X is not inverted any more.
@@ -105,7 +106,7 @@ class _Met:
     def __init__(self, pair: Pair, before: Source, after: Replay, weights: Initializers) -> None:
         self._pair, self._before, self._after = pair, before, after
         self._own = self._aside(weights)
-        self.batches = after.batches
+        self.batches = -(-after.batches // EVERY)
 
     def value(self, name: str, batch: int) -> NDArray[Any] | None:
         """A tensor of one batch."""
