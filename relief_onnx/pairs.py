@@ -7,8 +7,8 @@ R what is missing there, W2 the second layer's weights, x the first one's inputs
     D = (G + damping)^-1 [sum over positions of (m * W2' R) x'] (X'X + ridge)^-1,     G = W2' W2, summed over the taps of the kernel
 
 (Gauss-Newton with the curvature as a product of two factors; Martens and Grosse 2015), as far as the error falls along it, which is a
-quotient of two sums as long as no Relu turns. Then the second layer is solved for again. The step is
-taken if that leaves less of the error.
+quotient of two sums as long as no Relu turns. Then the second layer is solved for again, and
+the step is taken if that leaves less of the error.
 """
 
 from __future__ import annotations
