@@ -15,7 +15,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.ridge import few_rows
 from relief_onnx.rows import Places, drawn, layer_rows
-from relief_onnx.solve import SOLVE_FLOPS, Target, solve
+from relief_onnx.solve import MOMENT_FEATURES, SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
 __all__ = ["Equations", "Source"]
@@ -89,8 +89,8 @@ class Equations:
 
     @property
     def few(self) -> bool:
-        """Whether rows are so few that a larger ridge may do better on others."""
-        return few_rows(len(self._x), self._keep)
+        """Whether rows are so few that a larger ridge may do better on others, and one would be looked for."""
+        return self.inputs <= MOMENT_FEATURES and few_rows(len(self._x), self._keep)
 
     def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution.

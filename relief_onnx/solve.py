@@ -21,7 +21,7 @@ from relief_onnx.inverse import inverse_root
 from relief_onnx.ridge import best_part, few_rows
 from relief_onnx.worth import LEAST_TRIED, TRIED, Appraisal
 
-__all__ = ["SOLVE_FLOPS", "Target", "operations", "solve"]
+__all__ = ["MOMENT_FEATURES", "SOLVE_FLOPS", "Target", "operations", "solve"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -95,11 +95,11 @@ def pooled(net: Net, x: str, operator: str) -> Any:
     return net.op("Add", x, reduced(net, operator, net.op("Exp", x) if "Log" in operator else x, 2, 3))
 
 
-def rounded(net: Net, x: str, per_channel: bool) -> Any:
+def rounded(net: Net, x: str, per_channel: bool, **domain: str) -> Any:
     """To int8 and back, with a scale and zero point for all channels or for each."""
     size: tuple[int, ...] = (C,) if per_channel else ()
     grid = net.constant(net.rng.uniform(0.02, 0.05, size).astype(np.float32)), net.constant(net.rng.integers(-3, 4, size).astype(np.int8))
-    return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *grid), *grid)
+    return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *grid, **domain), *grid, **domain)
 
 
 def measured(net: Net, x: str) -> Any:
@@ -145,6 +145,8 @@ CASES: dict[str, Case] = {
     "InstanceNormalization": image(lambda net, x: normalised(net, x, "InstanceNormalization", 2)),
     "QuantizeLinear": any_layer(lambda net, x, layer: rounded(net, x, False)),
     "DequantizeLinear": image(lambda net, x: rounded(net, x, True)),
+    "com.microsoft.QuantizeLinear": any_layer(lambda net, x, layer: rounded(net, x, False, domain="com.microsoft")),
+    "com.microsoft.DequantizeLinear": image(lambda net, x: rounded(net, x, True, domain="com.microsoft")),
     "DynamicQuantizeLinear": any_layer(lambda net, x, layer: measured(net, x)),
     "Identity": unary("Identity"),
     "Dropout": unary("Dropout"),

@@ -469,8 +469,8 @@ def test_report_that_cannot_be_written_leaves_nothing_at_out(monkeypatch: pytest
 
 @pytest.mark.usefixtures("here")
 def test_result_that_does_not_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    def corrupted(model: onnx.ModelProto) -> surgery.Operation:
-        operation = surgery.operate(model)
+    def corrupted(model: onnx.ModelProto, **options: bool) -> surgery.Operation:
+        operation = surgery.operate(model, **options)
         weight = next(item for item in operation.model.graph.initializer if item.name == "classifier.4.weight")
         surgery.set_initializer(operation.model, weight.name, numpy_helper.to_array(weight) * np.float32(1.01))
         return operation

@@ -60,7 +60,12 @@ def test_sample_models(name: str) -> None:
 @pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))
 def test_real_models(row: dict[str, Any]) -> None:
     model = onnx.load(real_model(row["id"]))
-    assert_like_onnxruntime(model, feed(row, 0))
+    if row["id"] == "basic_pitch":  # on noise onnxruntime differs from itself without its optimiser by a thousandth
+        from benchmarks.zoo_samples import samples
+
+        assert_like_onnxruntime(model, samples(row, "calib_a", 1)[0][0])
+    else:
+        assert_like_onnxruntime(model, feed(row, 0))
 
 
 @pytest.mark.parametrize("row", rows() if SHARED.is_dir() else [], ids=lambda row: str(row["id"]))

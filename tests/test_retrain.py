@@ -233,7 +233,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([*command, "-o", tmp_path / "a.onnx", "--work-dir", tmp_path / "killed"], env=environment)
     try:
-        for _ in range(2000):
+        for _ in range(10000):
             if child.poll() is not None or (note.exists() and _place(note)[1] > 0):
                 break
             time.sleep(0.02)

@@ -34,6 +34,7 @@ def _spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
     return values.reshape(shape)
 
 
+@op("DequantizeLinear", domain="com.microsoft", frozen=(1, 2))
 @op("DequantizeLinear", frozen=(1, 2))
 def dequantize(
     x: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, block_size: int = 0, output_dtype: int = 0
@@ -65,6 +66,7 @@ class _Rounded(torch.autograd.Function):
         return gradient * inside, None, None
 
 
+@op("QuantizeLinear", domain="com.microsoft", frozen=(1, 2))
 @op("QuantizeLinear", frozen=(1, 2), check=_whole)
 def quantize(
     x: Tensor,
