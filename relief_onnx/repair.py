@@ -56,13 +56,14 @@ Visit = Callable[[Layer, Equations], dict[str, NDArray[Any]]]
 
 def repair(
     original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], feeds: Sequence[Feed],
-    *, removed: Mapping[str, Flags] | None = None, seed: int = 0, threads: int = 0, validated: bool = False,
+    *, removed: Mapping[str, Flags] | None = None, seed: int = 0, threads: int = 0, validated: bool = False, jointly: bool = True,
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:  # fmt: skip
     """A copy of `masked` with new values of the weights that are left, and a row for each layer of the chosen `weights`.
 
     original: the model before pruning. masked: the same model with zeros, perhaps with new biases. flags: by initializer, what stays.
-    feeds: see `samples_of`. removed: by weight, units [out] that go as a whole. validated: see `solve`. Raises DataError, ModelError.
+    feeds: see `samples_of`. removed: by weight, units [out] that go as a whole. validated: see `solve`. jointly: see `sweep`. Raises
+    DataError, ModelError.
     """
     graph = Graph(masked)
     plan = find(graph)
@@ -76,7 +77,7 @@ def repair(
         return found
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
-    new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads, jointly=True)
+    new = sweep(original, graph, plan, solvable, feeds, flags, removed or {}, visit, seed=seed, threads=threads, jointly=jointly)
     rows |= {layer.name: Repaired(layer, reason="the rows of a table are looked up, not summed") for layer in plan.tables}
     listed = tuple(rows[layer.name] for layer in (*plan.layers, *plan.tables) if layer.weight in weights)
     return (apply_weights(masked, new) if new else masked), listed

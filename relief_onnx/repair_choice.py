@@ -35,9 +35,12 @@ def repaired(
     """
     limit = SAMPLES if samples is None else min(samples, SAMPLES)
 
-    def on(feeds: Sequence[Mapping[str, NDArray[Any]]], validated: bool) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:
+    def on(
+        feeds: Sequence[Mapping[str, NDArray[Any]]], validated: bool, jointly: bool = True
+    ) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:
         return repair(
-            original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads, validated=validated, progress=progress
+            original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads, validated=validated, jointly=jointly,
+            progress=progress,
         )  # fmt: skip
 
     feeds = samples_of(Graph(masked), dataset, limit, seed)
@@ -45,7 +48,8 @@ def repaired(
     drawn = draw(dataset, min(limit, DRAWN), seed, batch_of(Graph(masked)))
     if not drawn.judged or not any(row.few for row in rows):
         return model, rows, None
-    makers = {name: partial(lambda own: on(drawn.fit, own)[0], name == VALIDATED) for name in (RULE, VALIDATED)}
+    # Layer by layer, which is cheaper: pairs are fitted by a ridge of their own.
+    makers = {name: partial(lambda own: on(drawn.fit, own, jointly=False)[0], name == VALIDATED) for name in (RULE, VALIDATED)}
     contest = best(original.model, makers, drawn, threads, MARGIN)
     if contest.winner == VALIDATED:
         model, rows = on(feeds, True)
