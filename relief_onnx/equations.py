@@ -25,8 +25,9 @@ Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 Initializers = Mapping[str, NDArray[Any]]
 
-# Bytes of rows that one layer holds.
-ROW_BYTES = 256 << 20
+# Bytes of rows that one layer holds, and rows that tell its errors.
+ROW_BYTES, JUDGED = 256 << 20, 8192
+EVERY_ROW = slice(None)
 
 
 class Source(Protocol):
@@ -87,10 +88,10 @@ class Equations:
         """Rows for each input that neurons keep, on average."""
         return len(self._x) / max(float(self._keep[self.solves].sum(1).mean()) if self.solves.any() else 1.0, 1.0)
 
-    @property
-    def few(self) -> bool:
-        """Whether rows are so few that a larger ridge may do better on others, and one would be looked for."""
-        return self.inputs <= MOMENT_FEATURES and few_rows(len(self._x), self._keep)
+    def few(self, times: float = 1.0) -> bool:
+        """Whether so many times the rows are so few that a larger ridge may do better on others, and one would be looked for."""
+        most = max(ROW_BYTES // (4 * self._layer.groups * self.inputs), 64)
+        return self.inputs <= MOMENT_FEATURES and few_rows(min(int(times * len(self._x)), most), self._keep)
 
     def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution.
@@ -99,17 +100,16 @@ class Equations:
         """
         if not self.met:
             return {}, (0.0, 0.0)
-        weight, bias = self._weight * self._keep, self._bias.copy()
-        errors = np.zeros(2)
-        total = float(self._wanted.var(0, dtype=np.float64)[self.solves].sum()) + 1e-30
+        old, weight, bias = self._weight * self._keep, self._weight * self._keep, self._bias.copy()
         for x, units, target in self._groups():
-            found = solve(
-                x, target, weight[units], bias[units], self._keep[units], self._free, flops=flops, validated=validated
+            weight[units], bias[units] = solve(
+                x, target, old[units], bias[units], self._keep[units], self._free, flops=flops, validated=validated
             )  # fmt: skip
-            for place, (w, b) in enumerate(((weight[units], bias[units]), found)):
-                errors[place] += _error(x, target, w, b)
-            weight[units], bias[units] = found
-        return self.stored(weight, bias), (float(errors[0]) / total, float(errors[1]) / total)
+        return self.stored(weight, bias), (self._error(old, self._bias), self._error(weight, bias))
+
+    def error(self, stored: Initializers) -> float:
+        """With those initializers, as a part of the variance of the target."""
+        return self._error(*self.present(stored))
 
     def trial(self, flops: float) -> tuple[dict[str, NDArray[Any]], Doubles]:
         """New initializers, the Relu behind the layer left out, and the mean squared error that rows are left with [out]."""
@@ -136,15 +136,24 @@ class Equations:
             appraisal.worth[units] = part.worth / len(x)
         return self.stored(weight, bias), appraisal
 
-    def _groups(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp], Target]]:
-        """Inputs, units that are solved for and their targets, of each group of the layer."""
+    def _error(self, weight: Doubles, bias: Doubles) -> float:
+        """On some of the rows, the same whatever the weights."""
+        some = slice(None, None, -(-len(self._x) // JUDGED))
+        total, error = float(self._wanted[some].var(0, dtype=np.float64)[self.solves].sum()) + 1e-30, 0.0
+        for x, units, target in self._groups(some):
+            y = x @ weight[units].T.astype(np.float32) + bias[units].astype(np.float32)
+            error += float((np.square(target.of(y) - y, dtype=np.float64) * np.square(target.scale)).sum() / len(x))
+        return error / total
+
+    def _groups(self, rows: slice = EVERY_ROW) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp], Target]]:
+        """Of those rows: inputs, units that are solved for and their targets, of each group of the layer."""
         per_group = self._layer.out_channels // self._layer.groups
         for group in range(self._layer.groups):
             units = np.arange(group * per_group, (group + 1) * per_group)
             units = units[self.solves[units]]
             if len(units):
-                target = Target(self._wanted[:, units], self._shift[:, units], self._aim.scale[units], self._aim.one_sided)
-                yield self._x[:, group], units, target
+                wanted, shift = self._wanted[rows, units], self._shift[rows, units]
+                yield self._x[rows, group], units, Target(wanted, shift, self._aim.scale[units], self._aim.one_sided)
 
     def present(self, stored: Initializers) -> tuple[Doubles, Doubles]:
         """Weights [out, features] and biases [out] that initializers mean: those of before where they are not among them."""
@@ -210,8 +219,3 @@ class Equations:
             none = np.zeros((0, layer.out_channels), np.float32)
             return np.zeros((0, layer.groups, self._weight.shape[1]), np.float32), none, none
         return tuple(np.concatenate(parts) for parts in zip(*collected, strict=True))
-
-
-def _error(x: NDArray[np.float32], target: Target, weight: Doubles, bias: Doubles) -> float:
-    y = x @ weight.T.astype(np.float32) + bias.astype(np.float32)
-    return float((np.square((target.of(y) - y), dtype=np.float64) * np.square(target.scale)).sum() / len(x))

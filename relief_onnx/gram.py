@@ -17,6 +17,7 @@ Two ways to G, chosen by geometry:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -131,7 +132,10 @@ class _Windows:
 
     def seen(self, a: NDArray[Any]) -> NDArray[Any]:
         """What each offset of the kernel sees at each output position: a view [n, c, *kernel, *out]."""
-        image = self.padded(a)
+        return self.over(self.padded(a))
+
+    def over(self, image: NDArray[Any]) -> NDArray[Any]:
+        """The same of an image that is padded already."""
         steps = image.strides[2:]
         return np.lib.stride_tricks.as_strided(
             image,
@@ -148,10 +152,14 @@ class _Windows:
 def patches(geometry: Geometry, x: NDArray[Any], places: tuple[NDArray[np.intp], ...]) -> NDArray[Any]:
     """x [n, c, *space] -> [n, P, c, *kernel]: what each weight meets at P output positions, `places` holding P numbers per axis."""
     windows = _Windows(geometry, x.shape[2:])
+    image = windows.padded(x)
+    # The numbers of the entries that one sample needs: all samples are then taken from in one go.
     every: tuple[Any, ...] = (..., *places)
-    seen = windows.seen(x)[every]
-    axes = tuple(range(2, seen.ndim - 1))
-    return np.moveaxis(np.flip(seen, axes) if geometry.transposed else seen, -1, 1)
+    numbers = windows.over(np.arange(math.prod(image.shape[1:])).reshape(1, *image.shape[1:]))[0][every]
+    axes = tuple(range(1, numbers.ndim - 1))
+    numbers = np.moveaxis(np.flip(numbers, axes) if geometry.transposed else numbers, -1, 0)
+    found: NDArray[Any] = image.reshape(len(x), -1).take(numbers, 1)
+    return found
 
 
 class Patches:

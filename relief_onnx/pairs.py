@@ -7,13 +7,12 @@ R what is missing there, W2 the second layer's weights, x the first one's inputs
     D = (G + damping)^-1 [sum over positions of (m * W2' R) x'] (X'X + ridge)^-1,     G = W2' W2, summed over the taps of the kernel
 
 (Gauss-Newton with the curvature as a product of two factors; Martens and Grosse 2015), as far as the error falls along it, which is a
-quotient of two sums as long as no Relu turns. Then the second layer is solved for again, and
-the step is taken if that leaves less of the error.
+quotient of two sums as long as no Relu turns. The step is taken if it leaves less of the error; then the second
+layer is solved for again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,8 +35,8 @@ Flags = NDArray[np.bool_]
 Initializers = Mapping[str, NDArray[Any]]
 Fixed = tuple[Flags | None, Flags | None, Flags | None]
 
-# Steps, and one batch in so many that they are made from: what either adds beyond that is less than what it costs.
-ROUNDS, EVERY = 1, 2
+# One batch in so many makes the step: what the others add is less than what they cost, and so is what a second step adds.
+EVERY = 2
 # Added to G and X'X, as parts of their mean diagonals.
 DAMPING, RIDGE = 0.5, 0.01
 # Rows for each input of a neuron below which rows would be fitted and not the layers; inputs of which X'X is not inverted any more.
@@ -60,25 +59,18 @@ class Pair:
 
         before, after: both networks; the latter waits at the layer. fixed: of the reader, as `Equations` has it. Raises ModelError.
         """
-        found: dict[str, NDArray[Any]] = {}
         if equations.rows_per_input < LEAST_ROWS or equations.inputs > MOST_INPUTS:
-            return found
-        own, least = found, math.inf
-        for turn in range(ROUNDS + 1):
-            now = {**new, **own}
-            met = _Met(self, before, after, now)
-            reading = Equations(graph, self.reader, self.aim, *fixed, before, met, seed)
-            if reading.rows_per_input < LEAST_ROWS:
-                break
-            solution, (_, error) = reading.solved()
-            if not solution or not error < least:
-                break
-            own, least, found = {}, error, own
-            if turn < ROUNDS:
-                own = self._moved(equations, reading, met, now, solution)
-            if not own:
-                break
-        return found
+            return {}
+        met = _Met(self, before, after, new)
+        reading = Equations(graph, self.reader, self.aim, *fixed, before, met, seed)
+        if reading.rows_per_input < LEAST_ROWS:
+            return {}
+        solution, (_, error) = reading.solved()
+        moved = self._moved(equations, reading, met, new, solution) if solution else {}
+        if not moved:
+            return {}
+        again = Equations(graph, self.reader, self.aim, *fixed, before, _Met(self, before, after, {**new, **moved}), seed)
+        return moved if again.error(solution) < error else {}
 
     def _moved(
         self, equations: Equations, reading: Equations, met: _Met, now: Initializers, solution: Initializers

@@ -288,11 +288,10 @@ class Loop:
 
     # -- what is asked ----------------------------------------------------------------------------------------------------
 
-    @property
-    def few(self) -> bool:
-        """Whether rows are so few that a larger ridge may do better on others."""
+    def few(self, times: float) -> bool:
+        """Whether so many times the rows are so few that a larger ridge may do better on others."""
         kept = np.concatenate([own.reshape(-1, own.shape[-1]) for own in self._keep.values()], axis=1)
-        return few_rows(len(self._wanted.x), kept)
+        return few_rows(int(times * len(self._wanted.x)), kept)
 
     def solved(self, validated: bool = False) -> tuple[_Weights, Doubles]:
         """New weights, and of each row the errors before and after and the variance of the targets [3, rows]."""
@@ -350,10 +349,9 @@ class PartEquations(Equations):
         """See `Loop.variance`."""
         return self._loop.variance(self._part)
 
-    @property
-    def few(self) -> bool:
+    def few(self, times: float = 1.0) -> bool:
         """See `Equations.few`."""
-        return self._loop.few
+        return self._loop.few(times)
 
     def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors of the node's rows before and after."""
@@ -379,8 +377,7 @@ class NoEquations(Equations):
 
     def __init__(self) -> None: ...
 
-    @property
-    def few(self) -> bool:
+    def few(self, times: float = 1.0) -> bool:
         """See `Equations.few`."""
         return False
 

@@ -28,7 +28,7 @@ from relief_onnx.repair_inside import Inside
 from relief_onnx.replay import Replay
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "refusal", "repair", "samples_of", "sweep"]
+__all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "few_rows_anywhere", "refusal", "repair", "samples_of", "sweep"]
 
 Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -39,16 +39,12 @@ SAMPLES, BATCH = 1024, 32
 
 @dataclass(frozen=True)
 class Repaired:
-    """What became of a layer: its error before and after, as parts of the variance of its target, or the reason why it was left.
-
-    few: whether rows were so few that a larger ridge may do better on others (see `ridge`).
-    """
+    """What became of a layer: its error before and after, as parts of the variance of its target, or the reason why it was left."""
 
     layer: Layer
     before: float = 0.0
     after: float = 0.0
     reason: str = ""
-    few: bool = False
 
 
 Visit = Callable[[Layer, Equations], dict[str, NDArray[Any]]]
@@ -73,7 +69,7 @@ def repair(
         progress("repair", layer.node, len(graph.nodes))
         found, errors = equations.solved(validated=validated)
         reason = "its equations have no finite solution" if equations.met else "its body runs in other rounds once pruned"
-        rows[layer.name] = Repaired(layer, *errors, few=equations.few) if found else Repaired(layer, reason=reason)
+        rows[layer.name] = Repaired(layer, *errors) if found else Repaired(layer, reason=reason)
         return found
 
     solvable = [layer for layer in plan.layers if layer.name not in rows]
@@ -81,6 +77,28 @@ def repair(
     rows |= {layer.name: Repaired(layer, reason="the rows of a table are looked up, not summed") for layer in plan.tables}
     listed = tuple(rows[layer.name] for layer in (*plan.layers, *plan.tables) if layer.weight in weights)
     return (apply_weights(masked, new) if new else masked), listed
+
+
+def few_rows_anywhere(
+    original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], feeds: Sequence[Feed],
+    *, removed: Mapping[str, Flags] | None = None, seed: int = 0, threads: int = 0,
+) -> bool:  # fmt: skip
+    """Whether a layer will have so few rows that a larger ridge may do better on others: asked of the first batch alone.
+
+    Of as many samples where each takes its own branch. For the arguments see `repair`. Raises DataError, ModelError.
+    """
+    graph = Graph(masked)
+    plan = find(graph)
+    first = feeds[: BATCH // batch_of(graph)]
+    found = []
+
+    def visit(_: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+        found.append(equations.few(len(feeds) / len(first)))
+        return {}
+
+    solvable = [layer for layer in plan.layers if not refusal(plan, layer, weights)]
+    sweep(original, graph, plan, solvable, first, flags, removed or {}, visit, seed=seed, threads=threads)
+    return any(found)
 
 
 def samples_of(graph: Graph, dataset: Dataset, limit: int = SAMPLES, seed: int = 0) -> list[Feed]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relief_onnx.contest import Contest, best, draw
 from relief_onnx.dataset import Dataset
 from relief_onnx.graph import Graph
-from relief_onnx.repair import SAMPLES, Repaired, batch_of, repair, samples_of
+from relief_onnx.repair import SAMPLES, Repaired, batch_of, few_rows_anywhere, repair, samples_of
 
 __all__ = ["repaired"]
 
@@ -34,23 +34,21 @@ def repaired(
     Raises DataError, ModelError.
     """
     limit = SAMPLES if samples is None else min(samples, SAMPLES)
+    graph = Graph(masked)
+    feeds, drawn = samples_of(graph, dataset, limit, seed), draw(dataset, min(limit, DRAWN), seed, batch_of(graph))
 
     def on(
-        feeds: Sequence[Mapping[str, NDArray[Any]]], validated: bool, jointly: bool = True
+        batches: Sequence[Mapping[str, NDArray[Any]]], validated: bool, jointly: bool = True
     ) -> tuple[onnx.ModelProto, tuple[Repaired, ...]]:
         return repair(
-            original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads, validated=validated, jointly=jointly,
+            original, masked, flags, weights, batches, removed=removed, seed=seed, threads=threads, validated=validated, jointly=jointly,
             progress=progress,
         )  # fmt: skip
 
-    feeds = samples_of(Graph(masked), dataset, limit, seed)
-    model, rows = on(feeds, False)
-    drawn = draw(dataset, min(limit, DRAWN), seed, batch_of(Graph(masked)))
-    if not drawn.judged or not any(row.few for row in rows):
-        return model, rows, None
+    few = partial(few_rows_anywhere, original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads)
+    if not drawn.judged or not few():
+        return *on(feeds, False), None
     # Layer by layer, which is cheaper: pairs are fitted by a ridge of their own.
     makers = {name: partial(lambda own: on(drawn.fit, own, jointly=False)[0], name == VALIDATED) for name in (RULE, VALIDATED)}
     contest = best(original.model, makers, drawn, threads, MARGIN)
-    if contest.winner == VALIDATED:
-        model, rows = on(feeds, True)
-    return model, rows, contest
+    return *on(feeds, contest.winner == VALIDATED), contest

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,24 @@ class Target:
     one_sided: bool
 
     def of(self, y: Floats) -> Floats:
-        """What y should be, seen from what it is."""
-        wanted, scale = self.wanted, self.scale.astype(np.float32)
-        if self.one_sided:
-            wanted = np.where(wanted > 0, wanted, np.minimum(y * scale + self.shift, np.float32(0))).astype(np.float32)
-        result: Floats = np.divide(wanted - self.shift, scale, dtype=np.float32)
+        """What y should be, seen from what it is. Not to be written to."""
+        if not self.one_sided:
+            return self._met
+        result: Floats = np.clip(y, *self._bounds)
         return result
+
+    @cached_property
+    def _met(self) -> Floats:
+        result: Floats = np.divide(self.wanted - self.shift, self.scale.astype(np.float32), dtype=np.float32)
+        return result
+
+    @cached_property
+    def _bounds(self) -> tuple[Floats, Floats]:
+        """Between which y is right: one and the same number where something positive is wanted, else whatever is not positive."""
+        scale, opened = self.scale.astype(np.float32), self.wanted > 0
+        closed = np.where(opened, self._met, np.divide(-self.shift, scale, dtype=np.float32))
+        least = np.where(opened | (scale < 0), closed, np.float32(-np.inf))
+        return least, np.where(opened | (scale > 0), closed, np.float32(np.inf))
 
     def units(self, columns: slice) -> Target:
         """The same for some units only."""
