@@ -52,13 +52,14 @@ def improve_units(
     Raises DataError, ModelError.
     """
     search = _search(graph, plan, coupling, value, weights, dataset, samples, seed, threads)
-    candidates, total = [tuple(first)], 1 + len(TRIES) * (STEPS + 1)
-    done = 0
+    candidates, total = [tuple(first)], 2 + len(TRIES) * (STEPS + 1)
+    progress("choose", 0, total)
+    whole, done = _completed(search.losses(()), relevance), 1
     for exponent, as_flow in TRIES:
         choices: tuple[Choice, ...] = ()
         for step in range(1, STEPS + 1):
             progress("choose", done, total)
-            losses = _completed(search.losses(choices), relevance)
+            losses = _completed(search.losses(choices), relevance) if step > 1 else whole
             wanted = _with_numbers_of(first, losses) if as_flow else losses
             choices = choose(wanted, exponent, 1.0 - (1.0 - share) * step / STEPS)
             done += 1
