@@ -26,7 +26,7 @@ Flags = NDArray[np.bool_]
 Initializers = Mapping[str, NDArray[Any]]
 
 # Bytes of rows that one layer holds, and rows that tell its errors.
-ROW_BYTES, JUDGED = 256 << 20, 8192
+ROW_BYTES, JUDGED = 256 << 20, 4096
 EVERY_ROW = slice(None)
 
 
