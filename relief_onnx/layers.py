@@ -38,6 +38,8 @@ def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> 
     source = trace_constant(graph, tensor)
     if not isinstance(source, Source) or not graph.is_float(source.name):
         return None
+    if layer.op == "Gemm" and node == layer.node and int(np.prod(source.view.shape)) == 1 < layer.out_channels:
+        return Bias(source.name, source.view.reshape(1).spread(layer.out_channels), factor, node, shared=True)
     shape, rank = source.view.shape, _rank(graph, layer)
     axis = layer.output_axis if layer.output_axis < 0 else layer.output_axis - rank if rank else None
     per_unit = int(np.prod(shape)) == layer.out_channels and (
