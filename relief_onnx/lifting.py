@@ -276,7 +276,7 @@ def rename_in(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
     """Rename tensors in a graph and all its bodies."""
     if not new:
         return
-    for field in (graph.initializer, graph.value_info, graph.output):
+    for field in (graph.input, graph.initializer, graph.value_info, graph.output):
         for item in field:
             item.name = new.get(item.name, item.name)
     for node in graph.node:
