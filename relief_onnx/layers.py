@@ -23,7 +23,7 @@ from relief_onnx.reasons import why_no_layer
 from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 
-__all__ = ["DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
+__all__ = ["BODY_OPSET", "DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
 
 
 def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
@@ -89,7 +89,7 @@ def _read_inside(graph: Graph, index: int) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]
     body = "a branch" if node.op_type == "If" else "the body"
-    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
+    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{_of_body(graph, node)}"
 
 
 # What is said of a body where no data were run.
@@ -101,6 +101,20 @@ _OF_BODY = {
     "both": ", as no layer that can be pruned",
     "old": ", which is not looked into below IR version 4",
 }
+# The first opset whose operators `loops` uses to look into bodies that are not moved out.
+BODY_OPSET = 11
+
+
+def _of_body(graph: Graph, node: onnx.NodeProto) -> str:
+    return _too_early(graph, node) or _OF_BODY.get(taken_branch(node), _NEVER)
+
+
+def _too_early(graph: Graph, node: onnx.NodeProto) -> str:
+    """What is said of bodies that stay where they are in a file of an early opset, such as that of a Scan with a batch (opset 8)."""
+    stays = taken_branch(node) == "both" or (not taken_branch(node) and node.op_type != "If")
+    if graph.opset >= BODY_OPSET or not stays:
+        return ""
+    return f", which is not looked into at opset {graph.opset}: export the model at opset {BODY_OPSET} or later"
 
 
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
@@ -238,12 +252,13 @@ def _inner(graph: Graph) -> list[Skipped]:
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
         for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
-            known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
+            runs = taken_branch(node) == "both" and not _too_early(graph, node)
+            known = "and no layer that can be pruned reads it there" if runs else ""
             known += " on samples one by one" if known and node.op_type == "If" else ""
             where = f"it lives inside the {name} of {operator_of(node)} node {graph.names[i]}"
-            reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
+            reason = f"{where}, {known}" if known else where + _of_body(graph, node)
             body = next(item.g for item in node.attribute if item.name == name)
-            rows = _held_in(body, where.removeprefix("it lives "), reason, bool(known))
+            rows = _held_in(body, where.removeprefix("it lives "), reason, runs)
             found += [Skipped(graph.names[i], operator_of(node), name, tuple(item.dims), why) for name, item, why in rows]
     return found
 
