@@ -176,6 +176,32 @@ def test_gates_in_another_order_in_a_branch_that_the_data_choose(place: str) -> 
         np.testing.assert_array_equal(run(found.model, high), run(model, high))
 
 
+@pytest.mark.parametrize("flags", [(True, False), (True,)])
+@pytest.mark.parametrize("place", SPEECH_HELD)
+def test_gates_that_lost_nothing_are_stored_as_they_were(place: str, flags: tuple[bool, ...]) -> None:
+    """In a branch that the data choose, and in one that always runs: no second copy for the branch that never ran."""
+    model = nested.Case(SPEECH, SPEECH_HELD[place], nested.unmet).model()
+    data = [feed | {"flag": np.array(flags[n % len(flags)])} for n, feed in enumerate(feeds(low=-1000.0))]
+    opened = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    assert {"ih", "hh"} <= {layer.weight for layer in opened.plan.layers}
+    back = opened.restored(opened.graph.model)
+    onnx.checker.check_model(back, full_check=True)
+    assert sorted(stored(back)) == sorted(stored(model))
+    assert back.ByteSize() <= model.ByteSize()
+    for low in (-1000.0, 1000.0):
+        feed = feeds(1, low=low)[0] | {"flag": np.array(True)}
+        np.testing.assert_array_equal(run(back, feed), run(model, feed))
+
+
+def test_gates_that_lost_nothing_beside_a_layer_that_did() -> None:
+    model = nested.Case(SPEECH, SPEECH_HELD["net"], nested.unmet).model()
+    flagged = [feed | {"flag": np.array(n % 2 == 0)} for n, feed in enumerate(feeds(low=-1000.0))]
+    found = relief_onnx.prune(model, flagged, only="never", **OPTIONS["relief"])
+    assert not found.masks.keep["never"].all()
+    assert sorted(stored(found.model)) == sorted(stored(model))
+    assert found.report["output"]["params"] == found.report["input"]["params"]
+
+
 _RANKS = """net (float[N, 8] x, bool flag, bool deep) => (float[N, 4] y) <int64 two = {2}, int64[1] axis = {0}> {
     a = If (flag) <
         then_branch = one () => (float[D, E] a_one) { a_one = Tanh(x) },
