@@ -14,7 +14,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
-from relief_onnx.graph import FLOATS, Graph, Use, attributes
+from relief_onnx.graph import WEIGHT_TYPES, Graph, Use, attributes
 from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
 from relief_onnx.nodes import home_of, operator_of, taken_branch
 from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
@@ -85,15 +85,19 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
 _KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
 
 
-def _read_inside(graph: Graph, index: int) -> str:
+def _read_inside(graph: Graph, index: int, weight: str) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]
     body = "a branch" if node.op_type == "If" else "the body"
-    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{_of_body(graph, node)}"
+    why = _of_body(graph, node)
+    more = _INTEGERS if why == _OF_BODY["both"] and not graph.is_float(weight) else ""
+    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{why}{more}"
 
 
 # What is said of a body where no data were run.
 DATA_DECIDE = "whether it can be pruned depends on the data, which have not run"
+# What is said of integers besides.
+_INTEGERS = " (integers that several bodies which run share, or that Cast makes floats, are left as they are)"
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
 _OF_BODY = {
@@ -120,7 +124,7 @@ def _too_early(graph: Graph, node: onnx.NodeProto) -> str:
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
-        return Refusal(_read_inside(graph, use.node))
+        return Refusal(_read_inside(graph, use.node, source.name))
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None and _looks_up(node, use.slot):
         table = embedding_table(graph, use.node, source.view)
@@ -150,13 +154,9 @@ def _looks_up(node: onnx.NodeProto, slot: int) -> bool:
     return node.op_type == "Gather" and node.domain in ("", "ai.onnx") and slot == 0
 
 
-# Element types of weights; eight bit integers are those of quantised models.
-_WEIGHT_TYPES = FLOATS | {TensorProto.INT8, TensorProto.UINT8}
-
-
 def _candidate(item: TensorProto) -> bool:
     """A float or quantised tensor, not empty, with two axes or more that are longer than 1: some tool could prune it."""
-    return item.data_type in _WEIGHT_TYPES and all(item.dims) and sum(size > 1 for size in item.dims) >= 2
+    return item.data_type in WEIGHT_TYPES and all(item.dims) and sum(size > 1 for size in item.dims) >= 2
 
 
 def find(graph: Graph) -> Plan:
