@@ -19,18 +19,21 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Aim:
-    """Where a layer's output is judged: in `tensor`, which is scale * output + shift + `other`; before a Relu only where it is positive."""
+    """Where a layer's output is judged: in `tensor`, which is scale * output + shift + factor * `other`; before a Relu only where that is
+    positive. other: a tensor of the pruned network, or one that is stored, that may have to be broadcast (see `rows.as_output`).
+    """
 
     tensor: str
     scale: Doubles
     shift: Doubles
     other: str = ""
+    factor: float = 1.0
     one_sided: bool = False
 
 
 def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
     """Follow a layer's output to the sum that it goes into, and to the Relu behind it."""
-    aim = _start(original, graph, layer)
+    aim = _start(graph, layer)
     if layer.output not in original.producer:
         return replace(aim, tensor=graph.nodes[layer.node].output[0])
     while len(uses := original.uses.get(aim.tensor, [])) == 1 and not original.is_output(aim.tensor):
@@ -51,7 +54,7 @@ def aim_of(original: Graph, graph: Graph, layer: Layer) -> Aim:
     return aim
 
 
-def _start(original: Graph, graph: Graph, layer: Layer) -> Aim:
+def _start(graph: Graph, layer: Layer) -> Aim:
     """A layer's output, with what its node adds that is no bias of the layer: numbers that are not stored as one, or another branch."""
     aim = Aim(layer.output, np.ones(layer.out_channels), np.zeros(layer.out_channels))
     node, slot = graph.nodes[layer.node], LAYER_OPERATORS[layer.op].bias_slot
@@ -62,10 +65,7 @@ def _start(original: Graph, graph: Graph, layer: Layer) -> Aim:
     per_unit = value is not None and layer.output_axis != 0 and value.shape[-1:] == (layer.out_channels,) == (value.size,)
     if value is not None and (value.size == 1 or per_unit):
         return replace(aim, shift=aim.shift + factor * value.reshape(-1).astype(np.float64))
-    shape = original.shape(layer.output)
-    if value is None and factor == 1 and layer.inside is None and shape is not None and graph.shape(node.input[slot]) == shape:
-        return replace(aim, other=node.input[slot])
-    return aim
+    return replace(aim, other=node.input[slot], factor=factor)
 
 
 def _affine(original: Graph, graph: Graph, layer: Layer, aim: Aim, node: onnx.NodeProto, slot: int) -> Aim | None:
@@ -100,7 +100,7 @@ def _positive(original: Graph, graph: Graph, layer: Layer, aim: Aim, node: onnx.
         least = attributes(node).get("min") if original.opset < 11 else original.constant(node.input[1]) if len(node.input) > 1 else None
         if slot or least is None or float(np.asarray(least).reshape(-1)[0]) != 0:
             return None
-    return Aim(aim.tensor, aim.scale, aim.shift, aim.other, one_sided=True)
+    return replace(aim, one_sided=True)
 
 
 # How a layer's output is followed: operator -> step.

@@ -200,7 +200,7 @@ class _Edit:
         return name
 
     def _give_copy(self, layer: Layer, bias: Bias, value: NDArray[Any]) -> None:
-        """Another node reads the bias too: this one gets its own, shaped as it reads the old one."""
+        """Another node reads the bias too, or all units do: this one gets its own, shaped as it reads the old one where that has room."""
         node = self._graph.nodes[bias.node]
         slot = LAYER_OPERATORS[layer.op].bias_slot
         if bias.node != layer.node:
@@ -209,7 +209,8 @@ class _Edit:
         assert slot is not None
         source = trace_constant(self._graph, node.input[slot])
         assert isinstance(source, Source)
-        self._copy.graph.node[bias.node].input[slot] = self._initializer(layer, value.reshape(source.view.shape))
+        own = value.reshape(source.view.shape) if np.prod(source.view.shape) == value.size else _in_place(layer, value)
+        self._copy.graph.node[bias.node].input[slot] = self._initializer(layer, own)
         self._replaced.add(source.name)
 
     def _give_new(self, layer: Layer, value: NDArray[Any]) -> None:
@@ -218,7 +219,7 @@ class _Edit:
         assert slot is not None
         node = self._copy.graph.node[layer.node]
         inputs = [*node.input, *[""] * (slot + 1 - len(node.input))]
-        inputs[slot] = self._initializer(layer, value.reshape((-1, 1) if layer.output_axis == 0 else (-1,)))
+        inputs[slot] = self._initializer(layer, _in_place(layer, value))
         node.input[:] = inputs
 
     def _add_after(self, layer: Layer, value: NDArray[Any]) -> None:
@@ -248,6 +249,11 @@ class _Edit:
         for item in [item for item in graph.initializer if item.name in self._replaced - fixed]:
             graph.initializer.remove(item)
         return self._model
+
+
+def _in_place(layer: Layer, value: NDArray[Any]) -> NDArray[Any]:
+    """A number for each unit, in the shape that the bias of a layer's own node has."""
+    return value.reshape((-1, 1) if layer.output_axis == 0 else (-1,))
 
 
 def _stored(value: Doubles, dtype: np.dtype[Any]) -> NDArray[Any]:

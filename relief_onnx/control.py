@@ -27,7 +27,7 @@ from relief_onnx.errors import DataError
 from relief_onnx.exposed import Exposed, Path, conceal, settled
 from relief_onnx.graph import Graph
 from relief_onnx.inner_branches import folded, joined, parted
-from relief_onnx.layers import find
+from relief_onnx.layers import BODY_OPSET, find
 from relief_onnx.lifting import BRANCHES, Lift, inlined, lift, sink
 from relief_onnx.loops import expose, numbered
 from relief_onnx.lowering import Lowered, Restore, lower
@@ -39,8 +39,6 @@ __all__ = ["branching", "settle"]
 
 # Samples in a batch at the second look: a condition may depend on the size of the batch.
 BATCH = 32
-# The first opset whose operators `loops` uses.
-OPSET = 11
 
 
 def branching(graph: Graph) -> bool:
@@ -72,7 +70,7 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
     restores += [lambda edited, kept: files.share_again(edited, known), *lowered.restores]
     model = lowered.model
     for output in [key_of(node) for node in model.graph.node if _has_bodies(node) and taken_branch(node) in ("", "both")]:
-        found, silent = _exposed(model, output, dataset, draws) if ready.graph.opset >= OPSET else (None, False)
+        found, silent = _exposed(model, output, dataset, draws) if ready.graph.opset >= BODY_OPSET else (None, False)
         if found is not None:
             model, back = found
             restores += back

@@ -14,7 +14,7 @@ from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.ridge import few_rows
-from relief_onnx.rows import Places, drawn, layer_rows
+from relief_onnx.rows import Places, as_output, drawn, layer_rows
 from relief_onnx.solve import MOMENT_FEATURES, SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
@@ -68,7 +68,7 @@ class Equations:
                 self.solves &= layer.bias.view.apply(np.broadcast_to(bias_keep, layer.bias.view.source))
         self._seed, self._after = seed, after
         self._x, self._wanted, other = self._rows(before, after)
-        self._shift = other + aim.shift.astype(np.float32)
+        self._shift = np.float32(aim.factor) * other + aim.shift.astype(np.float32)
         self.met = len(self._x) > 0
 
     def variance(self) -> Doubles:
@@ -207,13 +207,15 @@ class Equations:
     def _rows(self, before: Source, after: Source) -> tuple[NDArray[np.float32], ...]:
         """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""
         layer, name = self._layer, self._aim.other
+        stored = self._graph.constant(name)
         collected: list[tuple[NDArray[Any], ...]] = []
         self._ends: list[int] = []
         for batch in range(after.batches):
             x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
-            other = after.value(name, batch) if name else None
+            other = after.value(name, batch) if name and stored is None else stored
             if x is not None and y is not None:
-                collected.append(layer_rows(layer, x, y, other, *self._chance(batch)))
+                there = None if other is None else as_output(layer, other, y.shape)
+                collected.append(layer_rows(layer, x, y, there, *self._chance(batch)))
             self._ends.append(sum(len(part[0]) for part in collected))
         if not collected:
             none = np.zeros((0, layer.out_channels), np.float32)

@@ -87,7 +87,18 @@ def conceal(model: onnx.ModelProto, record: Exposed) -> onnx.ModelProto:
         put_back(inside.graph, own.held)
         bodies[name].CopyFrom(inside.graph)
     risen(graph, node, record.sunk)
+    _once(graph, node)
     return result
+
+
+def _once(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
+    """Take out of the bodies of a node what the graph around has under that name: the form of the file brings along what it reads."""
+    stored = {item.name: item for item in graph.initializer}
+    pending = list(bodies_of(node).values())
+    while pending:
+        body = pending.pop()
+        keep_only(body.initializer, lambda item: stored.get(item.name) != item)
+        pending += [inner for item in body.node for inner in subgraphs(item)]
 
 
 def _in_form(inside: onnx.ModelProto, own: Body, around: onnx.GraphProto) -> onnx.ModelProto:

@@ -22,10 +22,12 @@ from relief_onnx.aside import array_of
 from relief_onnx.nodes import STANDARD, attributes, captured, operator_of, subgraphs
 from relief_onnx.shapes import Dim, Shapes, infer
 
-__all__ = ["Graph", "Use", "attributes", "subgraphs"]
+__all__ = ["FLOATS", "WEIGHT_TYPES", "Graph", "Use", "attributes", "subgraphs"]
 
 Shape = tuple[int | str | None, ...]
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
+# Element types of weights; eight bit integers are those of quantised models.
+WEIGHT_TYPES = FLOATS | {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 
 
 @dataclass(frozen=True)

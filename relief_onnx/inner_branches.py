@@ -15,7 +15,7 @@ import onnx
 from relief_onnx.aside import array_of
 from relief_onnx.bodies import Names, as_stored, bodies_of, keep_only, key_of, opened, put_back, unique_bodies
 from relief_onnx.exposed import Path
-from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.graph import WEIGHT_TYPES, Graph
 from relief_onnx.lifting import inlined, rename_in
 from relief_onnx.nodes import captured
 
@@ -65,7 +65,7 @@ def parted(model: onnx.ModelProto, output: str, ran: Mapping[Path, bool]) -> tup
     for graph in running:
         for name, tensor in list(_held(graph)):
             readers = [body for body, known in silent if name in known]
-            if readers and name in read and tensor.data_type in FLOATS and math.prod(tensor.dims) > 1:
+            if readers and name in read and tensor.data_type in WEIGHT_TYPES and math.prod(tensor.dims) > 1:
                 copy = (readers[0] if len(readers) == 1 else graph).initializer.add()
                 copy.CopyFrom(tensor)
                 copy.name = names.free(f"{name}/unrun")

@@ -14,7 +14,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
-from relief_onnx.graph import FLOATS, Graph, Use, attributes
+from relief_onnx.graph import WEIGHT_TYPES, Graph, Use, attributes
 from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
 from relief_onnx.nodes import home_of, operator_of, taken_branch
 from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
@@ -23,7 +23,7 @@ from relief_onnx.reasons import why_no_layer
 from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 
-__all__ = ["DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
+__all__ = ["BODY_OPSET", "DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
 
 
 def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
@@ -38,6 +38,8 @@ def _bias(graph: Graph, layer: Layer, tensor: str, factor: float, node: int) -> 
     source = trace_constant(graph, tensor)
     if not isinstance(source, Source) or not graph.is_float(source.name):
         return None
+    if layer.op == "Gemm" and node == layer.node and int(np.prod(source.view.shape)) == 1 < layer.out_channels:
+        return Bias(source.name, source.view.reshape(1).spread(layer.out_channels), factor, node, shared=True)
     shape, rank = source.view.shape, _rank(graph, layer)
     axis = layer.output_axis if layer.output_axis < 0 else layer.output_axis - rank if rank else None
     per_unit = int(np.prod(shape)) == layer.out_channels and (
@@ -83,15 +85,19 @@ def _with_following_add(graph: Graph, layer: Layer) -> Layer:
 _KEPT = {3: "bias", 5: "first state", 6: "first state", 7: "peepholes"}
 
 
-def _read_inside(graph: Graph, index: int) -> str:
+def _read_inside(graph: Graph, index: int, weight: str) -> str:
     """Why a weight that a body captures is left alone."""
     node = graph.nodes[index]
     body = "a branch" if node.op_type == "If" else "the body"
-    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{_OF_BODY.get(taken_branch(node), _NEVER)}"
+    why = _of_body(graph, node)
+    more = _INTEGERS if why == _OF_BODY["both"] and not graph.is_float(weight) else ""
+    return f"{body} of {operator_of(node)} node {graph.names[index]} reads it{why}{more}"
 
 
 # What is said of a body where no data were run.
 DATA_DECIDE = "whether it can be pruned depends on the data, which have not run"
+# What is said of integers besides.
+_INTEGERS = " (integers that several bodies which run share, or that Cast makes floats, are left as they are)"
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
 _OF_BODY = {
@@ -99,12 +105,26 @@ _OF_BODY = {
     "both": ", as no layer that can be pruned",
     "old": ", which is not looked into below IR version 4",
 }
+# The first opset whose operators `loops` uses to look into bodies that are not moved out.
+BODY_OPSET = 11
+
+
+def _of_body(graph: Graph, node: onnx.NodeProto) -> str:
+    return _too_early(graph, node) or _OF_BODY.get(taken_branch(node), _NEVER)
+
+
+def _too_early(graph: Graph, node: onnx.NodeProto) -> str:
+    """What is said of bodies that stay where they are in a file of an early opset, such as that of a Scan with a batch (opset 8)."""
+    stays = taken_branch(node) == "both" or (not taken_branch(node) and node.op_type != "If")
+    if graph.opset >= BODY_OPSET or not stays:
+        return ""
+    return f", which is not looked into at opset {graph.opset}: export the model at opset {BODY_OPSET} or later"
 
 
 def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
-        return Refusal(_read_inside(graph, use.node))
+        return Refusal(_read_inside(graph, use.node, source.name))
     row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if row is None and _looks_up(node, use.slot):
         table = embedding_table(graph, use.node, source.view)
@@ -134,13 +154,9 @@ def _looks_up(node: onnx.NodeProto, slot: int) -> bool:
     return node.op_type == "Gather" and node.domain in ("", "ai.onnx") and slot == 0
 
 
-# Element types of weights; eight bit integers are those of quantised models.
-_WEIGHT_TYPES = FLOATS | {TensorProto.INT8, TensorProto.UINT8}
-
-
 def _candidate(item: TensorProto) -> bool:
     """A float or quantised tensor, not empty, with two axes or more that are longer than 1: some tool could prune it."""
-    return item.data_type in _WEIGHT_TYPES and all(item.dims) and sum(size > 1 for size in item.dims) >= 2
+    return item.data_type in WEIGHT_TYPES and all(item.dims) and sum(size > 1 for size in item.dims) >= 2
 
 
 def find(graph: Graph) -> Plan:
@@ -236,12 +252,13 @@ def _inner(graph: Graph) -> list[Skipped]:
     found: list[Skipped] = []
     for i, node in enumerate(graph.nodes):
         for name in (item.name for item in node.attribute if item.type == AttributeProto.GRAPH):
-            known = "and no layer that can be pruned reads it there" if taken_branch(node) == "both" else ""
+            runs = taken_branch(node) == "both" and not _too_early(graph, node)
+            known = "and no layer that can be pruned reads it there" if runs else ""
             known += " on samples one by one" if known and node.op_type == "If" else ""
             where = f"it lives inside the {name} of {operator_of(node)} node {graph.names[i]}"
-            reason = f"{where}, {known}" if known else where + _OF_BODY.get(taken_branch(node), _NEVER)
+            reason = f"{where}, {known}" if known else where + _of_body(graph, node)
             body = next(item.g for item in node.attribute if item.name == name)
-            rows = _held_in(body, where.removeprefix("it lives "), reason, bool(known))
+            rows = _held_in(body, where.removeprefix("it lives "), reason, runs)
             found += [Skipped(graph.names[i], operator_of(node), name, tuple(item.dims), why) for name, item, why in rows]
     return found
 

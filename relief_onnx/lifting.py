@@ -18,7 +18,7 @@ from onnx import helper
 
 from relief_onnx import model as files
 from relief_onnx.aside import array_of
-from relief_onnx.graph import FLOATS, Graph
+from relief_onnx.graph import WEIGHT_TYPES, Graph
 from relief_onnx.nodes import captured, mark_taken, subgraphs, taken_branch, unmark
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _own_copies(model: onnx.ModelProto, other: onnx.GraphProto) -> dict[str, str
     """Give a branch that never ran copies of the weights that it shares with what runs: by the copy's name, the weight."""
     reads = captured(other)
     elsewhere = {name for item in model.graph.node for name in item.input}
-    shared = [item for item in model.graph.initializer if item.name in reads & elsewhere and item.data_type in FLOATS]
+    shared = [item for item in model.graph.initializer if item.name in reads & elsewhere and item.data_type in WEIGHT_TYPES]
     shared = [item for item in shared if int(np.prod(item.dims)) > 1]
     copies = dict(zip([item.name for item in shared], _free_names(model, [f"{item.name}/unrun" for item in shared]), strict=True))
     for item in shared:
@@ -276,7 +276,7 @@ def rename_in(graph: onnx.GraphProto, new: Mapping[str, str]) -> None:
     """Rename tensors in a graph and all its bodies."""
     if not new:
         return
-    for field in (graph.initializer, graph.value_info, graph.output):
+    for field in (graph.input, graph.initializer, graph.value_info, graph.output):
         for item in field:
             item.name = new.get(item.name, item.name)
     for node in graph.node:

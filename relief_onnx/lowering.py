@@ -43,12 +43,15 @@ def _halves(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
 def _rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
     """A pass: `rearranged`, biases whole again on the way back."""
     found = rearranged(model)
-    return None if found is None else (found[0], lambda edited, kept: join_biases(edited, model))
+    if found is None:
+        return None
+    result, back = found
+    return result, lambda edited, kept: join_biases(back(edited, kept), model)
 
 
 # For the body of a node (see `loops`).
 INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, lower_quantised, lay_open)
-# For one that runs: what the last one does is not undone.
+# For one that runs.
 RUNNING_PASSES: tuple[Pass, ...] = (*INNER_PASSES, _rearranged)
 
 

@@ -14,7 +14,10 @@ __all__ = ["Bias", "Geometry", "Layer", "Plan", "Skipped"]
 
 @dataclass(frozen=True)
 class Bias:
-    """The constant that a layer adds. `factor` is Gemm's beta; `node` is the Add that holds it, or the layer's own number."""
+    """The constant that a layer adds. `factor` is Gemm's beta; `node` is the Add that holds it, or the layer's own number.
+
+    shared: other nodes read it too, or it is one number for all units, so it is not changed for one of them alone.
+    """
 
     name: str
     view: View

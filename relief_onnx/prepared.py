@@ -16,6 +16,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find
 from relief_onnx.lowering import Lowered, lower
 from relief_onnx.pack import packed_names, unpack
+from relief_onnx.shadows import unshadowed
 from relief_onnx.sparse import densified
 
 __all__ = ["Prepared", "prepare"]
@@ -79,6 +80,7 @@ def prepare(source: files.ModelSource) -> Prepared:
     origin = files.origin_of(source)
     sha256, size = files.given_identity(source, loaded)
     original, sparse = densified(unpack(loaded))
+    original = unshadowed(original)
     lowered = lower(files.prepare(original))
     graph = Graph(lowered.model)
     return Prepared(

@@ -6,17 +6,22 @@ was made from. Chains that are mere changes of layout stay: every later step rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper
 
 from relief_onnx.aside import tensor_of
+from relief_onnx.bodies import keep_only
 from relief_onnx.datatypes import Kept
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.layers import LAYER_OPERATORS
 from relief_onnx.nodes import STANDARD
+from relief_onnx.ordering import sort_nodes
 from relief_onnx.recurrent_layers import is_bias, split_biases
 from relief_onnx.session import Session
 
@@ -28,7 +33,7 @@ _READERS = frozenset({*LAYER_OPERATORS, "LSTM", "GRU", "RNN"})
 
 
 def rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto, Kept], onnx.ModelProto]] | None:
-    """A pass (see `lowering`). What it does is not undone: the file computes the same with fewer nodes."""
+    """A pass (see `lowering`). It is undone where what is stored is still the same; else the file computes its own with fewer nodes."""
     graph = Graph(model)
     chains = {name: chain for name in _parameters(graph) if (chain := _chain(graph, name)) is not None}
     chosen = _complete(graph, chains)
@@ -56,11 +61,69 @@ def rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.
     notes = [info for info in model.graph.value_info if info.name not in gone]
     del result.graph.value_info[:]
     result.graph.value_info.extend(notes)
-    return split_biases(result), _as_it_is
+    chosen_chains = tuple(_Chain(name, new[name], values[name], *chains[name]) for name in chosen)
+    return split_biases(result), lambda edited, kept: _undone(edited, graph, chosen_chains)
 
 
-def _as_it_is(model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:
-    return model
+@dataclass(frozen=True)
+class _Chain:
+    """What made `tensor` in the file: numbers of its nodes, and the stored floats. made: what has been stored instead, as `value`."""
+
+    tensor: str
+    made: str
+    value: NDArray[Any]
+    nodes: set[int]
+    sources: set[str]
+
+
+def _undone(model: onnx.ModelProto, before: Graph, chains: Sequence[_Chain]) -> onnx.ModelProto:
+    """The model with the chains whose results nobody changed, in place of these."""
+    graph = Graph(model)
+    changed = [chain for chain in chains if not _stored_still(graph, chain)]
+    while more := [chain for chain in chains if chain not in changed and any(chain.sources & other.sources for other in changed)]:
+        changed += more  # what they are made of would be stored beside what it became
+    back = [chain for chain in chains if chain not in changed]
+    if not back:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    gone = {chain.made for chain in back} | {half for chain in back for half in _halves(graph, chain.made)}
+    keep_only(result.graph.initializer, lambda item: item.name not in gone)
+    keep_only(result.graph.node, lambda item: not gone.intersection(item.output))
+    for node in result.graph.node:
+        for chain in back:
+            for slot in [slot for slot, name in enumerate(node.input) if name == chain.made]:
+                node.input[slot] = chain.tensor
+    stored = {item.name for item in result.graph.initializer}
+    made = {name for node in result.graph.node for name in node.output}
+    nodes = [before.nodes[number] for number in sorted(set().union(*(chain.nodes for chain in back)))]
+    needed = [name for node in nodes for name in node.input if name and name not in stored | made]
+    result.graph.initializer.extend(before.initializers[name] for name in dict.fromkeys(needed) if name in before.initializers)
+    held = sorted({before.producer[name] for name in needed if name in before.producer} - set().union(*(chain.nodes for chain in back)))
+    tensors = {chain.tensor for chain in back}
+    first = next((place for place, node in enumerate(result.graph.node) if tensors.intersection(node.input)), 0)
+    for place, node in enumerate([*(before.nodes[number] for number in held), *nodes], first):
+        result.graph.node.insert(place, node)
+    sort_nodes(result.graph.node)
+    return result
+
+
+def _halves(graph: Graph, made: str) -> list[str]:
+    """Of a bias that is in two halves, these."""
+    node = graph.nodes[graph.producer[made]] if made in graph.producer else None
+    return list(node.input) if node is not None and is_bias(graph, node) else []
+
+
+def _stored_still(graph: Graph, chain: _Chain) -> bool:
+    """Whether the result of a chain is stored as it was when it was computed, and for nobody but the graph's nodes."""
+    halves = _halves(graph, chain.made)
+    parts = halves or [chain.made]
+    if any(name not in graph.initializers or graph.is_output(name) for name in parts):
+        return False
+    if any(len(graph.uses.get(name, ())) != 1 for name in halves) or any(use.slot < 0 for use in graph.uses.get(chain.made, ())):
+        return False
+    value = np.concatenate([graph.array(name) for name in parts], axis=1) if halves else graph.array(chain.made)
+    return value.shape == chain.value.shape and value.dtype == chain.value.dtype and value.tobytes() == chain.value.tobytes()
 
 
 def _parameters(graph: Graph) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
-from relief_onnx.recurrent_layers import whole_bias
+from relief_onnx.recurrent_layers import idle_gates, whole_bias
 from relief_onnx.recurrent_reads import cell_of
 
 __all__ = ["RecurrentShares", "around", "looped", "of_states", "recurrent_shares"]
@@ -47,13 +47,14 @@ def recurrent_shares(graph: Graph, node: onnx.NodeProto, inputs: Doubles, states
     directions, rows, features = w.shape
     hidden = r.shape[2]
     power = 2 if squared else 1
-    own = np.abs(w.astype(np.float64) ** power).reshape(directions, rows // hidden, hidden, features).sum(1) * inputs.reshape(1, 1, -1)
-    loop = np.abs(r.astype(np.float64) ** power).reshape(directions, rows // hidden, hidden, hidden).sum(1)
+    gates = [gate for gate in range(rows // hidden) if gate not in idle_gates(node)]
+    own = np.abs(w.astype(np.float64) ** power).reshape(directions, -1, hidden, features)[:, gates].sum(1) * inputs.reshape(1, 1, -1)
+    loop = np.abs(r.astype(np.float64) ** power).reshape(directions, -1, hidden, hidden)[:, gates].sum(1)
     loop = loop * np.broadcast_to(states, (directions * hidden,)).reshape(directions, 1, hidden)
     bias = np.zeros((directions, hidden))
     known = whole_bias(graph, graph.producer[next(name for name in node.output if name)])
     if known is not None and not squared:
-        bias = np.abs((known[0] + known[1]).reshape(directions, rows // hidden, hidden)).sum(1)
+        bias = np.abs((known[0] + known[1]).reshape(directions, -1, hidden))[:, gates].sum(1)
     return _parts(own, loop, bias)
 
 
@@ -84,10 +85,11 @@ def layer_shares(w: Layer, r: Layer, shares: Mapping[str, Doubles], totals: Mapp
     assert kind is not None
     sizes = (kind.directions, kind.gates, kind.hidden)
     inflow, rows = [], []
+    works = ~np.isin(np.arange(kind.gates), kind.idle)
     for layer in (w, r):
-        total = totals.get(layer.name, np.full(layer.out_channels, float(layer.in_per_group)))
-        inflow.append((shares[layer.name] * total[:, None]).reshape(*sizes, -1).sum(1))
-        rows.append(total.reshape(sizes))
+        total = totals.get(layer.name, np.full(layer.out_channels, float(layer.in_per_group))).reshape(sizes) * works[:, None]
+        inflow.append((shares[layer.name] * total.reshape(-1, 1)).reshape(*sizes, -1).sum(1))
+        rows.append(total)
     # What of the rows is no connection is their bias.
     bias = sum(part.sum(1) for part in rows) - sum(part.sum(2) for part in inflow)
     every = rows[0].sum(1) + rows[1].sum(1)

@@ -28,6 +28,7 @@ __all__ = [
     "WITHIN",
     "Recurrent",
     "describe",
+    "idle_gates",
     "is_bias",
     "is_recurrent",
     "join_biases",
@@ -40,6 +41,7 @@ __all__ = [
 
 # Gate rows of each hidden unit: i o f c, z r h, and one.
 GATES: Mapping[str, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_FORGET = 2
 WITHIN = "/halves"  # how the node that joins the halves of a bias is named
 
 
@@ -59,7 +61,8 @@ class Recurrent:
     """What a layer is to its node: `part` "W" or "R", and the node's sizes.
 
     `resets`: the candidate rows of R read the state times the reset gate (GRU with linear_before_reset 0), so that each gate of each
-    direction is a group of its own.
+    direction is a group of its own. `idle`: gates whose rows the node never looks at (of an LSTM with input_forget, which forgets what
+    the input gate does not let in).
     """
 
     part: str
@@ -67,6 +70,7 @@ class Recurrent:
     gates: int
     hidden: int
     resets: bool = False
+    idle: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -97,13 +101,16 @@ def describe(graph: Graph, index: int, slot: int) -> tuple[Recurrent, View] | Re
     unknown = [name for item in values.get("activations", ()) if (name := text(item).lower()) not in ACTIVATION_NAMES]
     if unknown:
         return Refusal(f"its activation {unknown[0]} is not known")
-    if values.get("input_forget", 0):
-        return Refusal("its input and forget gates are one (input_forget)")
     own = sources[slot - 1]
     assert isinstance(own, Source)
     resets = node.op_type == "GRU" and not values.get("linear_before_reset", 0)
-    found = Recurrent("W" if slot == 1 else "R", shapes[0][0], gates, shapes[1][2], resets)
+    found = Recurrent("W" if slot == 1 else "R", shapes[0][0], gates, shapes[1][2], resets, idle_gates(node))
     return found, own.view.reshape(shapes[0][0] * shapes[0][1], own.view.shape[2])
+
+
+def idle_gates(node: onnx.NodeProto) -> tuple[int, ...]:
+    """Gates of a node whose rows nothing depends on."""
+    return (_FORGET,) if node.op_type == "LSTM" and attributes(node).get("input_forget", 0) else ()
 
 
 def is_bias(graph: Graph, node: onnx.NodeProto) -> bool:

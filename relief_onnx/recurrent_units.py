@@ -223,8 +223,9 @@ def read_units(layers: Mapping[str, Layer], weights: Mapping[int, NDArray[Any]],
 
 
 def tiled(units: Flags, layer: Layer) -> Flags:
-    """Flags of units [directions, hidden] for each row of a layer [out]."""
+    """Flags of units [directions, hidden] for each row of a layer [out]; none for rows of gates that are idle."""
     kind = layer.recurrent
     assert kind is not None
-    rows: Flags = np.broadcast_to(units[:, None], (kind.directions, kind.gates, kind.hidden)).reshape(-1)
+    works = ~np.isin(np.arange(kind.gates), kind.idle)
+    rows: Flags = (units[:, None] & works[:, None]).reshape(-1)
     return rows

@@ -25,7 +25,7 @@ from relief_onnx.nodes import chooses
 from relief_onnx.pairs import pairs_of
 from relief_onnx.recurrent_equations import Loop, NoEquations, Values, inputs_of, start_of
 from relief_onnx.repair_inside import Inside
-from relief_onnx.replay import Replay
+from relief_onnx.replay import Replay, constant_nodes
 from relief_onnx.surgery import apply_weights
 
 __all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "few_rows_anywhere", "refusal", "repair", "samples_of", "sweep"]
@@ -128,7 +128,8 @@ def sweep(
     read = {name for layer in outside for name in inputs_of(original, original.producer[layer.output])}
     free = {layer.weight for layer in layers}
     new: dict[str, NDArray[Any]] = {}
-    with Replay(original, feeds, {*last, *read}, threads=threads) as before, Replay(graph, feeds, (), threads=threads) as after:
+    added = {aim.other for aim in aims.values()} & constant_nodes(graph).keys()
+    with Replay(original, feeds, {*last, *read}, threads=threads) as before, Replay(graph, feeds, added, threads=threads) as after:
         for layer in layers:
             if layer.inside is not None and (body is None or body.node != layer.inside):
                 body = Inside(original, graph, layer.inside, before, after, new)

@@ -23,7 +23,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.session import Session
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["MEMORY_BYTES", "Aside", "Replay"]
+__all__ = ["MEMORY_BYTES", "Aside", "Replay", "constant_nodes"]
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -61,7 +61,9 @@ class Replay:
         self._stack = ExitStack()
         self._folder: Path | None = None
         self._last = {name: max(use.node for use in uses) for name, uses in graph.uses.items()}
-        self._constant = _constant_nodes(graph)
+        constant = constant_nodes(graph)
+        stays = {constant[name] for name in self._wanted & constant.keys()}
+        self._constant = {name: index for name, index in constant.items() if index not in stays}
         self.batches = len(feeds)
 
     def __enter__(self) -> Replay:
@@ -181,7 +183,7 @@ class Replay:
             self._held -= getattr(value, "nbytes", 0)
 
 
-def _constant_nodes(graph: Graph) -> dict[str, int]:
+def constant_nodes(graph: Graph) -> dict[str, int]:
     """By tensor, the number of the node that computes it, of all that depend on no input of the model and on no chance."""
     found: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from relief_onnx.gram import patches
 from relief_onnx.layers import Layer
 
-__all__ = ["POSITIONS", "Places", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
+__all__ = ["POSITIONS", "Places", "as_output", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
 
 # Of a convolution the places in its output, axis by axis, the same in all samples of a batch; of a dense layer rows of the whole batch.
 Places = tuple[NDArray[np.intp], ...]
@@ -62,6 +62,13 @@ def outputs_at(layer: Layer, y: NDArray[Any], places: Places) -> Floats:
     else:
         found = np.moveaxis(y, layer.output_axis, -1).reshape(-1, layer.out_channels)[places]
     return found
+
+
+def as_output(layer: Layer, value: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """What a layer's node adds to its output, of that shape; a vector that a convolution adds has a number for each channel."""
+    if layer.geometry is not None and value.ndim == 1:
+        value = value.reshape(-1, *(1,) * (len(shape) - 2))
+    return np.broadcast_to(value, shape)
 
 
 def spread(layer: Layer, rows: Floats, shape: tuple[int, ...], places: Places) -> Floats:

@@ -6,6 +6,7 @@ a mask or a repaired weight that is computed in the canonical layout can be writ
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,16 @@ from numpy.typing import NDArray
 __all__ = ["View"]
 
 Step = tuple[str, tuple[int, ...]]
+_FORWARD: Mapping[str, Callable[[NDArray[Any], tuple[int, ...]], NDArray[Any]]] = {
+    "transpose": np.transpose,
+    "reshape": np.reshape,
+    "spread": np.broadcast_to,
+}
 
 
 @dataclass(frozen=True)
 class View:
-    """An invertible chain of transposes and reshapes, from `source` shape to `shape`."""
+    """A chain of transposes and reshapes from `source` shape to `shape`, which can be inverted; one that was `spread` cannot."""
 
     source: tuple[int, ...]
     shape: tuple[int, ...]
@@ -46,14 +52,20 @@ class View:
             return self
         return replace(self, shape=shape, steps=(*self.steps, ("reshape", shape)))
 
+    def spread(self, *shape: int) -> View:
+        """Let one number stand for all of that shape."""
+        return replace(self, shape=shape, steps=(*self.steps, ("spread", shape)))
+
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """From the initializer's layout to the canonical one."""
         for kind, argument in self.steps:
-            array = array.transpose(argument) if kind == "transpose" else array.reshape(argument)
+            array = _FORWARD[kind](array, argument)
         return array
 
     def invert(self, array: NDArray[Any]) -> NDArray[Any]:
-        """From the canonical layout back to the initializer's."""
+        """From the canonical layout back to the initializer's. Raises ValueError where one number stands for several."""
+        if any(kind == "spread" for kind, _ in self.steps):
+            raise ValueError(f"one number stands for all of {list(self.shape)}")
         shapes = [self.source]
         for kind, argument in self.steps:
             shapes.append(tuple(shapes[-1][axis] for axis in argument) if kind == "transpose" else argument)
@@ -63,7 +75,7 @@ class View:
 
     def source_axis(self, axis: int) -> int | None:
         """The initializer's axis that is this canonical axis, whole and unmixed; None where a reshape mixed it."""
-        if self.shape[axis] == 1:
+        if self.shape[axis] == 1 or any(kind == "spread" for kind, _ in self.steps):
             return None
         shapes = [self.source]
         for kind, argument in self.steps:

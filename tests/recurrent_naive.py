@@ -21,7 +21,7 @@ def sigmoid(x: Array) -> Array:
 
 @dataclass
 class Node:
-    """Arrays as the node stores them, all float64; `directions` of "f" and "b"."""
+    """Arrays as the node stores them, all float64; `directions` of "f" and "b". coupled: an LSTM with input_forget."""
 
     op: str
     w: Array
@@ -29,6 +29,7 @@ class Node:
     b: Array
     before_reset: bool = False
     directions: str = "f"
+    coupled: bool = False
 
     @property
     def hidden(self) -> int:
@@ -58,7 +59,7 @@ class Node:
             return np.tanh(own + loop), c, [h], own + loop
         if self.op == "LSTM":
             i, o, f = (sigmoid((own + loop)[gates[g]]) for g in range(3))
-            c = f * c + i * np.tanh((own + loop)[gates[3]])
+            c = (1 - i if self.coupled else f) * c + i * np.tanh((own + loop)[gates[3]])
             return o * np.tanh(c), c, [h] * 4, own + loop
         z, reset = (sigmoid((own + loop)[gates[g]]) for g in range(2))
         last = own[gates[2]] + (reset * loop[gates[2]] if self.before_reset else r[gates[2]] @ (reset * h) + rb[gates[2]])
@@ -104,6 +105,8 @@ def model(
         "hidden_size": node.hidden,
         "direction": {"f": "forward", "b": "reverse", "fb": "bidirectional"}[node.directions],
     }
+    if node.coupled:
+        how["input_forget"] = 1
     if node.op == "GRU":
         how["linear_before_reset"] = int(node.before_reset)
     nodes.append(

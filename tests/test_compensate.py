@@ -306,8 +306,7 @@ def one_gemm(c: tuple[int, ...] | None, beta: float = 1.0, stored: bool = True) 
     [
         (one_gemm((3,), 0.0), "multiplied by 0"),
         (one_gemm(None, 0.0), "beta is 0"),
-        (one_gemm((1,)), "not one stored number for each unit"),
-        (one_gemm((1, 1)), "not one stored number for each unit"),
+        (one_gemm((2, 3)), "not one stored number for each unit"),
         (one_gemm((3,), stored=False), "not one stored number for each unit"),
     ],
 )
@@ -318,6 +317,17 @@ def test_a_bias_that_cannot_take_it_is_left_alone_with_a_reason(model: onnx.Mode
     assert result is model
     assert not shift.moved
     assert why in shift.reason
+
+
+@pytest.mark.parametrize("c", [(), (1,), (1, 1)])
+def test_one_number_for_all_units_becomes_one_for_each(c: tuple[int, ...]) -> None:
+    model = one_gemm(c, 2.0)
+    graph = Graph(model)
+    plan = find(graph)
+    result, (shift,) = compensate(graph, plan, random_masks(graph, 0), {plan.layers[0].name: np.ones(4)})
+    assert shift.moved
+    old, new = (next(item for item in each.graph.initializer if item.name == each.graph.node[0].input[2]) for each in (model, result))
+    assert (list(new.dims), old.name in {item.name for item in result.graph.initializer}) == ([3], False)
 
 
 @pytest.mark.parametrize("shape", [(4,), None])

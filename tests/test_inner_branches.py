@@ -176,6 +176,32 @@ def test_gates_in_another_order_in_a_branch_that_the_data_choose(place: str) -> 
         np.testing.assert_array_equal(run(found.model, high), run(model, high))
 
 
+@pytest.mark.parametrize("flags", [(True, False), (True,)])
+@pytest.mark.parametrize("place", SPEECH_HELD)
+def test_gates_that_lost_nothing_are_stored_as_they_were(place: str, flags: tuple[bool, ...]) -> None:
+    """In a branch that the data choose, and in one that always runs: no second copy for the branch that never ran."""
+    model = nested.Case(SPEECH, SPEECH_HELD[place], nested.unmet).model()
+    data = [feed | {"flag": np.array(flags[n % len(flags)])} for n, feed in enumerate(feeds(low=-1000.0))]
+    opened = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    assert {"ih", "hh"} <= {layer.weight for layer in opened.plan.layers}
+    back = opened.restored(opened.graph.model)
+    onnx.checker.check_model(back, full_check=True)
+    assert sorted(stored(back)) == sorted(stored(model))
+    assert back.ByteSize() <= model.ByteSize()
+    for low in (-1000.0, 1000.0):
+        feed = feeds(1, low=low)[0] | {"flag": np.array(True)}
+        np.testing.assert_array_equal(run(back, feed), run(model, feed))
+
+
+def test_gates_that_lost_nothing_beside_a_layer_that_did() -> None:
+    model = nested.Case(SPEECH, SPEECH_HELD["net"], nested.unmet).model()
+    flagged = [feed | {"flag": np.array(n % 2 == 0)} for n, feed in enumerate(feeds(low=-1000.0))]
+    found = relief_onnx.prune(model, flagged, only="never", **OPTIONS["relief"])
+    assert not found.masks.keep["never"].all()
+    assert sorted(stored(found.model)) == sorted(stored(model))
+    assert found.report["output"]["params"] == found.report["input"]["params"]
+
+
 _RANKS = """net (float[N, 8] x, bool flag, bool deep) => (float[N, 4] y) <int64 two = {2}, int64[1] axis = {0}> {
     a = If (flag) <
         then_branch = one () => (float[D, E] a_one) { a_one = Tanh(x) },
@@ -220,3 +246,66 @@ def test_a_branch_within_a_body_that_the_signature_decides_goes() -> None:
     assert not unrun(found.model)
     for weight, keep in wanted.masks.keep.items():
         np.testing.assert_array_equal(found.masks.keep[weight], keep)
+
+
+_INTEGERS = """
+    NAME_q, NAME_s, NAME_z = DynamicQuantizeLinear(xi)
+    NAME_i = MatMulInteger(NAME_q, wq, NAME_z)
+    NAME_f = Cast <to = 1> (NAME_i)
+    NAME_m = Mul(NAME_s, scale)
+    NAME = Mul(NAME_f, NAME_m)"""
+_CHOICE = f"""s = ReduceSum <keepdims = 0> (xi)
+    c = Greater(s, low)
+    o = If (c) <
+        then_branch = one () => (float[N, 8] o_then) {{ {_INTEGERS.replace("NAME", "p")}  o_then = Tanh(p) }},
+        else_branch = two () => (float[N, 8] o_else) {{ {_INTEGERS.replace("NAME", "r")}  o_else = Neg(r) }}
+    >"""
+_QUANTISED = {
+    "Loop": f"""net (float[5, N, 8] x, float low) => (float[5, N, 8] y) <int64 steps = {{5}}> {{
+        y = Loop (steps, "") <body = each (int64 i, bool going) => (bool again, float[N, 8] o) {{
+            again = Identity(going)
+            xi = Gather <axis = 0> (x, i)
+            {_CHOICE}
+        }}>
+    }}""",
+    "If": f"net (float[5, N, 8] x, float low) => (float[5, N, 8] y) {{ xi = Identity(x)  {_CHOICE}  y = Identity(o) }}".replace(
+        "(float[N, 8]", "(float[5, N, 8]"
+    ),
+}
+
+
+def quantised(operator: str) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {_QUANTISED[operator]}')
+    rng = np.random.default_rng(0)
+    integers, scale = rng.integers(-127, 128, (8, 8)).astype(np.int8), rng.uniform(0.01, 0.02, 8).astype(np.float32)
+    model.graph.initializer.extend([onnx.numpy_helper.from_array(integers, "wq"), onnx.numpy_helper.from_array(scale, "scale")])
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("operator", _QUANTISED)
+def test_integers_that_two_branches_share_which_run_stay_and_the_reason_says_so(operator: str) -> None:
+    model = quantised(operator)
+    data = [*feeds(low=-1000.0), *feeds(low=1000.0)]
+    opened = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    reasons = {row.weight: row.reason for row in opened.plan.skipped}
+    assert "integers that several bodies which run share" in reasons["wq"]
+
+
+@pytest.mark.parametrize("operator", _QUANTISED)
+def test_integers_that_a_branch_shares_which_never_ran(operator: str) -> None:
+    """They are pruned like floats; that branch computes what it did, and has no copy where nothing changed."""
+    model = quantised(operator)
+    data = feeds(low=-1000.0)
+    opened = settle(prepare(model), open_dataset(data, input_specs(model)), samples=None, seed=0, threads=1)
+    assert sorted(stored(opened.restored(opened.graph.model))) == sorted(stored(model))
+    found = relief_onnx.prune(model, data, keep="50%", storage="dense")
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert rows["wq"]["status"] == "pruned"
+    assert "never ran" in rows["wq/unrun"]["reason"]
+    kept = next(onnx.numpy_helper.to_array(item) for item in found.model.graph.initializer if item.name == "wq")
+    assert kept.dtype == np.int8
+    assert np.count_nonzero(kept) == 32
+    for feed in feeds(3, low=1000.0):
+        np.testing.assert_array_equal(run(found.model, feed), run(model, feed))
+    assert not np.array_equal(run(found.model, data[0]), run(model, data[0]))

@@ -272,3 +272,37 @@ def test_channels_within_a_body_stay_and_the_reason_says_what_can_go() -> None:
     found = relief_onnx.prune(model, loops.samples(), granularity="channel+weight", keep="60%", round_to=1)
     told = {group["reason"] for group in found.report["groups"]} | {row["reason"] for row in found.report["layers"]}
     assert any("inside Loop node again, where whole channels stay" in reason for reason in told if reason), told
+
+
+@pytest.mark.parametrize(("operator", "opset"), [("Scan", 8), ("Scan", 10), ("Loop", 10)])
+def test_files_of_an_early_opset(operator: str, opset: int) -> None:
+    """A Scan of opset 8 has a batch and takes the lengths of its sequences."""
+    rng = np.random.default_rng(0)
+    batch, first = ((2,), [""]) if opset == 8 else ((), [])
+    own = [cases.node("MatMul", "i w", "p"), cases.node("Add", "p s", "s_out"), cases.node("Identity", "s_out", "o")]
+    given, made, stored = [cases.value("s", 6), cases.value("i", 8)], [cases.value("s_out", 6), cases.value("o", 6)], {"w": (8, 6)}
+    if operator == "Loop":
+        own = [helper.make_node("Gather", ["xx", "n"], ["i"], axis=0), cases.node("Identity", "go", "again"), *own]
+        given = [cases.value("n", kind=onnx.TensorProto.INT64), cases.value("go", kind=onnx.TensorProto.BOOL), given[0]]
+        made = [cases.value("again", kind=onnx.TensorProto.BOOL), *made]
+    tensors = [onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in stored.items()]
+    body = helper.make_graph(own, "body", given, made, tensors)
+    inputs = ["steps", "", "start"] if operator == "Loop" else [*first, "start", "xx"]
+    count = {} if operator == "Loop" else {"num_scan_inputs": 1}
+    nodes = [
+        cases.node("MatMul", "x w1", "xx"),
+        helper.make_node(operator, inputs, ["end", "all"], name="again", body=body, **count),
+        cases.node("MatMul", "all w4", "y"),
+    ]
+    held = {"w1": rng.standard_normal((8, 8)), "w4": rng.standard_normal((6, 3)), "start": np.zeros((*batch, 6))}
+    main = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in held.items()]
+    main += [onnx.numpy_helper.from_array(np.int64(5), "steps")] if operator == "Loop" else []
+    graph = helper.make_graph(nodes, "net", [cases.value("x", *batch, 5, 8)], [cases.value("y", *batch, 5, 3)], main)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=4)
+    onnx.checker.check_model(model)
+    data = [{"x": rng.standard_normal((*batch, 5, 8)).astype(np.float32)} for _ in range(8)]
+    rows = {row["weight"]: row for row in relief_onnx.prune(model, data, keep="50%").report["layers"]}
+    assert (rows["w1"]["status"], rows["w"]["status"]) == ("pruned", "skipped")
+    advice = f"not looked into at opset {opset}: export the model at opset 11 or later"
+    assert rows["w"]["reason"] == f"it lives inside the body of {operator} node again, which is {advice}"
+    assert rows["w"]["reason"] in {row["reason"] for row in overview(model)["skipped"]}

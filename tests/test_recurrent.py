@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,37 @@ def test_flow_of_a_row_is_its_part_of_the_unit(op: str, before_reset: bool, dire
             np.testing.assert_allclose(flow, own[d] / whole[d][None, :, None] * t[None, :, None], rtol=1e-4)
 
 
+@pytest.mark.parametrize("directions", WAYS)
+def test_an_lstm_that_forgets_what_it_lets_in(directions: str) -> None:
+    """With input_forget no row of the forget gate has any say: its flow is 0, and it goes without a change of the outputs."""
+    node = replace(made("LSTM", directions), coupled=True)
+    feed = feed_of(node)
+    y, seen = naive(node, feed, {})
+    np.testing.assert_allclose(Session(model(node), 1).run(feed)[0], y, atol=1e-5)
+    for criterion in ("relief", "flow"):
+        given = {item.weight: item for item in relief_onnx.score(model(node), [feed], criterion=criterion).values()}
+        for part, (shares, _, _) in row_scores(node, seen, MEASURES[criterion]).items():
+            np.testing.assert_allclose(given[part].score, shares, rtol=2e-5, atol=1e-7, err_msg=f"{criterion} {part}")
+    sizes = (len(directions), GATES["LSTM"], node.hidden)
+    known = row_scores(node, seen, MEASURES["flow"])
+    works = np.array([1.0, 1.0, 0.0, 1.0])[:, None, None]
+    parts = {part: (shares * totals[:, None]).reshape(*sizes, -1) * works for part, (shares, _, totals) in known.items()}
+    whole = sum(part.sum((1, 3)) for part in parts.values())
+    for d in range(len(directions)):
+        loop = parts["r"][d].sum(0) / whole[d][:, None]
+        t = np.linalg.solve(np.eye(node.hidden) - loop.T, np.full(node.hidden, 1 / (node.hidden * len(directions))))
+        for part, own in parts.items():
+            flow = given[part].flow.reshape(*sizes, -1)[d]
+            np.testing.assert_allclose(flow, own[d] / whole[d][None, :, None] * t[None, :, None], rtol=1e-4)
+    check_mask_is_surgery(model(node, layers=True), feed_of(node, features=6), np.random.default_rng(0))
+    result = relief_onnx.prune(model(node), [feed], criterion="relief", alpha=1.0, storage="dense")
+    for item in result.model.graph.initializer:
+        if item.name in ("w", "r"):
+            rows = numpy_helper.to_array(item).reshape(*sizes, -1).any((0, 2, 3))
+            assert rows.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(Session(result.model, 1).run(feed)[0], y, atol=1e-5)
+
+
 def test_the_law_of_scores_can_fail() -> None:
     node = made("GRU", "f", False)
     feed = feed_of(node)
@@ -168,11 +200,6 @@ def test_what_is_not_a_layer_says_why() -> None:
     proto.graph.initializer.append(numpy_helper.from_array(np.ones((2, 12), np.float32), "p"))
     (row,) = find(Graph(prepare(proto))).skipped
     assert "peepholes" in row.reason
-    tied = model(node)
-    tied.graph.node[0].attribute.append(onnx.helper.make_attribute("input_forget", 1))
-    assert {row.weight: row.reason for row in find(Graph(prepare(tied))).skipped} == dict.fromkeys(
-        "wr", "its input and forget gates are one (input_forget)"
-    )
 
 
 # -- masks and surgery ---------------------------------------------------------------------------------------------------

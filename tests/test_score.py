@@ -200,11 +200,13 @@ def test_convolution(name: str, criterion: str) -> None:
 Dense = Callable[[Net], tuple[str, tuple[int | str, ...], Callable[[Array], Array], Array, Array]]
 
 
-def gemm(right: bool = True, flip_a: int = 0, flip_b: int = 0, alpha: float = 1.0, beta: float = 1.0) -> Dense:
+def gemm(
+    right: bool = True, flip_a: int = 0, flip_b: int = 0, alpha: float = 1.0, beta: float = 1.0, c: tuple[int, ...] | None = None
+) -> Dense:
     def build(net: Net) -> Any:
         flips = {"transA": flip_a, "transB": flip_b, "alpha": alpha, "beta": beta}
         w = net.rng.standard_normal((4, 6)).astype(np.float32)
-        b = net.bias(4) if right else net.bias(4, 1)
+        b = net.bias(*(c if c is not None else (4,) if right else (4, 1)))
         if right:
             weight = net.constant(w if flip_b else w.T.copy())
             x = net.input(6, 5) if flip_a else net.input("N", 6)
@@ -215,7 +217,7 @@ def gemm(right: bool = True, flip_a: int = 0, flip_b: int = 0, alpha: float = 1.
             x = net.input("N", 6) if flip_b else net.input(6, 5)
             out = net.op("Gemm", weight, x, b, **flips)
             rows = (lambda x: x) if flip_b else (lambda x: x.T)
-        return out, rows, alpha * w, beta * net.initializers[b].reshape(-1)
+        return out, rows, alpha * w, np.broadcast_to(beta * net.initializers[b].reshape(-1), 4)
 
     return build
 
@@ -267,6 +269,8 @@ DENSE: dict[str, Dense] = {
     "gemm left transA": gemm(right=False, flip_a=1, beta=2.0),
     "gemm left transB": gemm(right=False, flip_b=1),
     "gemm left both": gemm(right=False, flip_a=1, flip_b=1, alpha=2.0),
+    **{f"gemm, one number {list(c)}": gemm(c=c, beta=2.0) for c in ((), (1,), (1, 1))},
+    "gemm left, one number": gemm(right=False, c=(1,)),
     **{f"matmul {len(shape)} axes": matmul(shape) for shape in (("N", 6), ("N", 3, 6), ("N", 2, 3, 6))},
     **{f"matmul {len(shape)} axes + bias": matmul(shape, add="after") for shape in (("N", 6), ("N", 3, 6), ("N", 2, 3, 6))},
     "bias + matmul": matmul(("N", 3, 6), add="before"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,3 +65,11 @@ def test_source_axis_is_found_where_there_is_one() -> None:
     view = View.of((2, 3, 4, 5)).transpose(3, 0, 1, 2).reshape(5, 2, 12)
     assert [view.source_axis(axis) for axis in range(3)] == [3, 0, None]
     assert View.of((4, 6)).reshape(-1, 3).source_axis(0) is None
+
+
+def test_one_number_for_all_has_no_way_back() -> None:
+    view = View.of((1, 1)).reshape(1).spread(3)
+    assert view.apply(np.full((1, 1), 5)).tolist() == [5, 5, 5]
+    assert view.source_axis(0) is None
+    with pytest.raises(ValueError, match="one number stands for all"):
+        view.invert(np.full(3, 5))

@@ -245,6 +245,26 @@ def test_the_paper_preset_takes_single_weights_too(tmp_path: Path) -> None:
     assert all(row["weights_kept"] == np.count_nonzero(weights[row["weight"]]) for row in report["layers"])
 
 
+def test_zeros_that_were_there_count_as_gone_only_where_the_run_ranks() -> None:
+    """Of three layers with zeros in the file given, one is skipped, one keeps all that it has, one is pruned."""
+    net = Net(seed=3)
+    half = np.indices((8, 8)).sum(0) % 2
+    x, names = net.input("N", 8), [net.constant((half * net.rng.uniform(0.5, 1, (8, 8))).astype(np.float32)) for _ in range(3)]
+    y = x
+    for name in names:
+        y = net.op("Sigmoid", net.op("MatMul", y, name))
+    feed = {x: net.rng.uniform(1, 2, (64, 8)).astype(np.float32)}
+    choices: dict[str, Any] = {"criterion": "magnitude", "layers": ((f"^{names[1]}$", 1.0),), "alpha": 0.6, "skip": f"^{names[0]}$"}
+    report = relief_onnx.prune(net.model(y), [feed], granularity="weight", storage="dense", **choices).report
+    rows = {row["weight"]: row for row in report["layers"]}
+    assert [rows[name]["status"] for name in names] == ["skipped", "kept", "pruned"]
+    kept = [(rows[name]["weights_kept"], rows[name]["connections_kept"]) for name in names]
+    assert kept[:2] == [(64, 64), (32, 32)]
+    assert kept[2][0] == kept[2][1] < 32
+    assert report["totals"]["weights_kept"] == 96 + kept[2][0]
+    assert report["output"]["nonzero_params"] == 64 + kept[2][0]
+
+
 def test_scores_are_measured_for_one_granularity(tmp_path: Path) -> None:
     for granularity in ("weight", "connection"):
         assert run("score", LENET, *FEW, "--granularity", granularity, "-o", tmp_path / f"{granularity}.npz").exit_code == 0
