@@ -106,7 +106,8 @@ class Place:
         size = (self.graph.shape(self.input(slot)) or {axis: -1})[axis]
         return size if isinstance(size, int) else -1
 
-    def _free(self, wanted: str) -> str:
+    def unused(self, wanted: str) -> str:
+        """A name that nothing has yet."""
         while wanted in self._taken:
             wanted += "_"
         self._taken.add(wanted)
@@ -114,7 +115,7 @@ class Place:
 
     def constant(self, role: str, value: NDArray[Any]) -> str:
         """A new stored tensor."""
-        name = self._free(f"{self.output(0)}/{role}")
+        name = self.unused(f"{self.output(0)}/{role}")
         self.constants[name] = value
         return name
 
@@ -129,8 +130,8 @@ class Place:
 
     def op(self, role: str, operator: str, *inputs: str, output: str = "", outputs: int = 1, domain: str = "", **values: Any) -> Any:
         """A part; returns its output, or a list where it has several."""
-        name = self.name if role == MAIN else self._free(f"{self.name}/{role}")
-        made = [output] if output else [self._free(f"{self.output(0)}/{role or 'main'}{number or ''}") for number in range(outputs)]
+        name = self.name if role == MAIN else self.unused(f"{self.name}/{role}")
+        made = [output] if output else [self.unused(f"{self.output(0)}/{role or 'main'}{number or ''}") for number in range(outputs)]
         trimmed = list(inputs)
         while trimmed and not trimmed[-1]:
             trimmed.pop()

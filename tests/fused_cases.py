@@ -231,7 +231,33 @@ def grouped(heads: int = 4, groups: int = 2, size: int = 8, rotary: bool = False
     return build
 
 
+def projected(equation: str, *shape: int, first: bool = False) -> Callable[[Fused, str], str]:
+    """An Einsum with a stored operand of that shape, and one back to C channels: heads of Keras's attention."""
+
+    def build(net: Fused, x: str) -> str:
+        weight = net.weight(*shape)
+        y = net.op("Einsum", *((weight, x) if first else (x, weight)), equation=equation)
+        rank = equation.split("->")[1].replace(" ", "")
+        back = net.weight(3, 4, C) if len(rank) > 3 else net.weight(8, C)
+        return net.op("Einsum", net.op("Relu", y), back, equation="abde,dec->abc" if len(rank) > 3 else "abd,dc->abc")
+
+    return build
+
+
+def keras_attention(net: Fused, x: str) -> str:
+    """Queries, keys and values of 3 heads of 4, products of activations, and the way back: Einsums all of them, biases of two axes."""
+    q, k, v = (net.op("Add", net.op("Einsum", x, net.weight(C, HEADS, 4), equation="abc,cde->abde"), net.bias(HEADS, 4)) for _ in range(3))
+    scores = net.op("Softmax", net.op("Einsum", k, q, equation="aecd,abcd->acbe"), axis=-1)
+    mixed = net.op("Einsum", scores, v, equation="acbe,aecd->abcd")
+    return net.op("Add", net.op("Einsum", mixed, net.weight(HEADS, 4, C), equation="abcd,cde->abe"), net.bias(C))
+
+
 CASES: Mapping[str, Case] = {
+    "einsum": tokens(projected("abc,cd->abd", C, 8)),
+    "einsum, turned": tokens(projected("a b c, d c -> abd", 8, C)),
+    "einsum, weight first": tokens(projected("cd,abc->abd", C, 8, first=True)),
+    "einsum, heads": tokens(projected("abc,cde->abde", C, 3, 4)),
+    "einsum, keras": tokens(keras_attention),
     "heads, past": tokens(heads_with_past()),
     "heads, past, no bias": tokens(heads_with_past(bias=False)),
     "heads, handed on": tokens(heads_with_past(past=False)),

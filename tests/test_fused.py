@@ -183,3 +183,20 @@ def test_a_closed_node_is_a_barrier() -> None:
     assert result.report["totals"]["kept_percent"] < 60
     reasons = {group["reason"] for group in result.report["groups"]}
     assert any("MultiHeadAttention node" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "reason"),
+    [
+        ("bgi,gio->bgo", (5, 7, 4), "an axis of its weight is one of its input and of its output too"),
+        ("abc,cd->ad", (7, 4), "it adds up an axis of its input or of its weight alone"),
+        ("abc,bc->ac", (5, 7), "an axis of its weight is one of its input and of its output too"),
+    ],
+)
+def test_an_einsum_that_is_no_layer_says_why(equation: str, shape: tuple[int, ...], reason: str) -> None:
+    net = Fused(seed=3)
+    y = net.op("Einsum", net.input("N", 5, 7), net.weight(*shape, prefix="own"), equation=equation)
+    rank = len(equation.split("->")[1])
+    model = net.done((net.op("MatMul", y, net.weight(7 if rank == 2 and shape == (5, 7) else 4, 3)), rank))
+    (row,) = [skipped for skipped in prepare(model).plan.skipped if skipped.weight.startswith("own")]
+    assert reason in row.reason
