@@ -147,8 +147,9 @@ def prune(
     target = output or model.with_suffix(".pruned.onnx")
     masks = values["save_masks"]
     quiet = quiet or not is_first()
-    writable(json_file, model, target, masks)
-    writable(masks, model, target)
+    read = (model, data, recipe, values["scores"], values["rewind"])
+    writable(json_file, *read, target, masks)
+    writable(masks, *read, target)
     with render.progress(quiet) as progress:
         result = pipeline.prune(
             model,
@@ -209,7 +210,7 @@ def quantize(model: Path, data: Path, output: Path | None, quiet: bool, json_fil
     from . import render
 
     target = output or model.with_suffix(".int8.onnx")
-    writable(json_file, model, target, values["original"])
+    writable(json_file, model, data, target, values["original"])
     with render.progress(quiet) as progress:
         result = run(
             model,
@@ -250,7 +251,7 @@ def score(model: Path, data: Path, output: Path, force: bool, quiet: bool, **val
     from . import render
 
     check_target(output, force)
-    writable(output, model)
+    writable(output, model, data)
     with render.progress(quiet) as progress:
         found = pipeline.score(model, data, images=image_options(values), progress=progress, **given(values))
     write_scores(found, output)
@@ -301,7 +302,7 @@ def compare(first: Path, second: Path, data: Path, quiet: bool, json_file: Path 
 
     from . import render
 
-    writable(json_file, first, second)
+    writable(json_file, first, second, data)
     with render.progress(quiet) as progress:
         document = comparison(first, second, data, images=image_options(values), progress=progress, **values)
     write_json(json_file, document)

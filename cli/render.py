@@ -365,7 +365,8 @@ def data(document: Mapping[str, Any]) -> None:
     table = _table("input", "type", "the model wants", "the data has", ">min", ">max", ">mean")
     wanted = {item["name"]: item for item in document["expects"]}
     for item in document["inputs"]:
-        shape = " x ".join("?" if size is None else str(size) for size in wanted[item["name"]]["shape"])
+        sizes = wanted[item["name"]]["shape"]
+        shape = "any" if sizes is None else " x ".join("?" if size is None else str(size) for size in sizes)
         shapes = ", ".join(" x ".join(map(str, one)) for one in item["shapes"][:3])
         numbers = ["" if item[key] is None else f"{item[key]:.4g}" for key in ("min", "max", "mean")]
         table.add_row(escape(item["name"]), item["dtype"], escape(shape), shapes, *numbers)

@@ -75,7 +75,7 @@ def retrain(model: Path, data: Path, output: Path | None, recipe: Path | None, q
 
     target = output or model.with_suffix(".retrained.onnx")
     quiet = quiet or not is_first()
-    writable(json_file, model, target, values["teacher"])
+    writable(json_file, model, data, recipe, target, values["teacher"])
     with render.progress(quiet) as progress:
         result = run(
             model,

@@ -79,12 +79,13 @@ class BatchAxis:
 
 def batch_axis(inputs: Sequence[InputSpec]) -> BatchAxis:
     """Axis 0 is the batch when all inputs have the same symbol, the same fixed size or nothing known there."""
-    if not inputs or any(not spec.shape for spec in inputs):
+    ranked = [spec for spec in inputs if spec.ranked]
+    if not inputs or any(not spec.shape for spec in ranked):
         return BatchAxis(False)
-    first = {spec.shape[0] for spec in inputs}
+    first = {spec.shape[0] for spec in ranked}
     if len(first) > 1:
         return BatchAxis(False)
-    size = first.pop()
+    size = first.pop() if first else None
     return BatchAxis(True, size if isinstance(size, int) else None)
 
 
@@ -96,7 +97,7 @@ def shape_text(shape: Iterable[int | str | None]) -> str:
 def spec_text(spec: InputSpec) -> str:
     """An input for people: 'x' (float32 [N, 3, 32, 32])."""
     dtype = "string" if spec.dtype.kind in "OUS" else spec.dtype.name
-    return f"'{spec.name}' ({dtype} {shape_text(spec.shape)})"
+    return f"'{spec.name}' ({dtype} {shape_text(spec.shape) if spec.ranked else 'of any shape'})"
 
 
 def specs_text(inputs: Sequence[InputSpec]) -> str:
@@ -158,6 +159,10 @@ def check_names(names: Iterable[str], inputs: Sequence[InputSpec], source: str) 
 
 def _rows(shape: tuple[int, ...], spec: InputSpec, axis: BatchAxis, source: str) -> int:
     """Samples in one array; with the input's rank it is a batch, with one axis less it is a sample."""
+    if not spec.ranked:
+        if axis.batchable and not shape:
+            raise DataError(f"{source} has a single number for input {spec_text(spec)}, which needs samples along axis 0; save a batch.")
+        return shape[0] if axis.batchable else 1
     rank = len(spec.shape)
     is_sample = axis.batchable and len(shape) == rank - 1
     if len(shape) != rank and not is_sample:
@@ -181,7 +186,7 @@ def _rows(shape: tuple[int, ...], spec: InputSpec, axis: BatchAxis, source: str)
 
 def lift(array: Array, spec: InputSpec, axis: BatchAxis) -> Array:
     """The array with a batch axis: a sample becomes a batch of one. No copy."""
-    return array[None] if axis.batchable and array.ndim == len(spec.shape) - 1 else array
+    return array[None] if axis.batchable and spec.ranked and array.ndim == len(spec.shape) - 1 else array
 
 
 def family(dtype: np.dtype[Any]) -> str:

@@ -20,9 +20,11 @@ Kept = Mapping[str, tuple[NDArray[np.intp], NDArray[np.intp]]]
 class InputSpec:
     """One input of a model.
 
-    `shape` has one entry per axis: an int is a fixed size, a str a symbolic one, None an unknown one.
+    `shape` has one entry per axis: an int is a fixed size, a str a symbolic one, None an unknown one. Where the model gives no
+    shape at all it is empty, and `ranked` is False: any number of axes will do.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
+    ranked: bool = True

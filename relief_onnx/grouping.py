@@ -33,6 +33,7 @@ class Grouping:
         self.current: NDArray[np.int64] = np.zeros(0, np.int64)
         self._lengths: dict[str, int] = {}
         rows = [self._describe(values, count) for values, count in batches]
+        self.outputs = tuple(name for name in outputs if self._lengths.get(name))  # sequences and scalars describe no sample
         known = np.concatenate(rows) if rows else np.zeros((0, 0))
         self._center = known.mean(0) if len(known) else np.zeros(0)
         self._scale = np.maximum(known.std(0), 1e-12) if len(known) else np.zeros(0)

@@ -299,8 +299,8 @@ def _accepted(walk: Walk, result: Picture | Together, where: str) -> Units:
 def _emit(walk: Walk, name: str, node: onnx.NodeProto) -> None:
     """A stored tensor that takes the place of an activation: the entries of one long axis are units."""
     source = trace_constant(walk.graph, name)
-    if not isinstance(source, Source) or not walk.graph.is_float(source.name):
-        return
+    if not isinstance(source, Source) or not walk.graph.is_float(source.name) or 0 in source.view.shape:
+        return  # what is empty emits nothing
     tracked = [axis for axis, size in enumerate(source.view.shape) if size > 1]
     tracked.sort(key=lambda axis: source.view.shape[axis] in walk.widths)  # of several axes, one as long as layers have channels
     axis = source.view.source_axis(tracked[-1]) if tracked else None

@@ -289,7 +289,7 @@ def input_specs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
         shape = tuple(
             item.dim_value if item.HasField("dim_value") and item.dim_value > 0 else (item.dim_param or None) for item in tensor.shape.dim
         )
-        specs.append(InputSpec(info.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+        specs.append(InputSpec(info.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape, tensor.HasField("shape")))
     return tuple(specs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from relief_onnx import model as files
 from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
-from relief_onnx.data import Batch, ImageOptions, batch_axis, describe, open_dataset
+from relief_onnx.data import Batch, ImageOptions, InputSpec, batch_axis, describe, open_dataset
 from relief_onnx.layers import DATA_DECIDE, Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
@@ -40,7 +41,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "schema": "relief-onnx/inspect/1",
         "input": _file(ready),
         "opset": ready.graph.opset,
-        "inputs": [{"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)} for spec in files.input_specs(ready.original)],
+        "inputs": _inputs(files.input_specs(ready.original)),
         "outputs": list(ready.graph.outputs),
         "layers": layers,
         "tables": tables,
@@ -133,6 +134,11 @@ def comparison(
     }
 
 
+def _inputs(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
+    """Inputs of a model; the shape is null where the model gives none."""
+    return [{"name": item.name, "dtype": str(item.dtype), "shape": list(item.shape) if item.ranked else None} for item in specs]
+
+
 def data_overview(source: files.ModelSource, path: str | os.PathLike[str], images: ImageOptions) -> dict[str, Any]:
     """What the reader sees in `path`, in the model's terms."""
     specs = files.input_specs(files.load(source))
@@ -142,7 +148,7 @@ def data_overview(source: files.ModelSource, path: str | os.PathLike[str], image
     return {
         "schema": "relief-onnx/data/1",
         "model": str(Path(source)) if not hasattr(source, "graph") else None,
-        "expects": [{"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)} for spec in specs],
+        "expects": _inputs(specs),
         "batches": "whole feeds" if not axis.batchable else (f"of {axis.fixed}" if axis.fixed else "of any size"),
         **document,
     }

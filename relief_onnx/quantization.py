@@ -41,6 +41,8 @@ _PER_CHANNEL_OPSET = 13
 _ALREADY = re.compile(r"(Dynamic)?(De)?QuantizeLinear|QLinear\w+|\w+Integer|DynamicQuantize\w+|QGemm|QAttention|MatMulNBits")
 # Operators that pass 8 bit values on; the quantiser touches them only behind something that is quantised.
 _DIRECT = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
+# Those of them to whose range the quantiser narrows what they read.
+_CLIPPING = frozenset({"Relu", "Clip"})
 # Quantised only where all that they join comes from convolutions: in transformers 8 bits are too few for a residual stream or a mask.
 _JOINS = frozenset({"Add", "Concat", "GlobalAveragePool"})
 _HALF = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -241,9 +243,21 @@ def _candidates(model: onnx.ModelProto, run: Options, per_channel: bool) -> _Can
     return _Candidates(graph, plan, {weight: axis for weight, axis in axes.items() if weight not in reasons}, reasons)
 
 
-def _has_uneven_bias(layer: Layer) -> bool:
-    """Whether onnxruntime's quantiser has scales for the channels of one group, and the bias one number for each channel of all groups."""
-    return layer.op == "ConvTranspose" and layer.groups > 1 and layer.bias is not None
+def _weight_only(layer: Layer, sharing: Iterable[Layer]) -> str:
+    """Why scales per channel leave the layer with an int8 weight but no int8 activations; empty where they do not."""
+    if layer.op == "ConvTranspose" and layer.groups > 1 and layer.bias is not None:
+        return "onnxruntime's quantiser has scales for one of its groups and a bias for all"
+    if len({other.view.source_axis(0) for other in sharing}) > 1:
+        return "the neurons of the layers that share it lie along different axes of it"
+    return ""
+
+
+def _passes_on(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether 8 bit values can go through; what others see must not get the range of what a Relu behind it leaves."""
+    if node.op_type not in _CLIPPING:
+        return node.op_type in _DIRECT
+    # The quantiser itself looks at other readers, but not at outputs of the model and bodies.
+    return not graph.is_output(node.input[0]) and all(use.slot >= 0 for use in graph.uses[node.input[0]])
 
 
 def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset[int]:
@@ -254,13 +268,13 @@ def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset
         for layer in found.plan.single().values()
         if layer.weight in found.axes and graph.nodes[layer.node].input[1] == layer.weight and not graph.is_output(layer.weight)
     }
-    uneven = {i: layer for i, layer in layers.items() if per_channel and _has_uneven_bias(layer)}
-    why = "is int8 as a weight only: onnxruntime's quantiser has scales for one of its groups and a bias for all"
-    notes += [f"{layer.weight} {why}" for layer in uneven.values()]
-    if layers.keys() == uneven.keys():
+    readers = found.plan.by_weight()
+    alone = {i: why for i, layer in layers.items() if per_channel and (why := _weight_only(layer, readers[layer.weight]))}
+    notes += dict.fromkeys(f"{layers[i].weight} is int8 as a weight only: {why}" for i, why in alone.items())
+    if layers.keys() == alone.keys():
         return frozenset()
-    known: dict[int, bool] = {i: layer.is_convolution and i not in uneven for i, layer in layers.items()}
-    chosen = set(layers) - uneven.keys()
+    known: dict[int, bool] = {i: layer.is_convolution and i not in alone for i, layer in layers.items()}
+    chosen = set(layers) - alone.keys()
     for i, node in enumerate(graph.nodes):
         if i in layers or node.domain not in STANDARD:
             continue
@@ -269,7 +283,7 @@ def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset
             name in graph.producer and known.get(graph.producer[name], False)
             for name in (node.input if node.op_type in _JOINS else node.input[:1])
         )
-        if node.op_type in _DIRECT or known[i]:
+        if _passes_on(graph, node) or (node.op_type in _JOINS and known[i]):
             chosen.add(i)
     return frozenset(chosen)
 

@@ -131,6 +131,8 @@ def _check_width(path: Path, line: _Line, width: int) -> None:
 
 def _row_shape(path: Path, spec: InputSpec, width: int) -> tuple[int, ...]:
     """The shape of one sample with `width` values; one open axis is worked out."""
+    if not spec.ranked:
+        return (width,)
     trailing = spec.shape[1:]
     fixed = math.prod(size for size in trailing if isinstance(size, int))
     unknown = sum(not isinstance(size, int) for size in trailing)

@@ -409,6 +409,26 @@ def test_scores_never_replace_the_model() -> None:
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune m.onnx --data data/a.npy -o out.onnx --save-masks data/a.npy",
+        "prune m.onnx --data data/a.npy -o out.onnx --json data/a.npy",
+        "prune m.onnx --data data -o out.onnx --scores data/a.npy --json data/a.npy",
+        "prune m.onnx --data data -o out.onnx --recipe data/a.npy --save-masks data/a.npy",
+        "score m.onnx --data data/a.npy -o data/a.npy --force",
+        "quantize m.onnx --data data/a.npy -o out.onnx --json data/a.npy",
+        "retrain m.onnx --data data/a.npy -o out.onnx --json data/a.npy",
+        "compare m.onnx m.onnx --data data/a.npy --json data/a.npy",
+    ],
+)
+def test_what_is_read_is_never_replaced(command: str) -> None:
+    before = Path("data/a.npy").read_bytes()
+    check(command, 1, "data/a.npy is given for two things at once; choose another name for one of them.")
+    assert Path("data/a.npy").read_bytes() == before
+
+
+@pytest.mark.usefixtures("here")
 def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

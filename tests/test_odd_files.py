@@ -298,6 +298,49 @@ def test_weights_without_numbers_are_no_layers(criterion: str) -> None:
     assert Session(result.model, 1).run(samples(8)[0], None)[1].shape == (8, 0)
 
 
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_an_empty_tensor_beside_channels_keeps_its_shape(granularity: str) -> None:
+    """Its rows are no units that nobody reads."""
+    text = "net (float[8, 8] x) => (float[8, 4] y) { a = MatMul(x, u) r = Relu(a) b = Concat<axis = 1>(r, none) y = MatMul(b, v) }"
+    result = relief_onnx.prune(parsed(text, u=(8, 16), v=(16, 4), none=(8, 0)), samples(8), granularity=granularity, keep="60%", threads=1)
+    assert {item.name: list(item.dims) for item in result.model.graph.initializer}["none"] == [8, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": "50%"}, {"keep": "60%", "granularity": "channel"}, {"keep": "50%", "repair": "least-squares"}]
+)
+def test_an_input_without_a_shape(options: dict[str, Any], tmp_path: Path) -> None:
+    """Takes whatever is given, samples along the first axis, and is left without one."""
+    text = "net (float[N, 8] x) => (float[N, 4] y) { a = Gemm(x, u) r = Relu(a) b = Gemm(r, v) s = Relu(b) y = Gemm(s, w) }"
+    bare = parsed(text, u=(8, 16), v=(16, 16), w=(16, 4))
+    for info in (*bare.graph.input, *bare.graph.output):
+        info.type.tensor_type.ClearField("shape")
+    result = relief_onnx.prune(bare, samples(8), threads=1, round_to=1, **options)
+    assert not result.model.graph.input[0].type.tensor_type.HasField("shape")
+    assert result.report["quality"]["samples"] == 160
+    assert result.report["totals"]["weights_kept"] <= 0.65 * result.report["totals"]["weights"]
+    cut, masked = (Session(model).run(samples(8)[0])[0] for model in (result.model, result.masked))
+    np.testing.assert_allclose(cut, masked, rtol=1e-5, atol=1e-6)
+    onnx.save(bare, tmp_path / "m.onnx")
+    np.savetxt(tmp_path / "x.csv", samples(8)[0]["x"], delimiter=",")
+    assert run("check-data", tmp_path / "m.onnx", tmp_path / "x.csv").exit_code == 0
+    np.save(tmp_path / "x.npy", np.float32(1))
+    refused = run("check-data", tmp_path / "m.onnx", tmp_path / "x.npy")
+    assert refused.exit_code == 1
+    assert "of any shape" in refused.output
+
+
+@pytest.mark.parametrize("criterion", ["flow", "flow-obs", "relief"])
+def test_a_sequence_among_the_outputs(criterion: str) -> None:
+    """The other output sorts the samples; both are compared."""
+    text = "net (float[N, 8] x) => (seq(float[N, K]) q, float[N, 4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, v) "
+    model = parsed(text + "q = SequenceConstruct(y, r) }", u=(8, 16), v=(16, 4))
+    repair = "least-squares" if criterion == "flow-obs" else "none"
+    result = relief_onnx.prune(model, samples(8), criterion=criterion, keep="50%", repair=repair, threads=1)
+    assert set(result.report["quality"]["agreement"]) == {"q", "y"}
+    assert [part.shape for part in Session(result.model).run(samples(8)[0])[0]] == [(8, 4), (8, 16)]
+
+
 @pytest.mark.parametrize("options", [{}, {"repair": "least-squares"}, {"granularity": "channel", "repair": "least-squares"}])
 def test_an_output_whose_size_depends_on_the_data(options: dict[str, Any]) -> None:
     """As those of detectors: where it differs there is nothing to compare, which is told; other outputs are compared."""

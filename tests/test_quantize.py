@@ -311,6 +311,33 @@ def test_transposed_convolutions_in_groups(bias: bool, per_channel: bool) -> Non
     assert np.abs(wanted - given).max() < 0.05 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_weight_that_is_read_both_ways(turned: bool, per_channel: bool) -> None:
+    """As in tied layers: scales of the neurons of one are those of the inputs of the other."""
+    net = Net()
+    x, weight = net.input("N", 20), net.weight(20, 32)
+    h = net.op("Relu", net.op("MatMul", x, weight))
+    back = net.op("MatMul", h, net.op("Transpose", weight, perm=[1, 0])) if turned else net.op("Gemm", h, weight, transB=1)
+    model = net.model(net.op("MatMul", net.op("Tanh", back), net.weight(20, 30)))
+    feed = {"x1": np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    found = quantize(model, [feed], per_channel=per_channel, threads=1)
+    assert any(f"{weight} is int8 as a weight only" in note for note in found.report["warnings"]) == per_channel
+    assert found.report["stages"][-1]["agreement"][model.graph.output[0].name]["cosine"] > 0.999
+
+
+@pytest.mark.parametrize("operator", ["Relu", "Clip"])
+def test_an_output_in_front_of_a_relu_keeps_what_is_below_0(operator: str) -> None:
+    net = Net()
+    shown = net.op("Gemm", net.input("N", 20), net.weight(20, 32), net.bias(32))
+    rest = [net.constant(np.float32(0)), net.constant(np.float32(6))] if operator == "Clip" else []
+    model = net.model(shown, net.op("Gemm", net.op(operator, shown, *rest), net.weight(32, 8), net.bias(8)))
+    feed = {"x1": np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    report = quantize(model, [feed], threads=1).report
+    assert {row["status"] for row in report["layers"] if row["op"] == "Gemm"} == {"int8"}
+    assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
+
+
 @pytest.mark.parametrize("activations", MODES)
 def test_a_quantised_model_is_refused(activations: str) -> None:
     with pytest.raises(NothingQuantizedError, match="already quantised"):
