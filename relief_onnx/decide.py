@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor, Pool, cut, pattern_masks
 from relief_onnx.dataset import Dataset
 from relief_onnx.graph import Graph
+from relief_onnx.kept_share import reaching
 from relief_onnx.layers import Layer, Plan
 from relief_onnx.masks import Masks, keep_all, make_masks, mask_of
 from relief_onnx.measure import macs_of_layers
@@ -75,7 +78,12 @@ def decide(
     search: finds a better choice of units, given flow's. worth: what units are worth to it, to pair those of two directions by.
     """
     if not options.by_channel:
-        masks, floors = _fine_masks(plan, options, scores, weights, options.keep)
+        at = partial(_fine_masks, plan, options, scores, weights)
+        # flow-obs hands on what dead units leave by itself.
+        if options.keep is None or options.fine is None or options.criterion == "flow-obs":
+            masks, floors = at(options.keep)
+        else:
+            masks, floors = reaching(graph, plan, options.keep, at, itemgetter(0))
         return Chosen(masks, keep_all(plan, weights), floors=floors)
     coupling = trace(graph, plan, find_all_states(graph, plan) if options.allow_state_change else NO_STATES)
     if coupling.ways:

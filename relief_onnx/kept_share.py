@@ -1,0 +1,51 @@
+"""`--keep` says what is left in the end: units that the cut leaves without inputs or readers take their other weights with them.
+
+So a larger share is cut to, until what survives is the share that was asked for (the secant method: a few masks and cuts, no inference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from relief_onnx.graph import Graph
+from relief_onnx.layers import Plan
+from relief_onnx.masks import Masks, applied, initializer_masks
+from relief_onnx.surgery import apply_weights, operate
+
+__all__ = ["reaching"]
+
+Found = TypeVar("Found")
+
+# How much less than the share may be left, as a part of it, and how many more shares are tried.
+SHORT, TRIES = 0.02, 5
+
+
+def reaching(graph: Graph, plan: Plan, keep: float, masks_at: Callable[[float], Found], masks_of: Callable[[Found], Masks]) -> Found:
+    """What `masks_at` finds for the share (in (0, 1], of all weights that it masks) that leaves `keep` of them alive, or a little less."""
+    found = masks_at(keep)
+    share, left = keep, _alive(graph, plan, masks_of(found))
+    best, slope = (left, found), 1.0
+    for _ in range(TRIES):
+        asked = min(max(share + ((1 - SHORT / 4) * keep - left) / slope, keep), 1.0)
+        if best[0] >= (1 - SHORT) * keep or asked == share:
+            break
+        found = masks_at(asked)
+        now = _alive(graph, plan, masks_of(found))
+        slope = max((now - left) / (asked - share), 1.0)
+        share, left = asked, now
+        if best[0] < left <= keep:
+            best = left, found
+    return best[1]
+
+
+def _alive(graph: Graph, plan: Plan, masks: Masks) -> float:
+    """The share of the masked weights that stays when dead units are gone."""
+    flags = initializer_masks(plan, masks)
+    surviving = operate(apply_weights(graph.model, applied(graph, flags))).surviving
+    left = total = 0
+    for weight, keep in masks.keep.items():
+        alive = surviving[weight]
+        left += int((keep.reshape(*keep.shape, *(1,) * (alive.ndim - keep.ndim)) & alive).sum())
+        total += alive.size
+    return left / max(total, 1)
