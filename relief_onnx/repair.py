@@ -28,7 +28,7 @@ from relief_onnx.repair_inside import Inside
 from relief_onnx.replay import Replay, constant_nodes
 from relief_onnx.surgery import apply_weights
 
-__all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "few_rows_anywhere", "refusal", "repair", "samples_of", "sweep"]
+__all__ = ["SAMPLES", "Repaired", "Visit", "batch_of", "few_rows_share", "refusal", "repair", "samples_of", "sweep"]
 
 Feed = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -79,26 +79,29 @@ def repair(
     return (apply_weights(masked, new) if new else masked), listed
 
 
-def few_rows_anywhere(
+def few_rows_share(
     original: Graph, masked: onnx.ModelProto, flags: Mapping[str, Flags], weights: frozenset[str], feeds: Sequence[Feed],
     *, removed: Mapping[str, Flags] | None = None, seed: int = 0, threads: int = 0,
-) -> bool:  # fmt: skip
-    """Whether a layer will have so few rows that a larger ridge may do better on others: asked of the first batch alone.
+) -> float:  # fmt: skip
+    """The share of the weights whose layers will have so few rows that a larger ridge may do better on others.
 
-    Of as many samples where each takes its own branch. For the arguments see `repair`. Raises DataError, ModelError.
+    Asked of the first batch alone, or of as many samples where each takes its own branch. For the arguments see `repair`. Raises
+    DataError, ModelError.
     """
     graph = Graph(masked)
     plan = find(graph)
     first = feeds[: BATCH // batch_of(graph)]
-    found = []
+    few = every = 0
 
-    def visit(_: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
-        found.append(equations.few(len(feeds) / len(first)))
+    def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
+        nonlocal few, every
+        size = int(np.prod(layer.view.shape))
+        few, every = few + size * equations.few(len(feeds) / len(first)), every + size
         return {}
 
     solvable = [layer for layer in plan.layers if not refusal(plan, layer, weights)]
     sweep(original, graph, plan, solvable, first, flags, removed or {}, visit, seed=seed, threads=threads)
-    return any(found)
+    return few / max(every, 1)
 
 
 def samples_of(graph: Graph, dataset: Dataset, limit: int = SAMPLES, seed: int = 0) -> list[Feed]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relief_onnx.contest import Contest, best, draw
 from relief_onnx.dataset import Dataset
 from relief_onnx.graph import Graph
-from relief_onnx.repair import SAMPLES, Repaired, batch_of, few_rows_anywhere, repair, samples_of
+from relief_onnx.repair import SAMPLES, Repaired, batch_of, few_rows_share, repair, samples_of
 
 __all__ = ["repaired"]
 
@@ -22,6 +22,8 @@ Flags = NDArray[np.bool_]
 RULE, VALIDATED = "rule", "validated"
 # Samples for the contest: to repair with, and every third batch to judge. Both have the same mask, so a small difference counts.
 DRAWN, MARGIN = 384, 0.03
+# The share of the weights in layers with few rows below which there is no contest: a convolutional network's last layer alone is no reason.
+LEAST_FEW = 0.1
 
 
 def repaired(
@@ -29,7 +31,7 @@ def repaired(
     *, removed: Mapping[str, Flags] | None = None, samples: int | None = None, seed: int = 0, threads: int = 0,
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> tuple[onnx.ModelProto, tuple[Repaired, ...], Contest | None]:  # fmt: skip
-    """As `repair`, and how the ridge was decided: None where rows are plenty in every layer, or too few samples to judge.
+    """As `repair`, and how the ridge was decided: None where rows are plenty in nearly every layer, or samples too few to judge.
 
     Raises DataError, ModelError.
     """
@@ -45,8 +47,8 @@ def repaired(
             progress=progress,
         )  # fmt: skip
 
-    few = partial(few_rows_anywhere, original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads)
-    if not drawn.judged or not few():
+    few = partial(few_rows_share, original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads)
+    if not drawn.judged or few() < LEAST_FEW:
         return *on(feeds, False), None
     # Layer by layer, which is cheaper: pairs are fitted by a ridge of their own.
     makers = {name: partial(lambda own: on(drawn.fit, own, jointly=False)[0], name == VALIDATED) for name in (RULE, VALIDATED)}
