@@ -100,6 +100,11 @@ def quantize_activations(
     wanted = [named.graph.node[i] for i in sorted(nodes)]
     # Shapes that an exporter wrote down wrongly make the probe fail; the quantiser infers its own.
     del named.graph.value_info[:]
+    # An input that is an output too would be written a second time, by the pair of nodes that quantises it; as an output it stays as it is.
+    given = {item.name for item in Graph(model).inputs}
+    made = [item for item in named.graph.output if item.name not in given]
+    del named.graph.output[:]
+    named.graph.output.extend(made)
     reader = _Reader(dataset, _batch_size(dataset, seed, histogram), limit, seed, progress)
     with tempfile.TemporaryDirectory(prefix="relief-onnx.") as folder, _quiet():
         source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"

@@ -338,6 +338,19 @@ def test_an_output_in_front_of_a_relu_keeps_what_is_below_0(operator: str) -> No
     assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
 
 
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_an_input_that_is_an_output_too_stays_as_it_is(activations: str) -> None:
+    net = Net()
+    x = net.input("N", 20)
+    model = net.model(net.op("MatMul", x, net.weight(20, 32)), net.op("Identity", x))
+    model.graph.output.append(model.graph.input[0])
+    feed = {x: np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    found = quantize(model, [feed], activations=activations, threads=1)
+    assert [row["status"] for row in found.report["layers"]] == ["int8"]
+    assert [item.name for item in found.model.graph.output] == [item.name for item in model.graph.output]
+    assert np.array_equal(outputs(found.model, feed=feed)[2], feed[x])
+
+
 @pytest.mark.parametrize("activations", MODES)
 def test_a_quantised_model_is_refused(activations: str) -> None:
     with pytest.raises(NothingQuantizedError, match="already quantised"):
