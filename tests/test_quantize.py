@@ -238,6 +238,25 @@ def test_norms_are_folded_and_zeros_stay() -> None:
     assert fold_norms(folded) == (folded, ())
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_norms_that_share_their_parameters_are_folded(shown: bool) -> None:
+    """The shift serves as mean too, and may be an output."""
+    net = Net()
+    x = h = net.input("N", 3, 8, 8)
+    gain, shift, variance = net.bias(8), net.bias(8), net.constant(np.linspace(0.5, 2, 8, dtype=np.float32))
+    for inputs in (3, 8, 8):
+        h = net.op("BatchNormalization", net.op("Conv", h, net.weight(8, inputs, 3, 3), pads=[1] * 4), gain, shift, shift, variance)
+        h = net.op("Relu", h)
+    net.ranks[h] = 4
+    model = net.model(h, *([shift] if shown else []))
+    folded, names = fold_norms(model)
+    assert len(names) == 3
+    assert (shift in {item.name for item in folded.graph.initializer}) == shown
+    feed = {x: np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    for before, after in zip(outputs(model, feed=feed), outputs(folded, feed=feed), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("opset", [9, 11, 12, 13, 21])
 @pytest.mark.parametrize("activations", ["uint8", "none"])
 def test_the_opset_stays(opset: int, activations: str) -> None:
