@@ -180,7 +180,9 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
     graph.initializer.extend(stored[name] for name in (*order, *sorted(set(stored) - set(order))))
     made = {name for node in graph.node for name in node.output}
     graph.value_info.extend(item for item in model.graph.value_info if item.name in made)
-    gone = {item.name for item in model.graph.initializer} - set(stored)
+    # Before IR version 4 every initializer is an input, which callers could replace: onnxruntime would not use its kernels for int8.
+    restored.ir_version = max(model.ir_version, 4)
+    gone = {item.name for item in model.graph.initializer if model.ir_version < 4 or item.name not in stored}
     inputs = [item for item in graph.input if item.name not in gone]
     del graph.input[:]
     graph.input.extend(inputs)

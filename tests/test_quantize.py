@@ -19,7 +19,7 @@ from builders import Net
 from helpers import CALIB, LENET, ROOT, SAMPLES, digits, run
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import quantize
+from relief_onnx import prune, quantize
 from relief_onnx.errors import DataError, ModelError, NothingQuantizedError, OutputError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
 from relief_onnx.int8 import quantised
@@ -274,6 +274,22 @@ def test_the_opset_stays(opset: int, activations: str) -> None:
     big = found.report["layers"][-1]
     assert big["scale_per_channel"] == (opset >= 13 or activations == "none")
     assert found.report["stages"][-1]["agreement"][model.graph.output[0].name]["cosine"] > 0.99
+
+
+@pytest.mark.parametrize("storage", ["dense", "auto"])
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+def test_files_that_list_initializers_as_inputs(storage: str, activations: str) -> None:
+    """Prune leaves them so where it packs nothing; what quantize makes would be replaceable, and not for the kernels."""
+    net = Net(opset=11, ir_version=3)
+    x = net.input("N", 20)
+    model = net.model(net.op("Gemm", net.op("Relu", net.op("Gemm", x, net.weight(20, 32), net.bias(32))), net.weight(32, 30), net.bias(30)))
+    feed = {x: np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    found = quantize(model, [feed], activations=activations, storage=storage, threads=1).model
+    assert found.ir_version == 4
+    assert [item.name for item in found.graph.input] == [x]
+    pruned = prune(model, [feed], keep="60%", storage="dense", threads=1).model
+    assert pruned.ir_version == 3
+    assert [item.name for item in pruned.graph.input] == [item.name for item in model.graph.input]
 
 
 def half_model() -> onnx.ModelProto:
