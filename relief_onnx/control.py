@@ -25,6 +25,7 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.datatypes import Kept
 from relief_onnx.errors import DataError
 from relief_onnx.exposed import Exposed, Path, conceal, settled
+from relief_onnx.given_ranks import unranked, with_ranks
 from relief_onnx.graph import Graph
 from relief_onnx.inner_branches import folded, joined, parted
 from relief_onnx.layers import BODY_OPSET, find
@@ -42,8 +43,8 @@ BATCH = 32
 
 
 def branching(graph: Graph) -> bool:
-    """Whether a model has bodies, of which the data decide what runs."""
-    return any(_has_bodies(node) for node in graph.nodes)
+    """Whether the data decide more than values: which bodies run, or how many axes an input has to which the file gives no shape."""
+    return any(_has_bodies(node) for node in graph.nodes) or bool(unranked(graph.model))
 
 
 def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int, threads: int) -> Prepared:
@@ -77,8 +78,9 @@ def settle(ready: Prepared, dataset: Dataset, *, samples: int | None, seed: int,
         else:
             model, before = _marked(model, output, "none" if silent and not taken_branch(_node(model, output)) else "both")
             notes.setdefault(output, before)
+    model, ranks = with_ranks(model, dataset, samples=samples, seed=seed)
     graph = Graph(model)
-    return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(model, (partial(_unmarked, notes=notes), *restores)))
+    return replace(ready, graph=graph, plan=find(graph), lowered=Lowered(model, (partial(_unmarked, notes=notes), *restores, *ranks)))
 
 
 def _has_bodies(node: onnx.NodeProto) -> bool:

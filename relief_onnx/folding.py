@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -25,6 +27,7 @@ def fold_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
     tensors = {item.name: item for item in folded.graph.initializer}
+    taken = {*tensors, *graph.producer, *graph.uses, *(item.name for item in graph.inputs)}
     for number, conv in pairs:
         norm, node = graph.nodes[number], folded.graph.node[conv]
         gamma, beta, mean, variance = (graph.array(name).astype(np.float64) for name in norm.input[1:5])
@@ -35,9 +38,14 @@ def fold_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
         has_bias = len(node.input) > 2 and bool(node.input[2])
         bias = graph.array(node.input[2]).astype(np.float64) if has_bias else np.zeros_like(mean)
         tensors[node.input[1]].CopyFrom(tensor_of((weight * wide).astype(weight.dtype), node.input[1], tensors[node.input[1]]))
-        # The norm's own shift becomes the bias: it has the right size, and nothing else reads it.
-        tensors[norm.input[2]].CopyFrom(numpy_helper.from_array((beta + (bias - mean) * factor).astype(weight.dtype), norm.input[2]))
-        inputs = [*node.input[:2], norm.input[2]]
+        # The norm's own shift becomes the bias: it has the right size. Where something else reads it too there is a new one.
+        shift = norm.input[2]
+        if len(graph.uses[shift]) > 1 or graph.is_output(shift):
+            shift = next(name for name in (f"{shift}/{i}" for i in count(1)) if name not in taken)
+            taken.add(shift)
+            tensors[shift] = folded.graph.initializer.add()
+        tensors[shift].CopyFrom(numpy_helper.from_array((beta + (bias - mean) * factor).astype(weight.dtype), shift))
+        inputs = [*node.input[:2], shift]
         del node.input[:]
         node.input.extend(inputs)
         node.output[0] = norm.output[0]
@@ -63,9 +71,9 @@ def _convolution_before(graph: Graph, index: int) -> int | None:
     fixed = {item.name for item in graph.model.graph.input}
     if any(name not in graph.initializers or name in fixed for name in constants):
         return None
-    own = len(graph.uses[node.input[1]]) == 1 and len(graph.uses[norm.input[2]]) == 1 and norm.input[2] != node.input[1]
+    own = len(graph.uses[node.input[1]]) == 1 and not graph.is_output(node.input[1])
     same_type = len({graph.initializers[name].data_type for name in constants}) == 1
-    return conv if own and same_type and not graph.is_output(node.input[1]) and not graph.is_output(norm.input[2]) else None
+    return conv if own and same_type else None
 
 
 def _drop(model: onnx.ModelProto, numbers: list[int]) -> None:

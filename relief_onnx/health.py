@@ -7,15 +7,18 @@ largest number of layers on a way from an input to an output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from relief_onnx.branches import DeadBranch
 from relief_onnx.constants import Constants, Routes
 from relief_onnx.graph import Graph
-from relief_onnx.layers import find
+from relief_onnx.layers import Layer, find
+from relief_onnx.liveness import find_dead
 from relief_onnx.walk import trace
 
 __all__ = ["Health", "Structure", "check_health", "structure"]
@@ -50,10 +53,10 @@ def structure(model: onnx.ModelProto) -> Structure:
     coupling = trace(graph, plan)
     constants = Constants(graph, plan, coupling, Routes(graph, coupling))
     constants.compute()
-    live = {layer.key: (constants.weights[layer.key] != 0).reshape(layer.out_channels, -1).any(1) for layer in plan.layers}
+    live = {layer.key: _live_units(layer, constants.weights) for layer in plan.layers}
     working = {layer.node: False for layer in plan.layers}
     for layer in plan.layers:
-        working[layer.node] |= bool(live[layer.key].any())
+        working[layer.node] |= live[layer.key] > 0
     depth = dict.fromkeys((info.name for info in graph.inputs), 0)
     for index, node in enumerate(graph.nodes):
         reached = [depth[name] for name in graph.read_by(index) if name in depth]
@@ -62,25 +65,26 @@ def structure(model: onnx.ModelProto) -> Structure:
     still = {name for name in graph.outputs if name in constants.values and bool(np.isfinite(constants.values[name]).all())}
     return Structure(
         max((depth.get(name, 0) for name in graph.outputs), default=0),
-        {layer.name: int(live[layer.key].sum()) for layer in plan.layers},
+        {layer.name: live[layer.key] for layer in plan.layers},
         tuple(name for name in graph.outputs if name in still or name not in depth),
     )
 
 
 @dataclass(frozen=True)
 class Health:
-    """Before and after, and what to tell the user in plain words."""
+    """Before and after, and what to tell the user in plain words. `counting`: units that counted before, of layers where that was asked."""
 
     before: Structure
     after: Structure
     dead_branches: tuple[DeadBranch, ...]
+    counting: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
         """Layers that are left with a twentieth of their units or less, or with none."""
         return tuple(
             name
-            for name, width in self.before.width.items()
+            for name, width in {**self.before.width, **self.counting}.items()
             if width > 1 and self.after.width.get(name, 0) <= max(COLLAPSED * width, 1) and name not in self._gone
         )
 
@@ -122,4 +126,17 @@ def _some(names: Sequence[str], what: str) -> str:
 
 def check_health(before: onnx.ModelProto, after: onnx.ModelProto, dead_branches: tuple[DeadBranch, ...]) -> Health:
     """Compare the structure of the original with that of the pruned model (before packing)."""
-    return Health(structure(before), structure(after), dead_branches)
+    health = Health(structure(before), structure(after), dead_branches)
+    return replace(health, counting=_counting(before)) if health.collapsed else health
+
+
+def _counting(model: onnx.ModelProto) -> dict[str, int]:
+    """Of each layer, the units that somebody reads."""
+    graph = Graph(model)
+    plan = find(graph)
+    weights = find_dead(graph, plan, trace(graph, plan)).weights
+    return {layer.name: _live_units(layer, weights) for layer in plan.layers}
+
+
+def _live_units(layer: Layer, weights: Mapping[int, NDArray[Any]]) -> int:
+    return int((weights[layer.key] != 0).reshape(layer.out_channels, -1).any(1).sum())

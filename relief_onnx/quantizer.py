@@ -100,6 +100,11 @@ def quantize_activations(
     wanted = [named.graph.node[i] for i in sorted(nodes)]
     # Shapes that an exporter wrote down wrongly make the probe fail; the quantiser infers its own.
     del named.graph.value_info[:]
+    # An input that is an output too would be written a second time, by the pair of nodes that quantises it; as an output it stays as it is.
+    given = {item.name for item in Graph(model).inputs}
+    made = [item for item in named.graph.output if item.name not in given]
+    del named.graph.output[:]
+    named.graph.output.extend(made)
     reader = _Reader(dataset, _batch_size(dataset, seed, histogram), limit, seed, progress)
     with tempfile.TemporaryDirectory(prefix="relief-onnx.") as folder, _quiet():
         source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
@@ -175,7 +180,9 @@ def _restored(result: onnx.ModelProto, model: onnx.ModelProto, own: dict[str, st
     graph.initializer.extend(stored[name] for name in (*order, *sorted(set(stored) - set(order))))
     made = {name for node in graph.node for name in node.output}
     graph.value_info.extend(item for item in model.graph.value_info if item.name in made)
-    gone = {item.name for item in model.graph.initializer} - set(stored)
+    # Before IR version 4 every initializer is an input, which callers could replace: onnxruntime would not use its kernels for int8.
+    restored.ir_version = max(model.ir_version, 4)
+    gone = {item.name for item in model.graph.initializer if model.ir_version < 4 or item.name not in stored}
     inputs = [item for item in graph.input if item.name not in gone]
     del graph.input[:]
     graph.input.extend(inputs)

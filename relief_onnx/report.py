@@ -296,7 +296,7 @@ def build_report(
         },
         "quality": quality_report(quality),
         "timing": {**{stage: round(value, 4) for stage, value in seconds.items()}, "plain_inference": round(quality.seconds[0], 4)},
-        "warnings": [*notes, *_warnings(evidence, quality, dataset, (before.macs, after.macs), health)],
+        "warnings": [*notes, *_warnings(evidence, quality, dataset, (before.macs, after.macs), health), *_growth(evidence, size)],
     }  # fmt: skip
 
 
@@ -333,6 +333,20 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
     advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
     found += health.warnings(advice)
     return found + _disagreement(evidence.options, quality, advice)
+
+
+def _growth(evidence: Evidence, size: int) -> list[str]:
+    """That the file grew though its weights are packed, or were, and by what."""
+    dense = evidence.options.storage == "dense"
+    if size <= evidence.ready.bytes or (dense and not evidence.ready.packed):
+        return []
+    causes = ["weights that it stores packed are dense now (--storage dense)"] if dense else []
+    added = sum(shift.moved and shift.layer.bias is None for shift in evidence.shifts)
+    if added:
+        layers = "a layer without a bias has" if added == 1 else f"{added} layers without a bias have"
+        causes.append(f"{layers} one now, with the mean of what went (--mean-shift off leaves it out)")
+    why = " and ".join(causes) or "what was written besides weights takes more bytes than their zeros save"
+    return [f"the file grew from {evidence.ready.bytes:,} to {size:,} bytes: {why}"]
 
 
 def _disagreement(options: Options, quality: Comparison, advice: str) -> list[str]:

@@ -43,6 +43,12 @@ def untracked(net: Net, x: str) -> Any:
     return net.op("Add", x, net.input(2, C, 5, 5))
 
 
+def shown_weight(net: Net, x: str) -> Any:
+    """A layer whose weight is an output of the model."""
+    net.outputs.append(net.weight(C, C, 1, 1))
+    return net.op("Conv", x, net.outputs[0])
+
+
 REFUSALS: dict[str, tuple[Callable[[Net, str], Any], str]] = {
     "Softmax": (lambda net, x: net.op("Softmax", x, axis=1), r"Softmax node Softmax_\d+: it looks at all channels together"),
     "LogSoftmax": (lambda net, x: net.op("LogSoftmax", x, axis=1), r"LogSoftmax node LogSoftmax_\d+: it looks at all channels together"),
@@ -51,6 +57,7 @@ REFUSALS: dict[str, tuple[Callable[[Net, str], Any], str]] = {
         r"LayerNormalization node LayerNormalization_\d+: it looks at all channels together",
     ),
     "unknown operator": (lambda net, x: net.op("LRN", x, size=3), r"LRN node LRN_\d+: it is not in the operator table"),
+    "weight that is an output": (shown_weight, r"Conv node Conv_\d+: the weight itself is an output of the model"),
     "largest of channels": (
         lambda net, x: net.op("Mul", x, net.op("ReduceMax", x, axes=[1], keepdims=1)),
         r"ReduceMax node ReduceMax_\d+: it reduces over channels",

@@ -13,7 +13,7 @@ from helpers import SAMPLES, digits, run
 from onnx import TensorProto, helper, numpy_helper
 
 import relief_onnx
-from relief_onnx.errors import ModelError, NothingPrunedError
+from relief_onnx.errors import DataError, ModelError, NothingPrunedError
 from relief_onnx.graph import Graph
 from relief_onnx.ordering import sort_nodes
 from relief_onnx.session import Session
@@ -328,6 +328,31 @@ def test_an_input_without_a_shape(options: dict[str, Any], tmp_path: Path) -> No
     refused = run("check-data", tmp_path / "m.onnx", tmp_path / "x.npy")
     assert refused.exit_code == 1
     assert "of any shape" in refused.output
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_data_say_how_many_axes_an_input_has(axes: int) -> None:
+    """Without that nothing is known of what a MatMul makes."""
+    bare = parsed("net (float[N, 8] x) => (float[N, 4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, v) }", u=(8, 16), v=(16, 4))
+    for info in (*bare.graph.input, *bare.graph.output):
+        info.type.tensor_type.ClearField("shape")
+    feed = {"x": samples(8)[0]["x"].reshape(-1, *[2] * (axes - 2), 8)}
+    result = relief_onnx.prune(bare, [feed], threads=1, round_to=1, keep="60%", granularity="channel")
+    assert any(f"followed for {axes} axes" in warning for warning in result.report["warnings"])
+    assert not result.model.graph.input[0].type.tensor_type.HasField("shape")
+    shapes = {item.name: list(item.dims) for item in result.model.graph.initializer}
+    assert (shapes["u"], shapes["v"][1]) == ([8, shapes["v"][0]], 4)
+    assert shapes["v"][0] < 12
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_samples_that_differ_in_their_axes_are_refused(granularity: str) -> None:
+    bare = parsed("net (float[N, 8] x) => (float[N, 4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, v) }", u=(8, 16), v=(16, 4))
+    for info in (*bare.graph.input, *bare.graph.output):
+        info.type.tensor_type.ClearField("shape")
+    x = samples(8)[0]["x"]
+    with pytest.raises(DataError, match="Input x has 2 and 3 axes in different samples"):
+        relief_onnx.prune(bare, [{"x": x}, {"x": x.reshape(-1, 2, 8)}], threads=1, keep="60%", granularity=granularity)
 
 
 @pytest.mark.parametrize("criterion", ["flow", "flow-obs", "relief"])

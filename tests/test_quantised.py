@@ -327,6 +327,24 @@ def test_stored_weights_are_cut_with_their_scales(form: str) -> None:
         assert {item.data_type for item in stored} == {model.graph.initializer[0].data_type}
 
 
+def test_a_small_file_that_grows_says_why() -> None:
+    """Biases that are new take more bytes than a few zeros among bytes save."""
+    net = Net()
+    x = net.input("N", 32)
+    h = net.op("Relu", net.op("MatMul", x, net.weight(32, 48)))
+    model = net.model(net.op("MatMul", h, net.weight(48, 10)))
+    feed = {x: np.random.default_rng(0).standard_normal((256, 32)).astype(np.float32)}
+    small = quantize(model, [feed], threads=1).model
+    grown, off = (prune(small, [feed], keep="95%", mean_shift=shift, threads=1).report for shift in ("on", "off"))
+    assert grown["output"]["bytes"] > grown["input"]["bytes"] >= off["output"]["bytes"]
+    said = f"the file grew from {grown['input']['bytes']:,} to {grown['output']['bytes']:,} bytes: a layer without a bias has one now"
+    assert any(warning.startswith(said) for warning in grown["warnings"])
+    assert not any("grew" in warning for warning in off["warnings"])
+    packed = prune(model, [feed], keep="30%", mean_shift="off", threads=1).model
+    dense = prune(packed, [feed], keep="20%", mean_shift="off", storage="dense", threads=1).report
+    assert any("grew" in warning and "(--storage dense)" in warning for warning in dense["warnings"])
+
+
 def test_our_own_int8_weights_are_pruned_and_packed() -> None:
     model = quantize(floats("lenet5"), CALIB, activations="none", samples=32, threads=1).model
     result = prune(model, CALIB, granularity="weight", keep="20%", samples=48, threads=1)

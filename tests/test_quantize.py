@@ -19,7 +19,7 @@ from builders import Net
 from helpers import CALIB, LENET, ROOT, SAMPLES, digits, run
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import quantize
+from relief_onnx import prune, quantize
 from relief_onnx.errors import DataError, ModelError, NothingQuantizedError, OutputError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
 from relief_onnx.int8 import quantised
@@ -238,6 +238,25 @@ def test_norms_are_folded_and_zeros_stay() -> None:
     assert fold_norms(folded) == (folded, ())
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_norms_that_share_their_parameters_are_folded(shown: bool) -> None:
+    """The shift serves as mean too, and may be an output."""
+    net = Net()
+    x = h = net.input("N", 3, 8, 8)
+    gain, shift, variance = net.bias(8), net.bias(8), net.constant(np.linspace(0.5, 2, 8, dtype=np.float32))
+    for inputs in (3, 8, 8):
+        h = net.op("BatchNormalization", net.op("Conv", h, net.weight(8, inputs, 3, 3), pads=[1] * 4), gain, shift, shift, variance)
+        h = net.op("Relu", h)
+    net.ranks[h] = 4
+    model = net.model(h, *([shift] if shown else []))
+    folded, names = fold_norms(model)
+    assert len(names) == 3
+    assert (shift in {item.name for item in folded.graph.initializer}) == shown
+    feed = {x: np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    for before, after in zip(outputs(model, feed=feed), outputs(folded, feed=feed), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("opset", [9, 11, 12, 13, 21])
 @pytest.mark.parametrize("activations", ["uint8", "none"])
 def test_the_opset_stays(opset: int, activations: str) -> None:
@@ -255,6 +274,22 @@ def test_the_opset_stays(opset: int, activations: str) -> None:
     big = found.report["layers"][-1]
     assert big["scale_per_channel"] == (opset >= 13 or activations == "none")
     assert found.report["stages"][-1]["agreement"][model.graph.output[0].name]["cosine"] > 0.99
+
+
+@pytest.mark.parametrize("storage", ["dense", "auto"])
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+def test_files_that_list_initializers_as_inputs(storage: str, activations: str) -> None:
+    """Prune leaves them so where it packs nothing; what quantize makes would be replaceable, and not for the kernels."""
+    net = Net(opset=11, ir_version=3)
+    x = net.input("N", 20)
+    model = net.model(net.op("Gemm", net.op("Relu", net.op("Gemm", x, net.weight(20, 32), net.bias(32))), net.weight(32, 30), net.bias(30)))
+    feed = {x: np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    found = quantize(model, [feed], activations=activations, storage=storage, threads=1).model
+    assert found.ir_version == 4
+    assert [item.name for item in found.graph.input] == [x]
+    pruned = prune(model, [feed], keep="60%", storage="dense", threads=1).model
+    assert pruned.ir_version == 3
+    assert [item.name for item in pruned.graph.input] == [item.name for item in model.graph.input]
 
 
 def half_model() -> onnx.ModelProto:
@@ -336,6 +371,19 @@ def test_an_output_in_front_of_a_relu_keeps_what_is_below_0(operator: str) -> No
     report = quantize(model, [feed], threads=1).report
     assert {row["status"] for row in report["layers"] if row["op"] == "Gemm"} == {"int8"}
     assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_an_input_that_is_an_output_too_stays_as_it_is(activations: str) -> None:
+    net = Net()
+    x = net.input("N", 20)
+    model = net.model(net.op("MatMul", x, net.weight(20, 32)), net.op("Identity", x))
+    model.graph.output.append(model.graph.input[0])
+    feed = {x: np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    found = quantize(model, [feed], activations=activations, threads=1)
+    assert [row["status"] for row in found.report["layers"]] == ["int8"]
+    assert [item.name for item in found.model.graph.output] == [item.name for item in model.graph.output]
+    assert np.array_equal(outputs(found.model, feed=feed)[2], feed[x])
 
 
 @pytest.mark.parametrize("activations", MODES)
