@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -18,20 +19,22 @@ Doubles = NDArray[np.float64]
 
 # Of the positions (pixels, tokens) of one sample no more than about so many are looked at.
 POSITIONS = 64
+# Sums that are kept of one tensor and moment, all groups together; larger ones (pictures laid out flat for a norm) are not told apart.
+LARGEST = 1 << 20
 
 
 class Activity:
     """Means of x and x^2, or of |x|, along the kept axes, over the samples and all other axes: arrays of the tensor's rank.
 
     They are kept for each group of samples; what cannot be told apart by sample (an axis other than the first counts them) counts for
-    every group alike.
+    every group alike. Very large ones are kept for all groups together.
     """
 
     TOTALS: ClassVar[tuple[str, ...]] = ("_sums", "_counts")
 
     def __init__(self, axes: tuple[int, ...], moments: tuple[Moment, ...], grouping: Grouping | None = None) -> None:
         self._axes, self._moments, self._grouping = axes, moments, grouping
-        self._sums: dict[Moment, Any] = dict.fromkeys(moments, 0.0)  # [groups, 1, *kept]
+        self._sums: dict[Moment, Any] = dict.fromkeys(moments, 0.0)  # [groups or 1, 1, *kept]
         self._counts: Any = 0.0  # [groups]
 
     def jobs(self, x: NDArray[np.float32], weight: float) -> Iterator[Job]:
@@ -46,14 +49,26 @@ class Activity:
         apart = labels is not None and 0 not in axes and x.ndim > 0 and len(x) > 0 and len(x) % len(labels) == 0
         rows = np.repeat(labels, len(x) // len(labels)) if apart and labels is not None else None
         others = tuple(axis for axis in range(x.ndim) if axis not in axes and not (apart and axis == 0))
-        member = np.eye(groups)[rows] if rows is not None else None
         number = 0.0
         for moment in self._moments:
             total = _total(x, moment, others)
             number = x.size / max(total.size, 1)
-            spread = np.tensordot(member, total, (0, 0))[:, None] if member is not None else np.broadcast_to(total, (groups, *total.shape))
-            self._sums[moment] = self._sums[moment] + weight * spread
-        self._counts = self._counts + weight * number * (member.sum(0) if member is not None else np.ones(groups))
+            self._put(moment, weight * total, rows, groups)
+        self._counts = self._counts + weight * number * (np.bincount(rows, minlength=groups) if rows is not None else np.ones(groups))
+
+    def _put(self, moment: Moment, total: Doubles, rows: NDArray[np.int64] | None, groups: int) -> None:
+        """Add a batch's sums, of each sample apart where `rows` has their groups, to those of the groups, in place."""
+        shape = (1, *total.shape[1:]) if rows is not None else total.shape
+        if np.ndim(self._sums[moment]) == 0:
+            self._sums[moment] = np.zeros((groups if groups * math.prod(shape) <= LARGEST else 1, *shape))
+        sums = self._sums[moment]
+        if rows is None:
+            sums += total * (groups / len(sums))
+        elif len(sums) == groups:
+            for group in np.unique(rows):
+                sums[group] += total[rows == group].sum(0, keepdims=True)
+        else:
+            sums[0] += total.sum(0, keepdims=True)
 
     @property
     def weights(self) -> Doubles:
@@ -65,7 +80,7 @@ class Activity:
     def mean(self, moment: Moment, group: int | None = None) -> Doubles:
         """One of the means, of one group or of all, with 1 on the axes that are not kept; of an empty group that of all."""
         sums, counts = self._sums[moment], np.asarray(self._counts)
-        if group is not None and counts.ndim and counts[group] > 0:
+        if group is not None and counts.ndim and len(sums) == len(counts) and counts[group] > 0:
             one: Doubles = sums[group] / counts[group]
             return one
         every: Doubles = np.asarray(sums.sum(0) / max(counts.sum(), 1e-300)) if counts.ndim else np.zeros(())
