@@ -78,13 +78,13 @@ def decide(
     search: finds a better choice of units, given flow's. worth: what units are worth to it, to pair those of two directions by.
     """
     if not options.by_channel:
-        at = partial(_fine_masks, plan, options, scores, weights)
+        at, every = partial(_fine_masks, plan, options, scores, weights), keep_all(plan, weights)
         # flow-obs hands on what dead units leave by itself.
         if options.keep is None or options.fine is None or options.criterion == "flow-obs":
             masks, floors = at(options.keep)
         else:
-            masks, floors = reaching(graph, plan, options.keep, at, itemgetter(0))
-        return Chosen(masks, keep_all(plan, weights), floors=floors)
+            masks, floors = reaching(graph, plan, options.keep, every, at, itemgetter(0))
+        return Chosen(masks, every, floors=floors)
     coupling = trace(graph, plan, find_all_states(graph, plan) if options.allow_state_change else NO_STATES)
     if coupling.ways:
         coupling = paired(coupling, unit_values(plan, coupling, scores) if worth is None else worth(coupling))

@@ -21,20 +21,28 @@ Found = TypeVar("Found")
 SHORT, TRIES = 0.02, 5
 
 
-def reaching(graph: Graph, plan: Plan, keep: float, masks_at: Callable[[float], Found], masks_of: Callable[[Found], Masks]) -> Found:
-    """What `masks_at` finds for the share (in (0, 1], of all weights that it masks) that leaves `keep` of them alive, or a little less."""
+def reaching(
+    graph: Graph, plan: Plan, keep: float, every: Masks, masks_at: Callable[[float], Found], masks_of: Callable[[Found], Masks]
+) -> Found:
+    """What `masks_at` finds for the share (in (0, 1], of all weights that it masks) that leaves `keep` of them alive, or a little less.
+
+    every: masks that keep all; what nobody reads even then is no reason to keep more of the others.
+    """
     found = masks_at(keep)
     share, left = keep, _alive(graph, plan, masks_of(found))
+    if left >= (1 - SHORT) * keep:
+        return found
+    goal = keep * _alive(graph, plan, every)
     best, slope = (left, found), 1.0
     for _ in range(TRIES):
-        asked = min(max(share + ((1 - SHORT / 4) * keep - left) / slope, keep), 1.0)
-        if best[0] >= (1 - SHORT) * keep or asked == share:
+        asked = min(max(share + ((1 - SHORT / 4) * goal - left) / slope, keep), 1.0)
+        if best[0] >= (1 - SHORT) * goal or asked == share:
             break
         found = masks_at(asked)
         now = _alive(graph, plan, masks_of(found))
         slope = max((now - left) / (asked - share), 1.0)
         share, left = asked, now
-        if best[0] < left <= keep:
+        if best[0] < left <= goal:
             best = left, found
     return best[1]
 
