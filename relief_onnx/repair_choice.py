@@ -21,7 +21,7 @@ Flags = NDArray[np.bool_]
 
 RULE, VALIDATED = "rule", "validated"
 # Samples for the contest: to repair with, and every third batch to judge. Both have the same mask, so a small difference counts.
-DRAWN, MARGIN = 384, 0.03
+DRAWN, MARGIN = 288, 0.03
 # The share of the weights in layers with few rows below which there is no contest: a convolutional network's last layer alone is no reason.
 LEAST_FEW = 0.1
 
