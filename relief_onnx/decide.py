@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ def decide(
         if options.keep is None or options.fine is None or options.criterion == "flow-obs":
             masks, floors = at(options.keep)
         else:
-            masks, floors = reaching(graph, plan, options.keep, every, at, itemgetter(0))
+            masks, floors = reaching(graph, plan, options.keep, every, at)
         return Chosen(masks, every, floors=floors)
     coupling = trace(graph, plan, find_all_states(graph, plan) if options.allow_state_change else NO_STATES)
     if coupling.ways:

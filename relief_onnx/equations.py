@@ -90,8 +90,7 @@ class Equations:
 
     def few(self, times: float = 1.0) -> bool:
         """Whether so many times the rows are so few that a larger ridge may do better on others, and one would be looked for."""
-        most = max(ROW_BYTES // (4 * self._layer.groups * self.inputs), 64)
-        return self.inputs <= MOMENT_FEATURES and few_rows(min(int(times * len(self._x)), most), self._keep)
+        return self.inputs <= MOMENT_FEATURES and few_rows(min(int(times * len(self._x)), self._most_rows), self._keep)
 
     def solved(self, flops: float = SOLVE_FLOPS, validated: bool = False) -> tuple[dict[str, NDArray[Any]], tuple[float, float]]:
         """New initializers, and the errors before and after as parts of the variance of the target. Empty where there is no solution.
@@ -200,9 +199,12 @@ class Equations:
 
     def _chance(self, batch: int) -> tuple[int, np.random.Generator]:
         """At most how many rows of a batch, and what draws them."""
-        each = self._layer.groups * self._weight.shape[1] * 4
-        budget = max(ROW_BYTES // each, 64) // max(self._after.batches, 1)
-        return budget, np.random.default_rng([self._seed, self._layer.node, batch])
+        return self._most_rows // max(self._after.batches, 1), np.random.default_rng([self._seed, self._layer.node, batch])
+
+    @property
+    def _most_rows(self) -> int:
+        """That the layer holds."""
+        return max(ROW_BYTES // (4 * self._layer.groups * self.inputs), 64)
 
     def _rows(self, before: Source, after: Source) -> tuple[NDArray[np.float32], ...]:
         """Inputs [rows, groups, features], wanted [rows, out] and what the other branch adds [rows, out], all float32."""

@@ -1,4 +1,4 @@
-"""Nodes that onnxruntime's optimisers fused, laid open: standard operators in their place, and the fused node again after surgery.
+"""Nodes that onnxruntime's optimisers fused, and Einsum, laid open: plain operators in their place, and the node again after surgery.
 
 `lay_open` is a pass (see `lowering`). The table of operators is in `fused_rows`. A node that its row cannot lay open stays as it is:
 a barrier, for which `refusal` gives the reason.

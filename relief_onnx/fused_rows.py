@@ -1,4 +1,4 @@
-"""The table of fused operators: which standard operators say what each of them does (onnxruntime's contrib operators, CPU).
+"""The table of nodes that are laid open: which plain operators say what each does (onnxruntime's contrib operators, CPU; Einsum).
 
 A row fills a `Place`; it raises Barrier where a form is not known. Element-wise operators with one input (Gelu, QuickGelu, FastGelu) need
 no row: they are in the operator table (`ops`) as they are.

@@ -6,8 +6,8 @@ So a larger share is cut to, until what survives is the share that was asked for
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
+from relief_onnx.cut import Floor
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.masks import Masks, applied, initializer_masks
@@ -15,21 +15,19 @@ from relief_onnx.surgery import apply_weights, operate
 
 __all__ = ["reaching"]
 
-Found = TypeVar("Found")
-
 # How much less than the share may be left, as a part of it, and how many more shares are tried.
 SHORT, TRIES = 0.02, 5
 
 
 def reaching(
-    graph: Graph, plan: Plan, keep: float, every: Masks, masks_at: Callable[[float], Found], masks_of: Callable[[Found], Masks]
-) -> Found:
+    graph: Graph, plan: Plan, keep: float, every: Masks, masks_at: Callable[[float], tuple[Masks, tuple[Floor, ...]]]
+) -> tuple[Masks, tuple[Floor, ...]]:
     """What `masks_at` finds for the share (in (0, 1], of all weights that it masks) that leaves `keep` of them alive, or a little less.
 
     every: masks that keep all; what nobody reads even then is no reason to keep more of the others.
     """
     found = masks_at(keep)
-    share, left = keep, _alive(graph, plan, masks_of(found))
+    share, left = keep, _alive(graph, plan, found[0])
     if left >= (1 - SHORT) * keep:
         return found
     goal = keep * _alive(graph, plan, every)
@@ -39,7 +37,7 @@ def reaching(
         if best[0] >= (1 - SHORT) * goal or asked == share:
             break
         found = masks_at(asked)
-        now = _alive(graph, plan, masks_of(found))
+        now = _alive(graph, plan, found[0])
         slope = max((now - left) / (asked - share), 1.0)
         share, left = asked, now
         if best[0] < left <= goal:

@@ -47,8 +47,7 @@ def repaired(
             progress=progress,
         )  # fmt: skip
 
-    few = partial(few_rows_share, original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads)
-    if not drawn.judged or few() < LEAST_FEW:
+    if not drawn.judged or few_rows_share(original, masked, flags, weights, feeds, removed=removed, seed=seed, threads=threads) < LEAST_FEW:
         return *on(feeds, False), None
     # Layer by layer, which is cheaper: pairs are fitted by a ridge of their own.
     makers = {name: partial(lambda own: on(drawn.fit, own, jointly=False)[0], name == VALIDATED) for name in (RULE, VALIDATED)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_scores_are_those_of_the_loop(op: str, before_reset: bool, directions: s
             np.testing.assert_allclose(given[part].score.sum(1) + given[part].bias_score, 1.0, rtol=1e-9)
 
 
+def check_flow(node: Node, known: Mapping[str, Any], given: Mapping[str, Any], works: NDArray[np.float64]) -> None:
+    """Of each entry, against T = R + T P round the loop. known: see `row_scores`. works: 1 for each gate row that has a say, else 0."""
+    directions = len(node.directions)
+    sizes = (directions, len(works), node.hidden)
+    parts = {part: (shares * totals[:, None]).reshape(*sizes, -1) * works[:, None, None] for part, (shares, _, totals) in known.items()}
+    whole = sum(part.sum((1, 3)) for part in parts.values())
+    for d in range(directions):
+        loop = parts["r"][d].sum(0) / whole[d][:, None]
+        t = np.linalg.solve(np.eye(node.hidden) - loop.T, np.full(node.hidden, 1 / (node.hidden * directions)))
+        for part, own in parts.items():
+            flow = given[part].flow.reshape(*sizes, -1)[d]
+            np.testing.assert_allclose(flow, own[d] / whole[d][None, :, None] * t[None, :, None], rtol=1e-4)
+
+
 @pytest.mark.parametrize("directions", WAYS)
 @pytest.mark.parametrize(("op", "before_reset"), KINDS)
 def test_flow_of_a_row_is_its_part_of_the_unit(op: str, before_reset: bool, directions: str) -> None:
@@ -106,16 +121,8 @@ def test_flow_of_a_row_is_its_part_of_the_unit(op: str, before_reset: bool, dire
     feed = feed_of(node)
     _, seen = naive(node, feed, {})
     known = row_scores(node, seen, MEASURES["flow"])
-    sizes = (len(directions), GATES[op], node.hidden)
-    parts = {part: (shares * totals[:, None]).reshape(*sizes, -1) for part, (shares, _, totals) in known.items()}
-    whole = sum(part.sum((1, 3)) for part in parts.values())
     given = {item.weight: item for item in relief_onnx.score(model(node), [feed], criterion="flow").values()}
-    for d in range(len(directions)):
-        loop = parts["r"][d].sum(0) / whole[d][:, None]
-        t = np.linalg.solve(np.eye(node.hidden) - loop.T, np.full(node.hidden, 1 / (node.hidden * len(directions))))
-        for part, own in parts.items():
-            flow = given[part].flow.reshape(*sizes, -1)[d]
-            np.testing.assert_allclose(flow, own[d] / whole[d][None, :, None] * t[None, :, None], rtol=1e-4)
+    check_flow(node, known, given, np.ones(GATES[op]))
 
 
 @pytest.mark.parametrize("directions", WAYS)
@@ -129,22 +136,12 @@ def test_an_lstm_that_forgets_what_it_lets_in(directions: str) -> None:
         given = {item.weight: item for item in relief_onnx.score(model(node), [feed], criterion=criterion).values()}
         for part, (shares, _, _) in row_scores(node, seen, MEASURES[criterion]).items():
             np.testing.assert_allclose(given[part].score, shares, rtol=2e-5, atol=1e-7, err_msg=f"{criterion} {part}")
-    sizes = (len(directions), GATES["LSTM"], node.hidden)
-    known = row_scores(node, seen, MEASURES["flow"])
-    works = np.array([1.0, 1.0, 0.0, 1.0])[:, None, None]
-    parts = {part: (shares * totals[:, None]).reshape(*sizes, -1) * works for part, (shares, _, totals) in known.items()}
-    whole = sum(part.sum((1, 3)) for part in parts.values())
-    for d in range(len(directions)):
-        loop = parts["r"][d].sum(0) / whole[d][:, None]
-        t = np.linalg.solve(np.eye(node.hidden) - loop.T, np.full(node.hidden, 1 / (node.hidden * len(directions))))
-        for part, own in parts.items():
-            flow = given[part].flow.reshape(*sizes, -1)[d]
-            np.testing.assert_allclose(flow, own[d] / whole[d][None, :, None] * t[None, :, None], rtol=1e-4)
+    check_flow(node, row_scores(node, seen, MEASURES["flow"]), given, np.array([1.0, 1.0, 0.0, 1.0]))
     check_mask_is_surgery(model(node, layers=True), feed_of(node, features=6), np.random.default_rng(0))
     result = relief_onnx.prune(model(node), [feed], criterion="relief", alpha=1.0, storage="dense")
     for item in result.model.graph.initializer:
         if item.name in ("w", "r"):
-            rows = numpy_helper.to_array(item).reshape(*sizes, -1).any((0, 2, 3))
+            rows = numpy_helper.to_array(item).reshape(len(directions), GATES["LSTM"], node.hidden, -1).any((0, 2, 3))
             assert rows.tolist() == [True, True, False, True]
     np.testing.assert_allclose(Session(result.model, 1).run(feed)[0], y, atol=1e-5)
 
