@@ -14,7 +14,7 @@ from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.ridge import few_rows
-from relief_onnx.rows import Places, as_output, drawn, layer_rows
+from relief_onnx.rows import ENOUGH_ROWS, Places, as_output, drawn, layer_rows
 from relief_onnx.solve import MOMENT_FEATURES, SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
@@ -197,9 +197,11 @@ class Equations:
         """What is known of all rows, batch by batch."""
         return np.split(rows, self._ends[:-1])
 
-    def _chance(self, batch: int) -> tuple[int, np.random.Generator]:
-        """At most how many rows of a batch, and what draws them."""
-        return self._most_rows // max(self._after.batches, 1), np.random.default_rng([self._seed, self._layer.node, batch])
+    def _chance(self, batch: int) -> tuple[int, int, np.random.Generator]:
+        """At most how many rows of a batch, how many are enough, and what draws them."""
+        batches = max(self._after.batches, 1)
+        enough = math.ceil(ENOUGH_ROWS * float(self._keep.sum(1).mean()) / batches)
+        return self._most_rows // batches, enough, np.random.default_rng([self._seed, self._layer.node, batch])
 
     @property
     def _most_rows(self) -> int:

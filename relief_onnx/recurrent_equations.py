@@ -24,7 +24,7 @@ from relief_onnx.layers import Layer
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_reads import Cell, cell_of, read_by_r, steps_of, stored
 from relief_onnx.ridge import few_rows
-from relief_onnx.rows import POSITIONS
+from relief_onnx.rows import ENOUGH_ROWS, POSITIONS
 from relief_onnx.session import Session
 from relief_onnx.solve import SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
@@ -203,10 +203,12 @@ class Loop:
         old, self._now = _Runs(original, place, before, threads), _Runs(graph, index, after, threads)
         self._cell = old.cell
         width = self._given.w.shape[2] + self._given.r.shape[2] * layers["R"].groups + self._sizes[0] * self._sizes[1]
-        budget = max(ROW_BYTES // (4 * width), 64) // max(after.batches, 1)
+        batches = max(after.batches, 1)
+        budget = max(ROW_BYTES // (4 * width), 64) // batches
+        enough = math.ceil(ENOUGH_ROWS * float(self._kept_inputs().sum(1).mean()) / batches)
         self._picked = []
         for batch, (steps, entries) in enumerate(old.counts()):
-            number = min(steps, max(budget, 1), POSITIONS * entries)
+            number = min(steps, max(budget, 1), max(POSITIONS * entries, enough))
             self._picked.append(np.sort(np.random.default_rng([seed, index, batch]).permutation(steps)[:number]))
         self._wanted = old.rows(self._original, self._picked)
         self._done: dict[tuple[Any, ...], Any] = {}
@@ -216,6 +218,10 @@ class Loop:
             return np.ones((*self._sizes, layer.in_per_group), bool)
         keep: Flags = layer.view.apply(np.broadcast_to(flags[layer.weight], layer.view.source)).reshape(*self._sizes, -1)
         return keep
+
+    def _kept_inputs(self) -> Flags:
+        """Of each gate row, those of W and of R [rows, inputs]."""
+        return np.concatenate([own.reshape(-1, own.shape[-1]) for own in self._keep.values()], axis=1)
 
     def part(self, layer: Layer) -> PartEquations:
         """The equations of W or R."""
@@ -290,8 +296,7 @@ class Loop:
 
     def few(self, times: float) -> bool:
         """Whether so many times the rows are so few that a larger ridge may do better on others."""
-        kept = np.concatenate([own.reshape(-1, own.shape[-1]) for own in self._keep.values()], axis=1)
-        return few_rows(int(times * len(self._wanted.x)), kept)
+        return few_rows(int(times * len(self._wanted.x)), self._kept_inputs())
 
     def solved(self, validated: bool = False) -> tuple[_Weights, Doubles]:
         """New weights, and of each row the errors before and after and the variance of the targets [3, rows]."""

@@ -10,38 +10,38 @@ from numpy.typing import NDArray
 from relief_onnx.gram import patches
 from relief_onnx.layers import Layer
 
-__all__ = ["POSITIONS", "Places", "as_output", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
+__all__ = ["ENOUGH_ROWS", "POSITIONS", "Places", "as_output", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
 
 # Of a convolution the places in its output, axis by axis, the same in all samples of a batch; of a dense layer rows of the whole batch.
 Places = tuple[NDArray[np.intp], ...]
 Floats = NDArray[np.float32]
 
-# Positions of a sample (pixels, tokens, time steps) that are looked at.
-POSITIONS = 32
+# Positions of a sample (pixels, tokens, time steps) that are looked at, and rows for each kept input up to which there are more of them.
+POSITIONS, ENOUGH_ROWS = 32, 200
 
 
 def layer_rows(
-    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, rng: np.random.Generator
+    layer: Layer, x: NDArray[Any], y: NDArray[Any], other: NDArray[Any] | None, budget: int, enough: int, rng: np.random.Generator
 ) -> tuple[NDArray[Any], ...]:
     """One batch as rows: inputs [rows, groups, features], outputs `y` and `other` (0 where there is none) [rows, out], all float32.
 
     x is the layer's input; y and other have the shape of its output. At most about `budget` rows, chosen at random, and no more than
-    POSITIONS of each sample. Features are in the order of the canonical weight.
+    POSITIONS of each sample unless those are less than `enough`. Features are in the order of the canonical weight.
     """
-    places = drawn(layer, x, y, budget, rng)
+    places = drawn(layer, x, y, budget, enough, rng)
     wanted = outputs_at(layer, y, places)
     return inputs_at(layer, x, places), wanted, np.zeros_like(wanted) if other is None else outputs_at(layer, other, places)
 
 
-def drawn(layer: Layer, x: NDArray[Any], y: NDArray[Any], budget: int, rng: np.random.Generator) -> Places:
+def drawn(layer: Layer, x: NDArray[Any], y: NDArray[Any], budget: int, enough: int, rng: np.random.Generator) -> Places:
     """Places by chance, as many as `layer_rows` says."""
     if layer.geometry is not None:
         space = y.shape[2:]
         size = int(np.prod(space))
-        number = min(size, POSITIONS, max(budget // len(x), 1))
+        number = min(size, max(POSITIONS, -(-enough // len(x))), max(budget // len(x), 1))
         return np.unravel_index(np.sort(rng.permutation(size)[:number]), space)
     size = x.size // layer.in_per_group
-    number = min(size, max(budget, 1), POSITIONS * len(x) if layer.input_axis else size)
+    number = min(size, max(budget, 1), max(POSITIONS * len(x), enough) if layer.input_axis else size)
     return (np.sort(rng.permutation(size)[:number]),)
 
 

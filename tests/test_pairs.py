@@ -44,7 +44,7 @@ def test_spread_is_the_transpose(name: str) -> None:
     probe.graph.output.append(onnx.ValueInfoProto(name=layer.output))
     y = Session(probe).run({graph.inputs[0].name: x}, [layer.output])[0]
     rng = np.random.default_rng(1)
-    places = drawn(layer, x, y, 40, rng)
+    places = drawn(layer, x, y, 40, 0, rng)
     met = inputs_at(layer, x, places)[:, 0]
     rows = rng.standard_normal(met.shape).astype(np.float32)
     back = spread(layer, rows, x.shape, places)

@@ -27,7 +27,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.model import prepare
 from relief_onnx.replay import Replay
-from relief_onnx.rows import layer_rows
+from relief_onnx.rows import POSITIONS, layer_rows
 from relief_onnx.session import Session
 from relief_onnx.solve import RIDGE, Target, solve
 
@@ -52,13 +52,31 @@ def test_rows_are_the_layer(name: str) -> None:
     probe.CopyFrom(model)
     probe.graph.output.append(onnx.ValueInfoProto(name=layer.output))
     y = Session(probe).run({graph.inputs[0].name: x}, [layer.output])[0]
-    inputs, outputs, other = layer_rows(layer, x, y, None, 40, np.random.default_rng(0))
+    inputs, outputs, other = layer_rows(layer, x, y, None, 40, 0, np.random.default_rng(0))
     weight = layer.view.apply(graph.array(layer.weight)).reshape(layer.groups, layer.out_channels // layer.groups, -1) * layer.scale
     bias = 0 if layer.bias is None else layer.bias.view.apply(graph.array(layer.bias.name)) * layer.bias.factor
     emitted = np.einsum("rgf,gof->rgo", inputs, weight).reshape(len(inputs), -1) + bias
     np.testing.assert_allclose(emitted, outputs, rtol=1e-4, atol=1e-4)
     assert len(inputs) > 1
     assert not other.any()
+
+
+@pytest.mark.parametrize(
+    ("budget", "enough", "rows"),
+    [(10**6, 0, 2 * POSITIONS), (10**6, 150, 150), (10**6, 10**6, 2 * 100), (50, 10**6, 50), (50, 0, 50)],
+    ids=["as many as always", "more, as these are few", "all there are", "no more than the budget", "nor by themselves"],
+)
+@pytest.mark.parametrize("kind", ["Conv", "MatMul"])
+def test_positions_of_a_sample(kind: str, budget: int, enough: int, rows: int) -> None:
+    net = Net()
+    x = net.input(2, 3, 10, 10) if kind == "Conv" else net.input(2, 100, 3)
+    weight = net.constant(net.rng.standard_normal((4, 3, 1, 1) if kind == "Conv" else (3, 4)).astype(np.float32))
+    graph = Graph(net.model(net.op(kind, x, weight)))
+    (layer,) = find(graph).layers
+    given = np.zeros((2, 3, 10, 10) if kind == "Conv" else (2, 100, 3), np.float32)
+    emitted = np.zeros((2, 4, 10, 10) if kind == "Conv" else (2, 100, 4), np.float32)
+    found, _, _ = layer_rows(layer, given, emitted, None, budget, enough, np.random.default_rng(0))
+    assert len(found) == rows
 
 
 def system(seed: int = 0, rows: int = 200, features: int = 12, out: int = 5) -> tuple[Array, Array, Array, Array, Array]:
