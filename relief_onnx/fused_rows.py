@@ -18,6 +18,7 @@ from relief_onnx.fused_place import MAIN, Place
 from relief_onnx.microsoft import MICROSOFT
 from relief_onnx.moves import Barrier
 from relief_onnx.sources import Source, trace_constant
+from relief_onnx.stacked import stacked_matmul
 from relief_onnx.stored_einsum import stored_einsum
 
 __all__ = ["ROWS"]
@@ -120,6 +121,7 @@ def bias_dropout(place: Place) -> None:
 
 ROWS: Mapping[tuple[str, str], Row] = {
     ("", "Einsum"): stored_einsum,
+    ("", "MatMul"): stacked_matmul,
     (MICROSOFT, "FusedConv"): fused_conv,
     (MICROSOFT, "FusedGemm"): fused_gemm,
     (MICROSOFT, "FusedMatMul"): fused_matmul,

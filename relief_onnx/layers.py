@@ -136,7 +136,8 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
         return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)) + (f": {why}" if why else ""))
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):
-        return found
+        why = refusal(graph, use.node)
+        return Refusal(found.reason + (f": {why}" if why else ""))
     if graph.constant(found.input) is not None:
         return Refusal("its input is a constant, so the node computes a constant")
     if not graph.is_float(found.input) and found.input in graph.types:

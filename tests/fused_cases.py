@@ -252,7 +252,46 @@ def keras_attention(net: Fused, x: str) -> str:
     return net.op("Add", net.op("Einsum", mixed, net.weight(HEADS, 4, C), equation="abcd,cde->abe"), net.bias(C))
 
 
+def stacked(*lead: int) -> Callable[[Fused, str], str]:
+    """A weight for each of three groups, with `lead` axes in front of it, and for each one back; the mean over groups."""
+
+    def build(net: Fused, x: str) -> str:
+        axis = len(lead) - 1 - lead[::-1].index(3)
+        h = net.op("Relu", net.op("Add", net.op("MatMul", x, net.weight(*lead, C, 8)), net.bias(3, *[1] * (len(lead) - axis), 8)))
+        return str(net.op("ReduceMean", net.op("MatMul", h, net.weight(*lead, 8, C)), axes=list(range(len(lead) - 1)), keepdims=0))
+
+    return build
+
+
+def experts(net: Fused, x: str) -> str:
+    """Every token to all of three experts, weighed by a router."""
+    part = net.op("Unsqueeze", net.op("Softmax", net.op("MatMul", x, net.weight(C, 3)), axis=-1), net.ints(-1))
+    h = net.op("MatMul", net.op("Unsqueeze", x, net.ints(1)), net.weight(3, C, 8))
+    h = net.op("Mul", h, net.op("Sigmoid", h))
+    y = net.op("Mul", net.op("MatMul", h, net.weight(3, 8, C)), net.op("Transpose", part, perm=[0, 2, 1, 3]))
+    return str(net.op("ReduceSum", y, net.ints(1), keepdims=0))
+
+
+def grouped_product(equation: str, *shape: int, turned: bool = False) -> Callable[[Fused, str], str]:
+    """An Einsum with a weight for each of three heads of 4."""
+
+    def build(net: Fused, x: str) -> str:
+        heads = net.op("Reshape", x, net.ints(0, 0, HEADS, 4))
+        heads = net.op("Transpose", heads, perm=[0, 2, 1, 3]) if turned else heads
+        y = net.op("Relu", net.op("Einsum", heads, net.weight(*shape), equation=equation))
+        y = net.op("Transpose", y, perm=[0, 2, 1, 3]) if turned else y
+        return dense(net, net.op("Reshape", y, net.ints(0, 0, -1)), 15, C)
+
+    return build
+
+
 CASES: Mapping[str, Case] = {
+    "stack": tokens(stacked(3, 1)),
+    "stack, opset 11": tokens(stacked(3, 1), 11),
+    "stack, one in front": tokens(stacked(1, 3, 1)),
+    "stack, experts": tokens(experts),
+    "einsum, groups": tokens(grouped_product("abhc,hcd->abhd", HEADS, 4, 5)),
+    "einsum, groups, turned": tokens(grouped_product("ahbc,cdh->ahbd", 4, 5, HEADS, turned=True)),
     "einsum": tokens(projected("abc,cd->abd", C, 8)),
     "einsum, turned": tokens(projected("a b c, d c -> abd", 8, C)),
     "einsum, weight first": tokens(projected("cd,abc->abd", C, 8, first=True)),
