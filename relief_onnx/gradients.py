@@ -21,6 +21,9 @@ Flags = NDArray[np.bool_]
 TOLERANCE = 1e-3
 # Steps: at most, and as many as there are whatever they take; as many again for what single precision leaves over.
 MOST, LEAST = 500, 30
+# A neuron whose squared residual is less rests until the others are done: what single precision holds is exhausted, and what is left of it
+# shrinks until quotients of numbers near 0 lead anywhere.
+EXHAUSTED = 1e-20
 # Where solutions are only compared.
 ROUGH = 0.03
 
@@ -66,7 +69,8 @@ def _descended(system: Floats, right: Doubles, inside: Floats, limit: int, least
             break
         image = (direction @ system) * inside
         along = (direction * image).sum(1, keepdims=True)
-        step = np.where(squared > 0, squared / np.where(along > 0, along, 1.0), 0.0).astype(np.float32)
+        going = (squared > EXHAUSTED) & (along > 0)
+        step = np.where(going, squared / np.where(going, along, 1.0), 0.0).astype(np.float32)
         found += step * direction
         residual -= step * image
         new = np.square(residual).sum(1, keepdims=True)
