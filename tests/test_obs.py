@@ -16,7 +16,7 @@ from test_flow import other_digits
 from test_repair import plain, system
 
 import relief_onnx
-from relief_onnx import obs_units
+from relief_onnx import contest, obs_units
 from relief_onnx.cut import FLOOR
 from relief_onnx.errors import NothingPrunedError, RecipeError
 from relief_onnx.graph import Graph
@@ -204,8 +204,9 @@ def test_units_are_chosen_again() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_units_of_all_architectures(name: str) -> None:
+def test_units_of_all_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention (Q and K that no layer reads), gates, depthwise and grouped layers: a choice is found and the model runs."""
+    monkeypatch.setattr(contest, "LEAST_CHOSEN", 1)
     model, feed = ARCHITECTURES[name]()
     options: dict[str, Any] = {"granularity": "channel", "keep": "70%", "round_to": 1, "criterion": "flow-obs", "threads": 1}
     try:
