@@ -300,3 +300,18 @@ def test_a_later_round_meets_its_budget_with_what_the_one_before_left() -> None:
     total = sum(keep.size for keep in result.masks.keep.values())
     assert result.report["options"]["criterion"] == "flow-obs"
     assert kept == pytest.approx(0.05 * total, abs=1)
+
+
+def test_units_whose_readers_are_not_solved_for_go_by_their_relevance() -> None:
+    """A weight that two nodes read, one of them turned round, is left by the repair, so nothing says what its units would cost."""
+    net = Net()
+    x, w = net.input("N", 12), net.weight(12, 16)
+    model = net.model(net.op("Gemm", net.op("Relu", net.op("MatMul", x, w)), w, transB=1))
+    data = [{x: np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)}]
+    flow, again = (
+        relief_onnx.prune(model, data, granularity="channel", keep="50%", round_to=1, repair="least-squares", criterion=criterion)
+        for criterion in ("flow", "flow-obs")
+    )
+    assert again.report["units_removed"] == flow.report["units_removed"] > 0
+    left = [(row["error_before"], row["error_after"], row["reason"]) for row in again.report["repair"]["layers"]]
+    assert left == 2 * [(None, None, "several nodes read its weight")]
