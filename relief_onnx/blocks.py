@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from relief_onnx.state_changes import cut_states
 from relief_onnx.surgery import apply_weights
 from relief_onnx.two_ways import crossed
 
-__all__ = ["in_blocks"]
+__all__ = ["across_blocks", "in_blocks"]
 
 Flags = NDArray[np.bool_]
 Gated = Callable[[onnx.ModelProto], onnx.ModelProto]
@@ -76,3 +76,17 @@ def _fit(held: Flags, allowed: Flags, worth: NDArray[np.float64], n: int, m: int
     ranks = np.where(allowed | held, rank.reshape(worth.shape), 0) + (0 if again else held * worth.size)
     rows = held.reshape(len(held), -1).any(1)
     return keep_pattern(ranks.astype(np.float64), n, m) & (allowed | held) & rows.reshape(-1, *(1,) * (held.ndim - 1))
+
+
+def across_blocks(model: onnx.ModelProto, weights: Collection[str], pattern: str) -> list[str]:
+    """A sentence for each weight whose pattern holds for one node that reads it and not for another, which reads it turned round."""
+    (n, m), graph, found = parse_pattern(pattern), Graph(model), []
+    for weight, layers in find(graph).by_weight().items():
+        flags = [layer.view.apply(graph.array(weight)) != 0 for layer in layers] if weight in weights else []
+        held = [not np.any(item & ~keep_pattern(item.astype(np.float64), n, m)) for item in flags]
+        if any(held) and not all(held):
+            names = [
+                ", ".join(layer.name for layer, is_so in zip(layers, held, strict=True) if is_so is wanted) for wanted in (True, False)
+            ]
+            found.append(f"{weight} has the pattern {pattern} along the inputs of {names[0]}, not along those of {names[1]}")
+    return found

@@ -66,7 +66,7 @@ def run(
     Returns the number of samples and the seconds taken. Raises DataError where there is none or a run fails.
     """
     start = time.perf_counter()
-    session = Session(probe.model, threads, "the probe model")
+    session = Session(probe.model, threads, "the probe model", working=True)
     # Where samples take different branches of an If, each has to take its own.
     size = 1 if chooses(probe.model.graph.node) else batch_size_for(session, probe, dataset, seed)
     samples = feed(

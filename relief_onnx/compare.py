@@ -146,7 +146,8 @@ def compare_models(
     _check_inputs(sessions, states)
     names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
     if not names:
-        raise DataError(f"the models share no output name ({', '.join(sessions[0].outputs)} and {', '.join(sessions[1].outputs)})")
+        both = " and ".join(", ".join(session.outputs) for session in sessions)
+        raise DataError(f"the models share no output name ({both}); compare a model with one that was made from it")
     changed = {change.name: change for change in states}
     classes = class_outputs(a) - changed.keys()
     tallies, varied, graph = {name: _Tally() for name in names}, set[str](), Graph(a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,19 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx.dataset import Dataset
+from relief_onnx.options import Options
 from relief_onnx.repair import BATCH
 from relief_onnx.session import Session
 
-__all__ = ["Contest", "Draw", "best", "distance", "draw", "emitted"]
+__all__ = ["Contest", "Draw", "best", "distance", "draw", "emitted", "worth_choosing"]
 
 Doubles = NDArray[np.float64]
 Feed = Mapping[str, NDArray[Any]]
 
 # Samples below which there is no contest: too few to tell candidates apart. One batch in HELD is set aside for the judge.
 LEAST_SAMPLES, HELD = 96, 3
+# Samples below which no mask is chosen again either: of one sample second moments say next to nothing.
+LEAST_CHOSEN = 8
 # How much less than the first candidate's the error of another has to be: samples that judge are few.
 MARGIN = 0.1
 # A part of what an output is that single precision may make of nothing.
@@ -60,6 +63,20 @@ class Contest:
         """Errors, null where outputs are not finite, and how many samples judged."""
         errors = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
         return {"errors": errors, "samples": self.samples}
+
+
+def worth_choosing(options: Options, dataset: Dataset) -> tuple[Options, list[str]]:
+    """The options, with flow's own choice where samples are too few for flow-obs, and a sentence that says so."""
+    if options.criterion != "flow-obs":
+        return options, []
+    count = dataset.samples
+    if count is None:
+        count = sum(batch.size for batch in dataset.batches(LEAST_CHOSEN, limit=LEAST_CHOSEN, seed=options.seed))
+    if options.samples is not None:
+        count = min(count, options.samples)
+    if count >= LEAST_CHOSEN:
+        return options, []
+    return replace(options, criterion="flow"), [f"flow's choice ships: flow-obs needs {LEAST_CHOSEN} samples or more, and has {count}"]
 
 
 def draw(dataset: Dataset, limit: int, seed: int, size: int = BATCH) -> Draw:

@@ -112,7 +112,7 @@ def _session(model: onnx.ModelProto, names: Sequence[str], element: int, threads
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_tensor_value_info(name, element, None) for name in names)
-    return Session(probe, threads, "the model")
+    return Session(probe, threads, "the model", working=True)
 
 
 def _exposed(

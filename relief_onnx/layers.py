@@ -15,15 +15,15 @@ from onnx import AttributeProto, TensorProto
 
 from relief_onnx.fused import refusal
 from relief_onnx.graph import WEIGHT_TYPES, Graph, Use, attributes
-from relief_onnx.layer_rows import LAYER_OPERATORS, embedding_table
-from relief_onnx.nodes import home_of, operator_of, taken_branch
+from relief_onnx.layer_rows import LAYER_OPERATORS, LayerRow, embedding_table
+from relief_onnx.nodes import STANDARD, home_of, operator_of, taken_branch
 from relief_onnx.plan import Bias, Geometry, Layer, Plan, Skipped
 from relief_onnx.quantised_open import unopened
 from relief_onnx.reasons import why_no_layer
 from relief_onnx.recurrent_layers import is_bias, is_recurrent
 from relief_onnx.sources import Refusal, Source, readers, trace_constant
 
-__all__ = ["BODY_OPSET", "DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find"]
+__all__ = ["BODY_OPSET", "DATA_DECIDE", "LAYER_OPERATORS", "Bias", "Geometry", "Layer", "Plan", "Skipped", "find", "why_stopped"]
 
 
 def _own_bias(graph: Graph, layer: Layer, slot: int | None) -> Bias | None:
@@ -125,7 +125,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     node = graph.nodes[use.node]
     if use.slot < 0:
         return Refusal(_read_inside(graph, use.node, source.name))
-    row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    row = _row_of(node)
     if row is None and _looks_up(node, use.slot):
         table = embedding_table(graph, use.node, source.view)
         return table if isinstance(table, Refusal) else replace(table, weight=source.name)
@@ -133,7 +133,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
         why = refusal(graph, use.node) or unopened(graph, use.node)
-        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(source.name)) + (f": {why}" if why else ""))
+        return Refusal(f"{_no_layer(graph, use.node, source.name)}: {why}" if why else _no_layer(graph, use.node, source.name, part=True))
     found = row.describe(graph, use.node, use.slot, source.view)
     if isinstance(found, Refusal):
         why = refusal(graph, use.node)
@@ -149,6 +149,55 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     if layer.recurrent is not None:
         return layer
     return _with_following_add(graph, replace(layer, bias=_own_bias(graph, layer, row.bias_slot)))
+
+
+def _no_layer(graph: Graph, index: int, read: str, part: bool = False) -> str:
+    """Why what a node reads is no weight of a layer; if `part`, also of which layer's weight numbers are a part."""
+    node, name, is_float = graph.nodes[index], graph.names[index], graph.is_float(read)
+    made, seen = [output for output in node.output if part and is_float and _from_stored(graph, output)], set[str]()
+    while made:
+        tensor = made.pop()
+        seen.add(tensor)
+        for use in (item for item in graph.uses.get(tensor, []) if item.slot >= 0):
+            reader = graph.nodes[use.node]
+            if (row := _row_of(reader)) is not None and use.slot in row.slots:
+                layer = f"{reader.op_type} node {graph.names[use.node]}"
+                return f"{node.op_type} node {name} computes the weight of {layer} from it; fold constants first, with onnxsim for example"
+            made += [output for output in reader.output if output not in seen and _from_stored(graph, output)]
+    return why_no_layer(node, name, is_float)
+
+
+def _from_stored(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is computed from stored numbers alone."""
+    above, seen = [tensor], set[str]()
+    while above:
+        name = above.pop()
+        seen.add(name)
+        if name and name not in graph.initializers:
+            if name not in graph.producer:
+                return False
+            above += [read for read in graph.read_by(graph.producer[name]) if read not in seen]
+    return True
+
+
+def _row_of(node: onnx.NodeProto) -> LayerRow | None:
+    return LAYER_OPERATORS.get(node.op_type) if node.domain in STANDARD else None
+
+
+def why_stopped(graph: Graph, plan: Plan, index: int) -> str:
+    """Why nothing is known of what a node does to units: what keeps a fused one closed, or why the weight of a layer is left alone."""
+    node = graph.nodes[index]
+    row = _row_of(node)
+    read = {name: trace_constant(graph, name) for slot, name in enumerate(node.input) if row is not None and slot in row.slots}
+    weights = {source.name if isinstance(source, Source) else name for name, source in read.items()}
+    left = next((item.reason for item in plan.skipped if item.weight in weights), "")
+    computed = row is not None and row.needs_weight and not isinstance(read[node.input[1]], Source)
+    return refusal(graph, index) or left or (_computed(graph, node) if computed else "it is not in the operator table")
+
+
+def _computed(graph: Graph, node: onnx.NodeProto) -> str:
+    maker = graph.nodes[graph.producer[node.input[1]]].op_type if node.input[1] in graph.producer else "a model input"
+    return f"its weight is not stored in the file but computed by {maker} when the model runs"
 
 
 def _looks_up(node: onnx.NodeProto, slot: int) -> bool:
@@ -220,7 +269,7 @@ def _from_reader(graph: Graph, use: Use, tensor: str) -> Layer | Refusal:
         return _describe(graph, use, source)
     node = graph.nodes[use.node]
     if use.slot >= 0 and node.op_type not in LAYER_OPERATORS and not _looks_up(node, use.slot):
-        return Refusal(why_no_layer(node, graph.names[use.node], graph.is_float(tensor)))
+        return Refusal(_no_layer(graph, use.node, tensor, part=True))
     return source or Refusal("its value is computed at run time")
 
 
@@ -228,15 +277,13 @@ def _without_initializer(graph: Graph) -> list[Skipped]:
     """Layers whose weight is not stored in the file but computed by other nodes."""
     found = []
     for i, node in enumerate(graph.nodes):
-        row = LAYER_OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        row = _row_of(node)
         if row is None or not row.needs_weight or isinstance(trace_constant(graph, node.input[1]), Source):
             continue
-        maker = graph.nodes[graph.producer[node.input[1]]].op_type if node.input[1] in graph.producer else "a model input"
         shape = tuple(size for size in graph.shape(node.input[1]) or () if isinstance(size, int))
         stored = (graph.initializers[name] for name in _origins(graph, node.input[1]) if name in graph.initializers)
         if not any(_candidate(item) for item in stored):
-            reason = f"its weight is not stored in the file but computed by {maker} when the model runs"
-            found.append(Skipped(graph.names[i], node.op_type, node.input[1], shape, reason))
+            found.append(Skipped(graph.names[i], node.op_type, node.input[1], shape, _computed(graph, node)))
     return found
 
 

@@ -51,7 +51,11 @@ def _run_shapes(graph: Graph, plan: Plan, sample: Batch) -> dict[str, Shape | No
     tensors = {name for layer in plan.single().values() for name in (layer.input, graph.nodes[layer.node].output[0])}
     tensors |= {graph.nodes[index].input[0] for index in plan.recurrent()}
     probe = instrument(graph, sorted(tensors - {info.name for info in graph.inputs}))
-    values = Session(probe.model, 1, "the probe model").run(sample.feed, list(probe.taps.values()), sample.source) if probe.taps else []
+    values = (
+        Session(probe.model, 1, "the probe model", working=True).run(sample.feed, list(probe.taps.values()), sample.source)
+        if probe.taps
+        else []
+    )
     shapes: dict[str, Shape | None] = {name: tuple(np.shape(value)) for name, value in zip(probe.taps, values, strict=True)}
     return shapes | {name: tuple(np.shape(value)) for name, value in sample.feed.items()}
 

@@ -94,9 +94,12 @@ def _search(
 
 
 def _completed(losses: Mapping[int, float], relevance: Mapping[int, float]) -> dict[int, float]:
-    """Losses, and for units that no layer reads their R, in proportion."""
+    """Losses, and for units that no layer reads their R, in proportion; R alone where nothing is known to be lost."""
     known = [unit for unit in losses if unit in relevance]
-    scale = sum(losses[unit] for unit in known) / max(sum(relevance[unit] for unit in known), 1e-300)
+    lost = sum(losses[unit] for unit in known)
+    if not lost > 0:
+        return dict(relevance)
+    scale = lost / max(sum(relevance[unit] for unit in known), 1e-300)
     return {unit: scale * own for unit, own in relevance.items()} | dict(losses)
 
 

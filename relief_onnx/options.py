@@ -107,6 +107,9 @@ class Options:
         return next(value for value in (specific, self.alpha, default) if value is not None)
 
 
+# More would only wait for each other while they are started.
+MOST_THREADS = 1024
+
 # Criteria that measure R of every unit.
 BY_FLOW = ("flow", "flow-obs")
 
@@ -193,6 +196,8 @@ def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, A
         value = getattr(options, key)
         if value is not None and value < least:
             raise RecipeError(f"{_shown(key)} is {value}; give {least} or more")
+    if options.threads > MOST_THREADS:
+        raise RecipeError(f"threads is {options.threads}; give {MOST_THREADS} or less, or 0 for one per core")
     return options
 
 
@@ -356,7 +361,7 @@ def _layers(where: str, value: Any) -> tuple[tuple[str, float], ...]:
     """Pairs from a table {pattern: alpha}; pairs are taken as they are."""
     if isinstance(value, tuple):
         return value
-    if not isinstance(value, dict) or not all(isinstance(item, float | int) for item in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(item, float | int) and not isinstance(item, bool) for item in value.values()):
         raise RecipeError(f'{where}[layers] must hold lines such as "regular expression" = 0.99')
     for pattern in value:
         _check_pattern(f"{where}layer pattern", pattern)

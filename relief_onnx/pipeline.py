@@ -20,7 +20,7 @@ from relief_onnx.channels import Choice, relevance
 from relief_onnx.clock import Clock
 from relief_onnx.compare import compare_models
 from relief_onnx.compensate import Shift, compensate
-from relief_onnx.contest import Contest
+from relief_onnx.contest import Contest, worth_choosing
 from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
@@ -48,7 +48,7 @@ from relief_onnx.repair_choice import repaired as repaired_best
 from relief_onnx.report import Evidence, build_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.scoring import Scores, criterion_of, read_scores, write_arrays
-from relief_onnx.selection import select
+from relief_onnx.selection import select, unmatched
 from relief_onnx.session import Session
 from relief_onnx.state_changes import cut_states
 from relief_onnx.surgery import apply_weights, operate
@@ -144,6 +144,7 @@ def prune(
                     Session(ready.original, 1)  # a model that does not run is that first
             raise _nothing(ready.plan, reasons)
         dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+        options, few = worth_choosing(options, dataset)
         folder = work_folder(work_dir)
     if branching(ready.graph):
         with clock("branches"), _named(ready.path):
@@ -186,16 +187,10 @@ def prune(
         verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads, states=states)
     with clock("compare"):
         quality = compare_models(
-            ready.original,
-            shipped,
-            dataset,
-            limit=options.samples,
-            seed=options.seed,
-            threads=options.threads,
-            progress=progress,
+            ready.original, shipped, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress,
             states=states,
-        )
-    notes = [*idle(options, given, scores), *training_notes(Graph(ready.original)), *ready.notes]
+        )  # fmt: skip
+    notes = [*few, *idle(options, given, scores), *unmatched(ready.plan, options), *training_notes(Graph(ready.original)), *ready.notes]
     report = build_report(evidence, verification, quality, clock.seconds, dataset, target, notes)
     with clock("write"):
         if folder is not None and is_first():

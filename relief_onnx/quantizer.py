@@ -18,7 +18,7 @@ import onnx
 from relief_onnx import aside
 from relief_onnx import model as files
 from relief_onnx.dataset import Batch, Dataset
-from relief_onnx.errors import ModelError
+from relief_onnx.errors import DataError, ModelError
 from relief_onnx.graph import Graph
 from relief_onnx.nodes import captured, subgraphs
 from relief_onnx.session import LOAD_ERRORS, Session, first_line
@@ -103,6 +103,11 @@ def quantize_activations(
     # An input that is an output too would be written a second time, by the pair of nodes that quantises it; as an output it stays as it is.
     given = {item.name for item in Graph(model).inputs}
     made = [item for item in named.graph.output if item.name not in given]
+    if not made:
+        raise ModelError(
+            "every output of the model is one of its inputs, so nothing reads what its layers make and no range can be measured; "
+            "use --activations none for int8 weights only, or give the model its outputs"
+        )
     del named.graph.output[:]
     named.graph.output.extend(made)
     reader = _Reader(dataset, _batch_size(dataset, seed, histogram), limit, seed, progress)
@@ -136,11 +141,13 @@ def quantize_activations(
                 "use --activations none for int8 weights only, or leave layers alone with --skip"
             ) from error
     restored, weights = _restored(result, model, own)
+    first = next(iter(dataset.batches(1, limit=1, seed=seed)))
     try:
-        Session(restored)
-    except ModelError as error:
+        Session(restored).run(first.feed, None, first.source)
+    except (DataError, ModelError) as error:
+        fails = "run" if isinstance(error, DataError) else "load"
         raise ModelError(
-            f"onnxruntime's quantiser made a model that onnxruntime does not load ({first_line(error.__cause__ or error)}); "
+            f"onnxruntime's quantiser made a model that onnxruntime does not {fails} ({first_line(error.__cause__ or error)}); "
             "use --activations none for int8 weights only, or leave layers alone with --skip"
         ) from error
     return restored, weights

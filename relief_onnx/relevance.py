@@ -28,9 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relief_onnx.attending import attended
-from relief_onnx.fused import refusal
 from relief_onnx.graph import Graph
-from relief_onnx.layers import Layer, Plan
+from relief_onnx.layers import Layer, Plan, why_stopped
 from relief_onnx.moves import Barrier, reduced_axes
 from relief_onnx.nodes import handed_on, operator_of
 from relief_onnx.ops import OperatorRow, passing_row_of
@@ -108,6 +107,7 @@ class _Walk:
     """The walk backward. `fed`: tensors that some layer leads to."""
 
     graph: Graph
+    plan: Plan
     tracks: Tracks
     activity: Activity
     variation: Activity
@@ -365,7 +365,7 @@ def propagate(
     [out, in per group]. weights: of outputs, 1 where not named. squared: whether activities add up as variances do. totals: by name
     of recurrent layers what each row brings in [out]; None: as many as it has inputs.
     """
-    walk = _Walk(graph, tracks, activity, variation, _fed(graph, plan), squared)
+    walk = _Walk(graph, plan, tracks, activity, variation, _fed(graph, plan), squared)
     layers, loops = plan.single(), plan.recurrent()
     adds = _bias_adds(plan)
     total = sum(weights.get(name, 1.0) for name in graph.outputs)
@@ -436,7 +436,7 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
     passed: Passed = []
     try:
         if row is None:
-            raise Barrier(refusal(graph, index) or "it is not in the operator table")
+            raise Barrier(why_stopped(graph, walk.plan, index))
         passed = _RULES[row.flow].give(walk, at, row, values)
     except Barrier as barrier:
         walk.evenly[index] = str(barrier)

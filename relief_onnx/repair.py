@@ -42,8 +42,8 @@ class Repaired:
     """What became of a layer: its error before and after, as parts of the variance of its target, or the reason why it was left."""
 
     layer: Layer
-    before: float = 0.0
-    after: float = 0.0
+    before: float | None = None
+    after: float | None = None
     reason: str = ""
 
 

@@ -81,7 +81,7 @@ class Replay:
         model, outputs = self._piece(start, stop, weights or {})
         if not outputs:
             return
-        session = Session(model, self._threads, f"nodes {start} to {stop - 1} of the model")
+        session = Session(model, self._threads, f"nodes {start} to {stop - 1} of the model", working=True)
         names = [item.name for item in model.graph.input]
         for values in self._values:
             made = session.run({name: self._read(values[name]) for name in names}, outputs, "the calibration data")
@@ -93,7 +93,7 @@ class Replay:
     def aside(self, stop: int, names: Sequence[str], weights: Mapping[str, NDArray[Any]] | None = None) -> Aside:
         """Tensors that the nodes from here to number `stop` make, without going on there. Raises ModelError."""
         model, outputs = self._piece(self._at, stop, weights or {}, names)
-        session = Session(model, self._threads, f"nodes {self._at} to {stop - 1} of the model")
+        session = Session(model, self._threads, f"nodes {self._at} to {stop - 1} of the model", working=True)
         inputs = [item.name for item in model.graph.input]
 
         def run(batch: int) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from relief_onnx import model as files
 from relief_onnx.aside import array_of
+from relief_onnx.blocks import across_blocks
 from relief_onnx.channels import Choice
 from relief_onnx.compare import Comparison
 from relief_onnx.compensate import Shift
@@ -29,6 +30,7 @@ from relief_onnx.obs import Improved
 from relief_onnx.options import Options
 from relief_onnx.pack import PackedTensor
 from relief_onnx.paper import Gate
+from relief_onnx.patterns import parse_pattern
 from relief_onnx.relevance import Even
 from relief_onnx.repair import Repaired
 from relief_onnx.scoring import Scores
@@ -118,10 +120,14 @@ class Evidence:
         if self.options.fine is None:
             return "; ".join(self._group_reasons(layer)) or "no channel that it makes or reads can be told apart"
         alpha = self._alpha(layer)
+        if self.options.pattern is not None:
+            few = layer.in_per_group < parse_pattern(self.options.pattern)[1]
+            return (
+                f"its neurons have fewer inputs than a block of the pattern {self.options.pattern}" if few
+                else f"it has the pattern {self.options.pattern} already"
+            )  # fmt: skip
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
             return f"some node that shares it needs each {self._unit}" + ("" if alpha is None else f" at alpha {alpha:g}")
-        if alpha is None and self.options.pattern is not None:
-            return f"its neurons have fewer inputs than a block of the pattern {self.options.pattern}"
         if alpha is None or self.options.by_flow:
             return f"every {self._unit} is above the cut" + ("" if alpha is None else f" that keeps {alpha:g} of the flow")
         return f"every {self._unit} is needed to keep {alpha:g} of the contribution of its output"
@@ -327,6 +333,8 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
             f"{100 * macs[1] / macs[0]:.3g} % of the MACs are left, more than the {100 * keep:g} % of keep: "
             "groups says which channels cannot go"
         )
+    if evidence.options.pattern is not None:
+        found += across_blocks(evidence.operation.model, evidence.masks.keep.keys(), evidence.options.pattern)
     if evidence.improved is not None and evidence.improved.effort.left:
         count = len(evidence.improved.effort.left)
         found.append(f"{count} of the weights keep flow's mask: choosing them again would take too long (flow.choice.left in the report)")

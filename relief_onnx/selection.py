@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from relief_onnx.layers import Plan
+from relief_onnx.options import Options
 
-__all__ = ["select"]
+__all__ = ["select", "unmatched"]
 
 
 def select(plan: Plan, only: str | None, skip: str | None) -> tuple[frozenset[str], dict[str, str]]:
@@ -31,3 +32,14 @@ def select(plan: Plan, only: str | None, skip: str | None) -> tuple[frozenset[st
         elif only and any(re.search(only, name) for name in names):
             allowed.add(weight)
     return frozenset(allowed), reasons
+
+
+def unmatched(plan: Plan, options: Options) -> list[str]:
+    """A sentence for each regular expression that was given and names nothing in the model: a typo, most likely."""
+    names = {name for layer in (*plan.layers, *plan.tables) for name in (layer.name, layer.weight)}
+    names |= {name for row in plan.unranked for name in (row.node, row.weight)}
+    given = [("--skip", options.skip), *(("[layers]", pattern) for pattern, _ in options.layers)]
+    return [
+        f"{where} {pattern} names no layer or weight of the model, so it does nothing; relief-onnx inspect shows their names"
+        for where, pattern in given if pattern and not any(re.search(pattern, name) for name in names)
+    ]  # fmt: skip

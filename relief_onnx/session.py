@@ -30,10 +30,13 @@ LARGE = 1 << 30
 class Session:
     """A loaded model that runs feeds on the CPU."""
 
-    def __init__(self, model: onnx.ModelProto | bytes | Path, threads: int = 0, what: str = "the model", optimize: bool = True) -> None:
+    def __init__(
+        self, model: onnx.ModelProto | bytes | Path, threads: int = 0, what: str = "the model", optimize: bool = True, working: bool = False
+    ) -> None:
         """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
 
-        Weights that are set aside, or in data files beside a path, are not copied.
+        Weights that are set aside, or in data files beside a path, are not copied. A `working` model is ours alone, nobody gets it: it runs
+        as it stands where onnxruntime breaks it by rewriting (a Transpose that it fuses into a Gemm is gone, output of the graph or not).
 
         Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
         """
@@ -46,7 +49,7 @@ class Session:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         content = _given(model, options)
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = _loaded(content, options, working and optimize)
         except LOAD_ERRORS as error:
             raise ModelError(
                 f"onnxruntime {onnxruntime.__version__} cannot load {what} ({first_line(error)}); {_advice(str(error))}"
@@ -68,6 +71,20 @@ class Session:
         """Name, type and shape of every input and output, as onnxruntime sees them."""
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+def _loaded(content: bytes | Path, options: onnxruntime.SessionOptions, again: bool) -> onnxruntime.InferenceSession:
+    """The session; where that fails and `again`, one whose graph is not rewritten. onnxruntime's own second try would print."""
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except LOAD_ERRORS as error:
+        if not again:
+            raise
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _loaded(content, options, False)
+        except LOAD_ERRORS:
+            raise error from None  # what the model itself has against it is said by the first
 
 
 def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOptions) -> bytes | Path:

@@ -14,11 +14,10 @@ import onnx
 
 from relief_onnx.coupling import Coupling, Tie, Units, ZeroReader, line_of
 from relief_onnx.detours import Detour, find_detours
-from relief_onnx.fused import refusal
 from relief_onnx.graph import Graph
 from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
-from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan
+from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, why_stopped
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
 from relief_onnx.nodes import block_of, operator_of
 from relief_onnx.ops import OperatorRow, row_of
@@ -177,7 +176,7 @@ class Walk:
             self.constants.add(index)
             return
         if row is None:
-            raise Barrier(refusal(self.graph, index) or self._left_alone(node))
+            raise Barrier(why_stopped(self.graph, self.plan, index))
         if index in self.recurrent:
             walk_recurrent(self, index, node, self.recurrent[index])
             return
@@ -185,13 +184,6 @@ class Walk:
             if row.data is not None and slot not in row.data and name in self.pictures and name not in self.sources:
                 self.pin(self.pictures[name], f"{node.op_type} node {self.graph.names[index]} reads it as a parameter")
         KINDS[row.kind](self, index, node, row)
-
-    def _left_alone(self, node: onnx.NodeProto) -> str:
-        """Why units stop at a node that the operator table does not have: of a layer, the reason why its weight is left alone."""
-        slots = LAYER_OPERATORS[node.op_type].slots if node.op_type in LAYER_OPERATORS else ()
-        read = {name: trace_constant(self.graph, name) for slot, name in enumerate(node.input) if slot in slots}
-        weights = {source.name if isinstance(source, Source) else name for name, source in read.items()}
-        return next((item.reason for item in self.plan.skipped if item.weight in weights), "it is not in the operator table")
 
     def _restore(self, norm: GroupNorm) -> None:
         """Channels go through a norm over groups as they are; one of zeros can go if it still counts."""

@@ -12,6 +12,7 @@ import pytest
 from builders import Net
 from onnx import TensorProto, helper, numpy_helper
 
+import relief_onnx
 from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.walk import trace
@@ -174,3 +175,25 @@ def test_a_weight_that_is_computed_is_a_row_with_its_reason() -> None:
     (row,) = plan.skipped
     assert (row.node, row.weight, row.shape) == ("conv", "w", (4, 2, 3, 3))
     assert row.reason == "its weight is not stored in the file but computed by ConstantOfShape when the model runs"
+
+
+def test_a_weight_that_nodes_compute() -> None:
+    """From stored numbers alone, or from what the model is given: each is told as it is, and where flow passes evenly too."""
+    net = Net()
+    x, given = net.input("N", 3, 6, 6), net.input("M", 5)
+    v = net.weight(4, 3, 3, 3)
+    norm = net.op("ReduceL2", v, axes=[1, 2, 3])
+    h = net.op("Conv", net.op("Conv", x, net.weight(3, 3, 1, 1)), net.op("Div", v, norm))
+    kernel = net.op("Reshape", net.op("ReduceMean", net.op("Gemm", given, net.weight(5, 8)), axes=[0]), net.ints(2, 4, 1, 1))
+    model = net.model(net.op("Conv", h, kernel))
+    reasons = {row.node: row.reason for row in find(Graph(model)).skipped}
+    first, second = (node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] not in net.initializers)
+    reader = next(node for node in model.graph.node if v in node.input)
+    made = f"{reader.op_type} node {reader.name} computes the weight of Conv node {first} from it; fold constants first"
+    computed = "its weight is not stored in the file but computed by {} when the model runs"
+    assert reasons == {reader.name: f"{made}, with onnxsim for example", second: computed.format("Reshape")}
+    feed = {x: np.random.default_rng(0).standard_normal((8, 3, 6, 6)), given: np.random.default_rng(1).standard_normal((8, 5))}
+    report = relief_onnx.prune(model, [{name: value.astype(np.float32) for name, value in feed.items()}], keep="60%").report
+    assert {row["node"]: row["reason"] for row in report["flow"]["evenly"]} == {
+        first: computed.format("Div"), second: computed.format("Reshape"),
+    }  # fmt: skip

@@ -293,6 +293,7 @@ OPTIONS: dict[str, str] = {
         "criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow."
     ),
     "--threads -1": "threads is -1; give 0 or more.",
+    "--threads 100000": "threads is 100000; give 1024 or less, or 0 for one per core.",
     "--seed -1": "seed is -1; give 0 or more.",
     "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
     "--scores m.onnx": "m.onnx is not a score file (.npz); measure it with relief-onnx score.",
@@ -321,6 +322,24 @@ def test_an_option_that_does_nothing_is_a_warning(options: str) -> None:
     assert IDLE[options] in json.loads(result.stdout)["warnings"]
 
 
+def test_a_name_that_nothing_has_is_a_warning(here: Path) -> None:
+    (here / "r.toml").write_text("[layers]\n'classifier' = 0.9\n'^conv1' = 1.0\n")
+    result = run(*["prune", "m.onnx", "--data", "data", "-o", "out.onnx", "--json", "-", "--skip", "clasifier", "--recipe", "r.toml"])
+    told = [f"{what} names no layer or weight of the model, so it does nothing; relief-onnx inspect shows their names" for what in (
+        "--skip clasifier", "[layers] ^conv1"
+    )]  # fmt: skip
+    assert [warning for warning in json.loads(result.stdout)["warnings"] if "names no" in warning] == told
+
+
+@pytest.mark.usefixtures("here")
+def test_models_that_cannot_be_compared() -> None:
+    sentence = "the models share no output name (logits and y); compare a model with one that was made from it."
+    other = lenet()
+    other.graph.node[-1].output[0] = other.graph.output[0].name = "y"
+    onnx.save(other, "y.onnx")
+    check("compare m.onnx y.onnx --data data", 1, sentence)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("here")
 def test_option(options: str) -> None:
@@ -342,6 +361,7 @@ RECIPES: dict[str, str] = {
     "rounds-to = 4": "r.toml has an unknown key 'rounds-to'; did you mean 'round-to'?",
     "alpha =": "r.toml is not valid TOML (...); correct that line.",
     "layers = 3": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
+    "[layers]\n'fc' = true": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
     "[layers]\n'fc' = 1.2": "alpha of a layer is 1.2; it is the share of contribution to keep, above 0 and at most 1.",
 }
 

@@ -16,7 +16,7 @@ from test_flow import other_digits
 from test_repair import plain, system
 
 import relief_onnx
-from relief_onnx import obs_units
+from relief_onnx import contest, obs_units
 from relief_onnx.cut import FLOOR
 from relief_onnx.errors import NothingPrunedError, RecipeError
 from relief_onnx.graph import Graph
@@ -204,8 +204,9 @@ def test_units_are_chosen_again() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_units_of_all_architectures(name: str) -> None:
+def test_units_of_all_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention (Q and K that no layer reads), gates, depthwise and grouped layers: a choice is found and the model runs."""
+    monkeypatch.setattr(contest, "LEAST_CHOSEN", 1)
     model, feed = ARCHITECTURES[name]()
     options: dict[str, Any] = {"granularity": "channel", "keep": "70%", "round_to": 1, "criterion": "flow-obs", "threads": 1}
     try:
@@ -299,3 +300,18 @@ def test_a_later_round_meets_its_budget_with_what_the_one_before_left() -> None:
     total = sum(keep.size for keep in result.masks.keep.values())
     assert result.report["options"]["criterion"] == "flow-obs"
     assert kept == pytest.approx(0.05 * total, abs=1)
+
+
+def test_units_whose_readers_are_not_solved_for_go_by_their_relevance() -> None:
+    """A weight that two nodes read, one of them turned round, is left by the repair, so nothing says what its units would cost."""
+    net = Net()
+    x, w = net.input("N", 12), net.weight(12, 16)
+    model = net.model(net.op("Gemm", net.op("Relu", net.op("MatMul", x, w)), w, transB=1))
+    data = [{x: np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)}]
+    flow, again = (
+        relief_onnx.prune(model, data, granularity="channel", keep="50%", round_to=1, repair="least-squares", criterion=criterion)
+        for criterion in ("flow", "flow-obs")
+    )
+    assert again.report["units_removed"] == flow.report["units_removed"] > 0
+    left = [(row["error_before"], row["error_after"], row["reason"]) for row in again.report["repair"]["layers"]]
+    assert left == 2 * [(None, None, "several nodes read its weight")]

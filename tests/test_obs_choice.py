@@ -72,6 +72,31 @@ def test_few_samples_judge_nothing() -> None:
     assert (drawn.fitted, drawn.judged, drawn.unseen) == (64, 0, ())
 
 
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize(("rows", "limit", "chosen"), [(1, None, False), (7, None, False), (8, None, True), (32, 5, False)])
+def test_too_few_samples_to_choose_again(granularity: str, rows: int, limit: int | None, chosen: bool) -> None:
+    options: Any = {"granularity": granularity, "keep": "50%", "repair": "least-squares", "samples": limit, "storage": "dense"}
+    data = [{"image": digits(rows)}]
+    found, flow = (relief_onnx.prune(LENET, data, criterion=name, **options) for name in ("flow-obs", "flow"))
+    told = f"flow's choice ships: flow-obs needs 8 samples or more, and has {min(rows, limit or rows)}"
+    assert (told in found.report["warnings"]) is not chosen
+    assert chosen or found.model.SerializeToString() == flow.model.SerializeToString()
+    assert (found.report["flow"]["choice"] is not None) is (chosen and granularity == "weight")
+
+
+def test_samples_are_counted_where_their_number_is_not_known() -> None:
+    def stream(count: int) -> Any:
+        class Feeds:
+            def __iter__(self) -> Any:
+                return iter([{"image": digits(1)}] * count)
+
+        return Feeds()
+
+    for count in (7, 8):
+        report = relief_onnx.prune(LENET, stream(count), keep="50%", repair="least-squares").report
+        assert any("flow's choice ships" in warning for warning in report["warnings"]) is (count < 8)
+
+
 def test_the_first_candidate_wins_unless_another_is_clearly_better() -> None:
     assert Contest({"a": 1.0, "b": 1.0 - contest.MARGIN / 2}, 9).winner == "a"
     assert Contest({"a": 1.0, "b": 1.0 - 2 * contest.MARGIN}, 9).winner == "b"

@@ -430,3 +430,29 @@ def test_bodies_are_sorted_and_circles_stay() -> None:
     graph = helper.make_graph(circle, "circle", [], [])
     sort_nodes(graph.node)
     assert list(graph.node) == circle
+
+
+def transposed_before_gemm() -> onnx.ModelProto:
+    """The weight is the first operand of a Gemm, so that a Transpose, which onnxruntime fuses into it, makes what the layer reads."""
+    net = Net()
+    h = net.op("Relu", dense(net, net.input("N", 6), 6, 8))
+    y = net.op("Gemm", net.weight(5, 8), net.op("Transpose", h, perm=[1, 0]))
+    return finished(net, net.op("Transpose", y, perm=[1, 0]))
+
+
+@pytest.mark.parametrize(
+    "options", [("--keep", "60%"), ("--criterion", "relief", "--keep", "60%"), ("--repair", "least-squares", "--keep", "50%")]
+)
+def test_a_probe_that_onnxruntime_breaks_by_rewriting_it(options: tuple[str, ...], tmp_path: Path) -> None:
+    onnx.save(transposed_before_gemm(), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", feed()["x1"])
+    result = run("prune", tmp_path / "m.onnx", "--data", tmp_path / "x.npy", *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_only_working_models_run_without_rewriting() -> None:
+    model = transposed_before_gemm()
+    model.graph.output.append(helper.make_tensor_value_info(model.graph.node[-2].input[1], TensorProto.FLOAT, [8, "N"]))
+    with pytest.raises(ModelError, match="cannot load the model"):
+        Session(model)
+    assert len(Session(model, working=True).run(feed())) == 2

@@ -98,3 +98,30 @@ def _fullest_block(model: onnx.ModelProto, m: int) -> int:
             blocks = (weight[:, : weight.shape[1] // m * m] != 0).reshape(len(weight), -1, m, *weight.shape[2:])
             fullest = max(fullest, int(blocks.sum(2).max()))
     return fullest
+
+
+def tied() -> onnx.ModelProto:
+    """A weight that one node reads as it is and the next one turned round."""
+    net = Net()
+    x, w = net.input("N", 12), net.weight(12, 16)
+    return net.model(net.op("Gemm", net.op("Relu", net.op("MatMul", x, w)), w, transB=1))
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_a_weight_that_is_read_both_ways_has_the_pattern_of_one(repair: str) -> None:
+    data = [{"x1": np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)}]
+    result = relief_onnx.prune(tied(), data, pattern="2:4", granularity="weight", repair=repair, storage="dense")
+    value = onnx.numpy_helper.to_array(result.model.graph.initializer[0])
+    assert ((value.T.reshape(16, 3, 4) != 0).sum(2) <= 2).all()
+    assert "w2 has the pattern 2:4 along the inputs of MatMul_4, not along those of Gemm_8" in result.report["warnings"]
+
+
+def test_a_file_that_has_the_pattern_says_so() -> None:
+    data = [{"image": digits(64)}]
+    options = {"pattern": "2:4", "granularity": "weight", "storage": "dense", "mean_shift": "off"}
+    first = relief_onnx.prune(onnx.load(str(SAMPLES / "lenet5.onnx")), data, **options)
+    again = relief_onnx.prune(first.model, data, **options)
+    assert not any("pattern" in warning for warning in again.report["warnings"])
+    few, *others = again.report["layers"]
+    assert few["reason"] == "its neurons have fewer inputs than a block of the pattern 2:4"
+    assert {row["reason"] for row in others} == {"it has the pattern 2:4 already"}

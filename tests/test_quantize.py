@@ -19,7 +19,7 @@ from builders import Net
 from helpers import CALIB, LENET, ROOT, SAMPLES, digits, run
 from onnx import TensorProto, helper, numpy_helper
 
-from relief_onnx import prune, quantize
+from relief_onnx import prune, quantization, quantize
 from relief_onnx.errors import DataError, ModelError, NothingQuantizedError, OutputError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
 from relief_onnx.int8 import quantised
@@ -506,3 +506,39 @@ def test_real_models(name: str, shape: tuple[int, ...] | None, activations: str,
     assert size(found.model) < 0.4 * path.stat().st_size
     assert found.report["verification"]["dense_vs_output_max_abs"] == 0.0
     assert any(row["status"] != "float" for row in found.report["layers"])
+
+
+def three_axes(shape: tuple[int, ...] = (1, 10, 12)) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """A dense layer, and a product with a weight that has an axis of batches in front."""
+    net = Net()
+    x = net.input("N", 6, 10)
+    y = net.op("MatMul", net.op("Relu", net.op("MatMul", x, net.weight(10, 10))), net.weight(*shape))
+    return net.model(y), [{"x1": np.random.default_rng(0).standard_normal((48, 6, 10)).astype(np.float32)}]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_weight_with_three_axes(per_channel: bool) -> None:
+    """onnxruntime loads a product with scales per channel of such a weight, and fails when it runs."""
+    model, data = three_axes()
+    found = quantize(model, data, per_channel=per_channel, threads=1).report
+    assert [row["status"] for row in found["layers"]] == ["int8", "int8 weights" if per_channel else "int8"]
+    assert found["stages"][-1]["agreement"][model.graph.output[0].name]["cosine"] > 0.99
+    told = f"{model.graph.initializer[1].name} is int8 as a weight only: onnxruntime has no kernel for"
+    assert any(warning.startswith(told) for warning in found["warnings"]) is per_channel
+
+
+def test_a_quantised_model_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_weight_only", lambda *_: "")
+    model, data = three_axes()
+    with pytest.raises(ModelError, match=r"^onnxruntime's quantiser made a model that onnxruntime does not run \(.*--activations none"):
+        quantize(model, data, threads=1)
+
+
+def test_outputs_that_are_all_inputs() -> None:
+    net = Net()
+    x = net.input("N", 6)
+    net.op("Gemm", x, net.weight(6, 8))
+    model, data = net.model(x), [{"x1": np.ones((8, 6), np.float32)}]
+    with pytest.raises(ModelError, match=r"^every output of the model is one of its inputs, .*; use --activations none"):
+        quantize(model, data, threads=1)
+    assert [row["status"] for row in quantize(model, data, activations="none", threads=1).report["layers"]] == ["int8 weights"]

@@ -79,7 +79,8 @@ class Trainer:
         if training.device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("this torch sees no GPU; leave out --device cuda, or install torch with CUDA")
         if label_weight > 0 and not dataset.labelled:
-            raise DataError(f"{dataset.source} has no labels to train on; add them, or train on the original's outputs: --repair distill")
+            ways = "--repair distill, of retrain --teacher"
+            raise DataError(f"{dataset.source} has no labels to train on; add them, or train on the original's outputs: {ways}")
         check_images(dataset.inputs, training.augment)
         self.processes = Processes(training.device)
         self.samples = Samples(dataset, batch=training.batch, validation=training.validation, seed=seed)
