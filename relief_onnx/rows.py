@@ -49,7 +49,7 @@ def inputs_at(layer: Layer, x: NDArray[Any], places: Places) -> Floats:
     """What the weights meet there [rows, groups, features]."""
     x = np.asarray(x, np.float32)
     if layer.geometry is not None:
-        return patches(layer.geometry, x, places).reshape(len(x) * len(places[0]), layer.groups, -1)
+        return patches(layer.geometry, x, places).reshape(len(x) * len(places[0]), layer.groups, int(np.prod(layer.view.shape[1:])))
     return np.moveaxis(x, layer.input_axis, -1).reshape(-1, layer.in_per_group)[places][:, None]
 
 
