@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,9 @@ class Trainer:
         if mine.dim() and len(mine) == len(draw.numbers):
             mine, theirs = mine[: draw.rows], theirs[: draw.rows]
             return quality(self.judged, mine, theirs)
-        return quality(self.judged, mine.reshape(1, -1), theirs.reshape(1, -1)) * draw.rows
+        # The samples stand along another axis, or none: all of them as one.
+        axis = self.judged.axis
+        return quality(replace(self.judged, axis=axis + (axis >= 0)), mine.unsqueeze(0), theirs.unsqueeze(0)) * draw.rows
 
     def document(self) -> dict[str, Any]:
         """What the report says about all rounds."""
