@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from relief_onnx.gram import patches
 from relief_onnx.layers import Layer
 
-__all__ = ["POSITIONS", "Places", "as_output", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
+__all__ = ["POSITIONS", "Places", "as_output", "correspond", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
 
 # Of a convolution the places in its output, axis by axis, the same in all samples of a batch; of a dense layer rows of the whole batch.
 Places = tuple[NDArray[np.intp], ...]
@@ -43,6 +43,13 @@ def drawn(layer: Layer, x: NDArray[Any], y: NDArray[Any], budget: int, rng: np.r
     size = x.size // layer.in_per_group
     number = min(size, max(budget, 1), POSITIONS * len(x) if layer.input_axis else size)
     return (np.sort(rng.permutation(size)[:number]),)
+
+
+def correspond(layer: Layer, x: NDArray[Any], y: NDArray[Any]) -> bool:
+    """Whether the layer makes as many rows of x as y has. Of two networks that choose rows themselves (of experts, boxes) it may not."""
+    if layer.geometry is not None:
+        return len(x) == len(y)
+    return x.size // layer.in_per_group == y.size // layer.out_channels
 
 
 def inputs_at(layer: Layer, x: NDArray[Any], places: Places) -> Floats:
