@@ -1,7 +1,8 @@
-"""Weights that a file stores in another order than its layers read them (PyTorch's gates of an LSTM): stored as they are read.
+"""Weights that a file computes from stored numbers: stored as its layers read them.
 
-A chain of nodes that only moves entries of stored numbers (Slice, Concat ...) is computed once, and the result stored in place of what it
-was made from. Chains that are mere changes of layout stay: every later step reads through them.
+Exporters that fold no constants write weights so whose parts stand in another order (PyTorch's gates of an LSTM) and those that are
+normalised, standardised or scaled. A chain of nodes from stored numbers to a layer is computed once, and the result stored in place of what
+it was made from. Chains that are mere changes of layout stay: every later step reads through them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from relief_onnx.session import Session
 
 __all__ = ["rearranged"]
 
-_MOVES = frozenset({"Slice", "Concat", "Split", "Gather"})
+_COMPUTES = frozenset({
+    "Slice", "Concat", "Split", "Gather", "Expand", "Tile",
+    "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "MatMul", "Gemm",
+    "Abs", "Ceil", "Clip", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign",
+    "Softmax", "Softplus", "Sqrt", "Tanh",
+    "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare",
+    "BatchNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
+})  # fmt: skip
 _VIEWS = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose"})
 _READERS = frozenset({*LAYER_OPERATORS, "LSTM", "GRU", "RNN"})
 
@@ -134,22 +142,22 @@ def _parameters(graph: Graph) -> list[str]:
 
 
 def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
-    """The nodes that make a tensor from stored floats by moving their entries, and these floats; None where that is not so."""
+    """The nodes that compute a tensor from stored floats, and those of these with more than one entry; None where that is not so."""
     nodes, sources, pending = set[int](), set[str](), [tensor]
     while pending:
         name = pending.pop()
         if name in graph.initializers:
-            sources |= {name} if graph.is_float(name) else set()
+            sources |= {name} if graph.is_float(name) and np.prod(graph.initializers[name].dims) > 1 else set()
             continue
         number = graph.producer.get(name)
         node = None if number is None else graph.nodes[number]
-        if node is None or number is None or node.domain not in STANDARD or node.op_type not in _MOVES | _VIEWS | {"Constant"}:
+        if node is None or number is None or node.domain not in STANDARD or node.op_type not in _COMPUTES | _VIEWS | {"Constant"}:
             return None
         if node.op_type != "Constant":
             nodes.add(number)
             pending += [item for item in node.input if item]
-    moves = any(graph.nodes[number].op_type in _MOVES for number in nodes)
-    return (nodes, sources) if sources and moves else None
+    computes = any(graph.nodes[number].op_type in _COMPUTES for number in nodes)
+    return (nodes, sources) if sources and computes else None
 
 
 def _complete(graph: Graph, chains: dict[str, tuple[set[int], set[str]]]) -> list[str]:
