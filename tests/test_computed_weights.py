@@ -62,7 +62,8 @@ def scaled(net: Net) -> str:
 
 
 CASES: dict[str, Build] = {
-    "normalised": normalised, "standardised": standardised, "as a batch": as_a_batch, "folded": folded, "adapted": adapted, "scaled": scaled,
+    "normalised": normalised, "standardised": standardised, "as a batch": as_a_batch, "folded": folded, "adapted": adapted,
+    "scaled": scaled,
 }  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def test_they_are_pruned_as_what_the_layer_reads(case: str, options: dict[str, A
     np.testing.assert_allclose(Session(ready.graph.model).run(samples()[0])[0], Session(given).run(samples()[0])[0], rtol=1e-5, atol=1e-6)
     report = relief_onnx.prune(given, samples(), keep="60%", threads=1, **options).report
     assert {row["status"] for row in report["layers"]} <= {"pruned", "kept"}
-    assert report["layers"][0]["weights"] == 288 and report["layers"][0]["weights_kept"] < 288
+    assert report["layers"][0]["weights"] == 288
+    assert report["layers"][0]["weights_kept"] < 288
     (agreement,) = report["quality"]["agreement"].values()
     assert agreement["cosine"] > 0.9
 
