@@ -330,6 +330,19 @@ def test_outputs_whose_samples_stand_along_another_axis_are_judged_together(oper
     assert (trainer.run(other, {}).quality or 0.0) < 0.5
 
 
+def test_a_sequence_among_the_outputs_has_no_loss() -> None:
+    parts = helper.make_node("SplitToSequence", ["h"], ["parts"], axis=1)
+    model = _tiny(helper.make_node("Softmax", ["h"], ["y"]), parts)
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
+    model.graph.output.append(helper.make_value_info("parts", kind))
+    assert [head.kind for head in find_heads(model)] == ["kl", "none"]
+    feeds = [{"x": np.random.default_rng(3).normal(size=(32, 4)).astype(np.float32)}]
+    training = Training(epochs=1, validation=0.25)
+    assert (
+        len(Trainer(model, open_dataset(feeds, files.input_specs(model)), training, label_weight=0, threads=1).run(model, {}).epochs) == 1
+    )
+
+
 def test_several_outputs_and_chosen_losses() -> None:
     tail = (helper.make_node("Softmax", ["h"], ["y"]), helper.make_node("Tanh", ["h"], ["z"]), helper.make_node("ArgMax", ["h"], ["k"]))
     model = _tiny(*tail, outputs=("y", "z"))
