@@ -148,9 +148,10 @@ PASSING: Mapping[str, OperatorRow] = {
     **_rows("Attention", OperatorRow("mix", data=(0, 1, 2), relevance="attend")),
     **_rows(
         "RotaryEmbedding Trilu LRN MeanVarianceNormalization CastLike CumProd GatherElements ReverseSequence Compress CenterCropPad "
-        "GridSample RoiAlign MaxRoiPool MaxUnpool BitShift BitwiseNot",
+        "RoiAlign MaxRoiPool MaxUnpool BitShift BitwiseNot",
         OperatorRow("mix"),
     ),
+    **_rows("GridSample", OperatorRow("mix", data=(0, 1), relevance="sample")),
     **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
     **_rows("ScatterElements Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
 }
