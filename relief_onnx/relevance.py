@@ -156,9 +156,10 @@ def _ask_recurrent(at: _Node, row: OperatorRow) -> list[Ask]:
 
 
 def _through(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
-    running = [name for name in at.data(row) if not _is_stored(at.graph, name)] or at.data(row)[:1]
+    data = at.data(row) if row.flow == "through" else at.node.input[:2]
+    running = [name for name in data if not _is_stored(at.graph, name)] or data[:1]
     fed = [name for name in running if name in walk.fed] or running
-    chosen = fed if row.flow == "sample" else fed[:1]
+    chosen = fed[:1] if row.flow == "through" else fed
     return [(name, _lowered(at, name, found) / len(chosen)) for found in values if found is not None for name in chosen]
 
 

@@ -7,7 +7,7 @@ all others (batch, pixels, tokens), which are summed over. Layers begin tracks; 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -128,11 +128,6 @@ def _same(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, foun
         found.of[name] = tuple(tracked)
 
 
-def _sampled(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, found: Tracks, widths: set[int]) -> None:
-    """Those of what is sampled; places have axes of their own."""
-    _same(graph, index, node, replace(row, data=(0,)), found, widths)
-
-
 def _moved(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, found: Tracks, widths: set[int]) -> None:
     for slot, name in enumerate(node.input):
         if name and name not in found.of and (row.data is None or slot in row.data) and graph.is_float(name):
@@ -184,5 +179,5 @@ def _nothing(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, f
 Follow = Callable[[Graph, int, onnx.NodeProto, OperatorRow, Tracks, set[int]], None]
 _FOLLOW: Mapping[str, Follow] = {
     "through": _same, "join": _same, "select": _same, "product": _same, "move": _moved, "reduce": _reduced, "contract": _contracted,
-    "sample": _sampled, "recurrent": _recurrent, "attend": _attended, "even": _nothing, "none": _nothing,
+    "sample": _same, "recurrent": _recurrent, "attend": _attended, "even": _nothing, "none": _nothing,
 }  # fmt: skip
