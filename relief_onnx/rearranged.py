@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from relief_onnx.aside import tensor_of
 from relief_onnx.bodies import keep_only
@@ -85,9 +85,11 @@ class _Chain:
 
 
 def _undone(model: onnx.ModelProto, before: Graph, chains: Sequence[_Chain]) -> onnx.ModelProto:
-    """The model with the chains whose results nobody changed, in place of these."""
+    """The model with the chains whose results nobody changed, in place of these; none that read sizes, which may be others now."""
     graph = Graph(model)
-    changed = [chain for chain in chains if not _stored_still(graph, chain)]
+    read = {chain.tensor: {name for number in chain.nodes for name in before.nodes[number].input} for chain in chains}
+    sized = {tensor for tensor, names in read.items() if any(_known(before, name) is not None for name in names)}
+    changed = [chain for chain in chains if chain.tensor in sized or not _stored_still(graph, chain)]
     while more := [chain for chain in chains if chain not in changed and any(chain.sources & other.sources for other in changed)]:
         changed += more  # what they are made of would be stored beside what it became
     back = [chain for chain in chains if chain not in changed]
@@ -149,6 +151,8 @@ def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
         if name in graph.initializers:
             sources |= {name} if graph.is_float(name) and np.prod(graph.initializers[name].dims) > 1 else set()
             continue
+        if _known(graph, name) is not None:
+            continue
         number = graph.producer.get(name)
         node = None if number is None else graph.nodes[number]
         if node is None or number is None or node.domain not in STANDARD or node.op_type not in _COMPUTES | _VIEWS | {"Constant"}:
@@ -158,6 +162,15 @@ def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
             pending += [item for item in node.input if item]
     computes = any(graph.nodes[number].op_type in _COMPUTES for number in nodes)
     return (nodes, sources) if sources and computes else None
+
+
+def _known(graph: Graph, name: str) -> NDArray[np.int64] | None:
+    """Numbers that the graph computes from sizes which the file says (PyTorch slices a joint projection by its width)."""
+    values = graph.values(name) if graph.types.get(name, (0, None))[0] == onnx.TensorProto.INT64 else None
+    whole = [entry.value for entry in values or ()]
+    if not whole or graph.constant(name) is not None or None in whole:
+        return None
+    return np.array(whole, np.int64).reshape((-1,) * len(graph.shape(name) or ()))
 
 
 def _complete(graph: Graph, chains: dict[str, tuple[set[int], set[str]]]) -> list[str]:
@@ -190,6 +203,9 @@ def _computed(graph: Graph, nodes: Collection[int], names: list[str]) -> dict[st
     held = [node for node in graph.nodes if node.op_type == "Constant" and node.output[0] in read]
     stored = [graph.initializers[name] for name in sorted(read & graph.initializers.keys())]
     kinds = {item.name: item.data_type for item in stored}
+    made = {name for node in (*chosen, *held) for name in node.output}
+    known = {name: values for name in sorted(read - made) if (values := _known(graph, name)) is not None}
+    stored += [numpy_helper.from_array(values, name) for name, values in known.items()]
     floats = next(kind for kind in kinds.values() if kind in FLOATS)
     outputs = [helper.make_tensor_value_info(name, graph.types.get(name, (floats, None))[0], None) for name in names]
     model = helper.make_model(

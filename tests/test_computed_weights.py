@@ -112,3 +112,28 @@ def test_what_another_node_reads_too_stays_and_says_why() -> None:
     assert [row["op"] for row in found["layers"]] == ["Gemm"]
     (row,) = [row for row in found["skipped"] if row["weight"] == name]
     assert row["reason"].startswith("a constant that Mul node")
+
+
+def joint() -> onnx.ModelProto:
+    """Two projections stored as one, taken apart by the width of the input, as PyTorch writes attention to another sequence."""
+    net = Net(seed=1)
+    x = net.input("N", 5, 6)
+    weight, zero = net.weight(12, 6), net.ints(0)
+    width = net.op("Unsqueeze", net.op("Gather", net.op("Shape", x), net.constant(np.int64(2))), zero)
+    bounds = [zero, width, net.op("Mul", width, net.ints(2))]
+    parts = [net.op("Slice", weight, *ends, zero) for ends in (bounds[:2], bounds[1:])]
+    a, b = (net.op("Relu", net.op("MatMul", x, net.op("Transpose", part, perm=[1, 0]))) for part in parts)
+    last = net.constant(net.rng.normal(size=(12, 3)).astype(np.float32), "last")
+    return net.model(net.op("MatMul", net.op("Concat", a, b, axis=-1), last))
+
+
+@pytest.mark.parametrize(
+    "options", [{"granularity": "weight"}, {"granularity": "weight", "only": "^last"}, {"granularity": "channel", "round_to": 1}]
+)
+def test_parts_that_are_cut_by_sizes_are_layers(options: dict[str, Any]) -> None:
+    feed = {"x1": np.random.default_rng(2).standard_normal((24, 5, 6)).astype(np.float32)}
+    given = joint()
+    assert [layer.view.shape for layer in prepare(given).plan.layers] == [(6, 6), (6, 6), (3, 12)]
+    report = relief_onnx.prune(given, [feed], keep="60%", threads=1, **options).report
+    assert report["totals"]["weights"] == 108
+    assert report["quality"]["agreement"][given.graph.output[0].name]["cosine"] > 0.9
