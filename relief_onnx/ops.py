@@ -153,6 +153,7 @@ PASSING: Mapping[str, OperatorRow] = {
         "MaxUnpool BitShift BitwiseNot",
         OperatorRow("mix"),
     ),
+    **_rows("RandomNormalLike RandomUniformLike EyeLike Size", OperatorRow("mix", relevance="none")),
     **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
     **_rows("ScatterElements Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
 }
