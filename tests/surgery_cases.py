@@ -206,8 +206,7 @@ CASES: dict[str, Case] = {
     "Resize": image(lambda net, x: net.op("Resize", x, "", net.constant(np.asarray([1, 1, 2, 2], np.float32)), mode="nearest")),
     "Upsample": image(lambda net, x: net.op("Upsample", x, net.constant(np.asarray([1, 1, 2, 2], np.float32))), opset=9),
     "GridSample": image(lambda net, x: net.op("GridSample", x, places(net), padding_mode="border")),
-    "RoiAlign": image(lambda net, x: net.op("RoiAlign", x, *boxes(net), output_height=3, output_width=3, mode="max")),
-    "MaxRoiPool": image(lambda net, x: net.op("MaxRoiPool", x, net.constant(np.array([[0, 0, 0, 3, 3]], np.float32)), pooled_shape=[2, 2])),
+    "RoiAlign": image(lambda net, x: net.op("RoiAlign", x, *boxes(net), output_height=3, output_width=3)),
     "Pad": image(lambda net, x: net.op("Pad", x, net.ints(0, 0, 1, 1, 0, 0, 0, 1), net.constant(np.float32(0.5)))),
     "Shape": image(lambda net, x: net.op("Mul", x, net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(2), axis=0), to=1))),
 }  # fmt: skip
