@@ -14,7 +14,7 @@ from relief_onnx.aims import Aim
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer
 from relief_onnx.ridge import few_rows
-from relief_onnx.rows import ENOUGH_ROWS, Places, as_output, drawn, layer_rows
+from relief_onnx.rows import ENOUGH_ROWS, Places, as_output, correspond, drawn, layer_rows
 from relief_onnx.solve import MOMENT_FEATURES, SOLVE_FLOPS, Target, solve
 from relief_onnx.worth import Appraisal
 
@@ -45,10 +45,10 @@ class Equations:
     """Rows of one layer, at some positions of all samples, and its weights as they were before.
 
     keep: by initializer, what stays; removed: units [out] that go as a whole, so they are left as they are. met: whether there are rows.
-    solves: units that are solved for.
+    solves: units that are solved for. whole: whether in every batch the rows of both networks correspond; those of others are left out.
     """
 
-    met = True
+    met = whole = True
 
     def __init__(
         self, graph: Graph, layer: Layer, aim: Aim, keep: Flags | None, bias_keep: Flags | None, removed: Flags | None,
@@ -145,7 +145,9 @@ class Equations:
         return error / total
 
     def _groups(self, rows: slice = EVERY_ROW) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp], Target]]:
-        """Of those rows: inputs, units that are solved for and their targets, of each group of the layer."""
+        """Of those rows: inputs, units that are solved for and their targets, of each group of the layer; none where there are no rows."""
+        if not self.met:
+            return
         per_group = self._layer.out_channels // self._layer.groups
         for group in range(self._layer.groups):
             units = np.arange(group * per_group, (group + 1) * per_group)
@@ -217,7 +219,9 @@ class Equations:
         for batch in range(after.batches):
             x, y = after.value(layer.input, batch), before.value(self._aim.tensor, batch)
             other = after.value(name, batch) if name and stored is None else stored
-            if x is not None and y is not None:
+            if x is not None and y is not None and not correspond(layer, x, y):
+                self.whole = False
+            elif x is not None and y is not None:
                 there = None if other is None else as_output(layer, other, y.shape)
                 collected.append(layer_rows(layer, x, y, there, *self._chance(batch)))
             self._ends.append(sum(len(part[0]) for part in collected))

@@ -68,6 +68,7 @@ class Grid:
 
     scales, zeros: the initializers that hold them in the file ("" where the operator implies them).
     block: (axis, places) where blocks of places along an axis share a scale; `scale` is then as long as the tensor there.
+    lowest: of a grid that was cut, whether the whole one has the lowest integer of its type.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Grid:
     zeros: str = ""
     block: tuple[int, int] | None = None
     fresh: bool = False
+    lowest: bool | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,9 +91,13 @@ class Grid:
     def limits(self) -> tuple[Array, Array]:
         """The least and the largest integer minus the zero point; symmetric where the file keeps to that."""
         low, high = RANGES[self.type]
-        if low < 0 and not self.zero.any() and not (self.integers == low).any():
+        if low < 0 and not self.zero.any() and not self._has_lowest:
             low += 1
         return low - self.zero, high - self.zero
+
+    @property
+    def _has_lowest(self) -> bool:
+        return bool((self.integers == RANGES[self.type][0]).any()) if self.lowest is None else self.lowest
 
     def floats(self) -> Array:
         """What the integers stand for, in the type of the scale."""
@@ -185,7 +191,7 @@ class Grid:
             if not np.array_equal(whole, places):
                 block = (axis, 1)
         return replace(
-            self, integers=self.integers.take(places, axis), block=block,
+            self, integers=self.integers.take(places, axis), block=block, lowest=self._has_lowest,
             scale=self.scale.take(places, axis) if self.scale.shape[axis] > 1 else self.scale,
             zero=self.zero.take(places, axis) if self.zero.shape[axis] > 1 else self.zero,
         )  # fmt: skip

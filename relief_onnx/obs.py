@@ -201,6 +201,8 @@ class _Network:
         def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
             pool, place = placed[layer.weight]
             tick()
+            if not equations.met:  # other rows than before, or none: worth what it was
+                return {}
             if self._whole:
                 variance, own = equations.variance(), self._value[layer.weight]
                 self._value[layer.weight] = np.where(variance > 0, own / np.where(variance > 0, variance, 1.0), 0.0)

@@ -126,6 +126,7 @@ class _Search:
         self._layers = [layer for layer in plan.layers if layer.inside is None and not refusal(plan, layer, weights)]
         self._feeds, self._unseen, self._seed, self._threads = feeds, unseen, seed, threads
         self._variances: dict[str, Doubles] = {}
+        self._worths: dict[str, Doubles] = {}
         self._wanted = emitted(graph.model, unseen, threads)
 
     def losses(self, choices: Sequence[Choice]) -> dict[int, float]:
@@ -140,7 +141,10 @@ class _Search:
             value = np.where(variance > 0, self._value[layer.name] / np.where(variance > 0, variance, 1.0), 0.0)
             if layer.groups > 1 and layer.in_per_group == 1:  # what it reads is what it makes: the next layer says what that is worth
                 return new
-            each = (appraisal.worth * value[:, None]).reshape(layer.groups, -1, layer.in_per_group).sum(1).reshape(-1)
+            if equations.met:  # else it reads other rows than before, or none
+                each = (appraisal.worth * value[:, None]).reshape(layer.groups, -1, layer.in_per_group).sum(1).reshape(-1)
+                self._worths[layer.name] = each
+            each = self._worths.get(layer.name, np.zeros(0))
             for unit, loss in zip(self._coupling.inputs[layer.key].tolist(), each.tolist(), strict=True):
                 if unit >= 0:
                     found[unit] = found.get(unit, 0.0) + loss

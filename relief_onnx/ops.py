@@ -132,6 +132,8 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("TopK", _carry(moves.along_axis(-1), relevance="through")),
     **_rows("CumSum", _carry(moves.cumulative, "zero", relevance="through")),
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
+    **_rows("GridSample", _carry(moves.spatial, "zero", relevance="sample")),
+    **_rows("RoiAlign", _carry(moves.spatial, "zero", relevance="through")),
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape, relevance="none")),
     **_rows(
@@ -148,9 +150,10 @@ PASSING: Mapping[str, OperatorRow] = {
     **_rows("Attention", OperatorRow("mix", data=(0, 1, 2), relevance="attend")),
     **_rows(
         "RotaryEmbedding Trilu LRN MeanVarianceNormalization CastLike CumProd GatherElements ReverseSequence Compress CenterCropPad "
-        "GridSample RoiAlign MaxRoiPool MaxUnpool BitShift BitwiseNot",
+        "MaxRoiPool MaxUnpool BitShift BitwiseNot",
         OperatorRow("mix"),
     ),
+    **_rows("RandomNormalLike RandomUniformLike EyeLike Size", OperatorRow("mix", relevance="none")),
     **_rows("TensorScatter", OperatorRow("mix", data=(0, 1), relevance="join")),
     **_rows("ScatterElements Scatter", OperatorRow("mix", data=(0, 2), relevance="join")),
 }

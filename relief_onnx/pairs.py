@@ -59,11 +59,11 @@ class Pair:
 
         before, after: both networks; the latter waits at the layer. fixed: of the reader, as `Equations` has it. Raises ModelError.
         """
-        if equations.rows_per_input < LEAST_ROWS or equations.inputs > MOST_INPUTS:
+        if not equations.whole or equations.rows_per_input < LEAST_ROWS or equations.inputs > MOST_INPUTS:
             return {}
         met = _Met(self, before, after, new)
         reading = Equations(graph, self.reader, self.aim, *fixed, before, met, seed)
-        if reading.rows_per_input < LEAST_ROWS:
+        if not reading.whole or reading.rows_per_input < LEAST_ROWS:
             return {}
         solution, (_, error) = reading.solved()
         moved = self._moved(equations, reading, met, new, solution) if solution else {}

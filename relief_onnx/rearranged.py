@@ -1,7 +1,8 @@
-"""Weights that a file stores in another order than its layers read them (PyTorch's gates of an LSTM): stored as they are read.
+"""Weights that a file computes from stored numbers: stored as its layers read them.
 
-A chain of nodes that only moves entries of stored numbers (Slice, Concat ...) is computed once, and the result stored in place of what it
-was made from. Chains that are mere changes of layout stay: every later step reads through them.
+Exporters that fold no constants write weights so whose parts stand in another order (PyTorch's gates of an LSTM) and those that are
+normalised, standardised or scaled. A chain of nodes from stored numbers to a layer is computed once, and the result stored in place of what
+it was made from. Chains that are mere changes of layout stay: every later step reads through them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from relief_onnx.aside import tensor_of
 from relief_onnx.bodies import keep_only
@@ -27,7 +28,14 @@ from relief_onnx.session import Session
 
 __all__ = ["rearranged"]
 
-_MOVES = frozenset({"Slice", "Concat", "Split", "Gather"})
+_COMPUTES = frozenset({
+    "Slice", "Concat", "Split", "Gather", "Expand", "Tile",
+    "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "MatMul", "Gemm",
+    "Abs", "Ceil", "Clip", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign",
+    "Softmax", "Softplus", "Sqrt", "Tanh",
+    "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare",
+    "BatchNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization",
+})  # fmt: skip
 _VIEWS = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose"})
 _READERS = frozenset({*LAYER_OPERATORS, "LSTM", "GRU", "RNN"})
 
@@ -77,9 +85,11 @@ class _Chain:
 
 
 def _undone(model: onnx.ModelProto, before: Graph, chains: Sequence[_Chain]) -> onnx.ModelProto:
-    """The model with the chains whose results nobody changed, in place of these."""
+    """The model with the chains whose results nobody changed, in place of these; none that read sizes, which may be others now."""
     graph = Graph(model)
-    changed = [chain for chain in chains if not _stored_still(graph, chain)]
+    read = {chain.tensor: {name for number in chain.nodes for name in before.nodes[number].input} for chain in chains}
+    sized = {tensor for tensor, names in read.items() if any(_known(before, name) is not None for name in names)}
+    changed = [chain for chain in chains if chain.tensor in sized or not _stored_still(graph, chain)]
     while more := [chain for chain in chains if chain not in changed and any(chain.sources & other.sources for other in changed)]:
         changed += more  # what they are made of would be stored beside what it became
     back = [chain for chain in chains if chain not in changed]
@@ -134,22 +144,33 @@ def _parameters(graph: Graph) -> list[str]:
 
 
 def _chain(graph: Graph, tensor: str) -> tuple[set[int], set[str]] | None:
-    """The nodes that make a tensor from stored floats by moving their entries, and these floats; None where that is not so."""
+    """The nodes that compute a tensor from stored floats, and those of these with more than one entry; None where that is not so."""
     nodes, sources, pending = set[int](), set[str](), [tensor]
     while pending:
         name = pending.pop()
         if name in graph.initializers:
-            sources |= {name} if graph.is_float(name) else set()
+            sources |= {name} if graph.is_float(name) and np.prod(graph.initializers[name].dims) > 1 else set()
+            continue
+        if _known(graph, name) is not None:
             continue
         number = graph.producer.get(name)
         node = None if number is None else graph.nodes[number]
-        if node is None or number is None or node.domain not in STANDARD or node.op_type not in _MOVES | _VIEWS | {"Constant"}:
+        if node is None or number is None or node.domain not in STANDARD or node.op_type not in _COMPUTES | _VIEWS | {"Constant"}:
             return None
         if node.op_type != "Constant":
             nodes.add(number)
             pending += [item for item in node.input if item]
-    moves = any(graph.nodes[number].op_type in _MOVES for number in nodes)
-    return (nodes, sources) if sources and moves else None
+    computes = any(graph.nodes[number].op_type in _COMPUTES for number in nodes)
+    return (nodes, sources) if sources and computes else None
+
+
+def _known(graph: Graph, name: str) -> NDArray[np.int64] | None:
+    """Numbers that the graph computes from sizes which the file says (PyTorch slices a joint projection by its width)."""
+    values = graph.values(name) if graph.types.get(name, (0, None))[0] == onnx.TensorProto.INT64 else None
+    whole = [entry.value for entry in values or ()]
+    if not whole or graph.constant(name) is not None or None in whole:
+        return None
+    return np.array(whole, np.int64).reshape((-1,) * len(graph.shape(name) or ()))
 
 
 def _complete(graph: Graph, chains: dict[str, tuple[set[int], set[str]]]) -> list[str]:
@@ -182,6 +203,9 @@ def _computed(graph: Graph, nodes: Collection[int], names: list[str]) -> dict[st
     held = [node for node in graph.nodes if node.op_type == "Constant" and node.output[0] in read]
     stored = [graph.initializers[name] for name in sorted(read & graph.initializers.keys())]
     kinds = {item.name: item.data_type for item in stored}
+    made = {name for node in (*chosen, *held) for name in node.output}
+    known = {name: values for name in sorted(read - made) if (values := _known(graph, name)) is not None}
+    stored += [numpy_helper.from_array(values, name) for name, values in known.items()]
     floats = next(kind for kind in kinds.values() if kind in FLOATS)
     outputs = [helper.make_tensor_value_info(name, graph.types.get(name, (floats, None))[0], None) for name in names]
     model = helper.make_model(

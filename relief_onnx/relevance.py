@@ -4,6 +4,7 @@ R is 1 in all at the outputs and goes back to the inputs (DESIGN section 2, Flow
 with the sizes of its track (`tracks`). A row's column `relevance` says how a node passes it:
 
 * `through`  the first input that is an activation gets all of it, place by place (activations, norms, softmax, a numerator);
+* `sample`   likewise, and as much to the layers that say at which places samples are taken;
 * `join`     inputs are added up: each gets its share of the activity in that channel; inputs that no layer leads to, such as constants,
              get none where there are others: nothing in them could be damaged;
 * `select`   like `join` for what is chosen from; the condition gets some only where nothing else leads to a layer;
@@ -121,9 +122,6 @@ class _Walk:
         fitted = fit(values, track)
         self.tensors[name] = self.tensors[name] + fitted if name in self.tensors else np.array(fitted)
 
-    def of(self, name: str) -> Doubles | None:
-        return self.tensors.get(name)
-
 
 # -- the rules: what a node wants to know, and how it passes relevance ------------------------------------------------------
 
@@ -158,9 +156,11 @@ def _ask_recurrent(at: _Node, row: OperatorRow) -> list[Ask]:
 
 
 def _through(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
-    running = [name for name in at.data(row) if not _is_stored(at.graph, name)] or at.data(row)[:1]
-    chosen = next((name for name in running if name in walk.fed), running[0])
-    return [(chosen, _lowered(at, chosen, found)) for found in values if found is not None]
+    data = at.data(row) if row.flow == "through" else at.node.input[:2]
+    running = [name for name in data if not _is_stored(at.graph, name)] or data[:1]
+    fed = [name for name in running if name in walk.fed] or running
+    chosen = fed[:1] if row.flow == "through" else fed
+    return [(name, _lowered(at, name, found) / len(chosen)) for found in values if found is not None for name in chosen]
 
 
 def _lowered(at: _Node, name: str, values: Doubles) -> Doubles:
@@ -299,6 +299,7 @@ class _Rule:
 
 _RULES: Mapping[str, _Rule] = {
     "through": _Rule(_ask_nothing, _through),
+    "sample": _Rule(_ask_nothing, _through),
     "join": _Rule(_ask_data, _join),
     "select": _Rule(_ask_choices, _select),
     "product": _Rule(_ask_data, _product),
@@ -376,7 +377,7 @@ def propagate(
     inside = {layer.inside: [own for own in plan.layers if own.inside == layer.inside] for layer in plan.layers}
     for index in reversed(range(len(graph.nodes))):
         node = graph.nodes[index]
-        values = [walk.of(name) if name else None for name in node.output]
+        values = [walk.tensors.get(name) if name else None for name in node.output]
         if all(own is None for own in values):
             if index in layers:
                 outputs[layers[index].name] = np.zeros(layers[index].out_channels)

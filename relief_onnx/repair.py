@@ -68,7 +68,7 @@ def repair(
     def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
         progress("repair", layer.node, len(graph.nodes))
         found, errors = equations.solved(validated=validated)
-        reason = "its equations have no finite solution" if equations.met else "its body runs in other rounds once pruned"
+        reason = "its equations have no finite solution" if equations.met else _unmet(layer, equations)
         rows[layer.name] = Repaired(layer, *errors) if found else Repaired(layer, reason=reason)
         return found
 
@@ -166,6 +166,13 @@ def sweep(
             if last[aim.tensor] is layer:
                 before.drop(aim.tensor)
     return new
+
+
+def _unmet(layer: Layer, equations: Equations) -> str:
+    """Why a layer has no rows."""
+    if layer.inside is not None:
+        return "its body runs in other rounds once pruned"
+    return "nothing reaches it on the samples" if equations.whole else "it meets other rows once pruned"
 
 
 def _fixed(layer: Layer, flags: Mapping[str, Flags], removed: Mapping[str, Flags]) -> tuple[Flags | None, Flags | None, Flags | None]:

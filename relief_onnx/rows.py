@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from relief_onnx.gram import patches
 from relief_onnx.layers import Layer
 
-__all__ = ["ENOUGH_ROWS", "POSITIONS", "Places", "as_output", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched"]
+__all__ = [
+    "ENOUGH_ROWS", "POSITIONS", "Places", "as_output", "correspond", "drawn", "inputs_at", "layer_rows", "outputs_at", "spread", "touched",
+]  # fmt: skip
 
 # Of a convolution the places in its output, axis by axis, the same in all samples of a batch; of a dense layer rows of the whole batch.
 Places = tuple[NDArray[np.intp], ...]
@@ -45,11 +47,18 @@ def drawn(layer: Layer, x: NDArray[Any], y: NDArray[Any], budget: int, enough: i
     return (np.sort(rng.permutation(size)[:number]),)
 
 
+def correspond(layer: Layer, x: NDArray[Any], y: NDArray[Any]) -> bool:
+    """Whether the layer makes as many rows of x as y has. Of two networks that choose rows themselves (of experts, boxes) it may not."""
+    if layer.geometry is not None:
+        return len(x) == len(y)
+    return x.size // layer.in_per_group == y.size // layer.out_channels
+
+
 def inputs_at(layer: Layer, x: NDArray[Any], places: Places) -> Floats:
     """What the weights meet there [rows, groups, features]."""
     x = np.asarray(x, np.float32)
     if layer.geometry is not None:
-        return patches(layer.geometry, x, places).reshape(len(x) * len(places[0]), layer.groups, -1)
+        return patches(layer.geometry, x, places).reshape(len(x) * len(places[0]), layer.groups, int(np.prod(layer.view.shape[1:])))
     return np.moveaxis(x, layer.input_axis, -1).reshape(-1, layer.in_per_group)[places][:, None]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from relief_onnx import aside
 from relief_onnx.errors import DataError, ModelError
+from relief_onnx.nodes import STANDARD, subgraphs
 
 __all__ = ["LOAD_ERRORS", "Session", "first_line"]
 
@@ -22,6 +24,10 @@ _NAMES = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImpl
 LOAD_ERRORS = (*(getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _NAMES), ValueError, RuntimeError)
 
 onnxruntime.set_default_logger_severity(4)
+
+# Operators that draw numbers. Without a seed of their own they get one, so that two networks that share such a node draw the same.
+_DRAWING = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"})
+SEEDS = 1 << 20
 
 # Bytes of weights from which on onnxruntime keeps no second copy of them in the order that its kernels like best.
 LARGE = 1 << 30
@@ -91,7 +97,7 @@ def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOp
     """What onnxruntime loads; of weights that are set aside the files in which they lie, which it maps into memory."""
     if not isinstance(model, onnx.ModelProto):
         return model
-    model = aside.settled(model)
+    model = aside.settled(_seeded(model))
     tensors = aside.held(model)
     if tensors:
         places = [aside.place_of(item) for item in tensors]
@@ -109,6 +115,25 @@ def _given(model: onnx.ModelProto | bytes | Path, options: onnxruntime.SessionOp
         model = told
     content: bytes = model.SerializeToString(deterministic=True)
     return content
+
+
+def _seeded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every node that draws numbers has a seed, by the name of its output; the model itself where none lacks one."""
+    if not any(_unseeded(model.graph)):
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for node in _unseeded(result.graph):
+        node.attribute.append(onnx.helper.make_attribute("seed", float(zlib.crc32(node.output[0].encode()) % SEEDS)))
+    return result
+
+
+def _unseeded(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        if node.op_type in _DRAWING and node.domain in STANDARD and all(item.name != "seed" for item in node.attribute):
+            yield node
+        for body in subgraphs(node):
+            yield from _unseeded(body)
 
 
 def _advice(error: str) -> str:

@@ -179,5 +179,5 @@ def _nothing(graph: Graph, index: int, node: onnx.NodeProto, row: OperatorRow, f
 Follow = Callable[[Graph, int, onnx.NodeProto, OperatorRow, Tracks, set[int]], None]
 _FOLLOW: Mapping[str, Follow] = {
     "through": _same, "join": _same, "select": _same, "product": _same, "move": _moved, "reduce": _reduced, "contract": _contracted,
-    "recurrent": _recurrent, "attend": _attended, "even": _nothing, "none": _nothing,
+    "sample": _same, "recurrent": _recurrent, "attend": _attended, "even": _nothing, "none": _nothing,
 }  # fmt: skip

@@ -102,6 +102,16 @@ def rounded(net: Net, x: str, per_channel: bool, **domain: str) -> Any:
     return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *grid, **domain), *grid, **domain)
 
 
+def places(net: Net) -> Any:
+    """Where to sample, made of the model's input."""
+    two = net.op("Slice", net.inputs[0][0], net.ints(0), net.ints(2), net.ints(1))
+    return net.op("Transpose", net.op("Tanh", two), perm=[0, 2, 3, 1])
+
+
+def boxes(net: Net) -> tuple[str, str]:
+    return net.constant(np.array([[0, 0, 4, 4], [1, 2, 5, 5]], np.float32)), net.ints(0, 1)
+
+
 def measured(net: Net, x: str) -> Any:
     """To uint8 and back, by the range that is there; a channel without weights and bias is 0."""
     return net.op("DequantizeLinear", *net.op("DynamicQuantizeLinear", net.op("Relu", x), outputs=3))
@@ -195,6 +205,8 @@ CASES: dict[str, Case] = {
     "LogSoftmax": image(lambda net, x: net.op("LogSoftmax", x, axis=-1)),
     "Resize": image(lambda net, x: net.op("Resize", x, "", net.constant(np.asarray([1, 1, 2, 2], np.float32)), mode="nearest")),
     "Upsample": image(lambda net, x: net.op("Upsample", x, net.constant(np.asarray([1, 1, 2, 2], np.float32))), opset=9),
+    "GridSample": image(lambda net, x: net.op("GridSample", x, places(net), padding_mode="border")),
+    "RoiAlign": image(lambda net, x: net.op("RoiAlign", x, *boxes(net), output_height=3, output_width=3)),
     "Pad": image(lambda net, x: net.op("Pad", x, net.ints(0, 0, 1, 1, 0, 0, 0, 1), net.constant(np.float32(0.5)))),
     "Shape": image(lambda net, x: net.op("Mul", x, net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(2), axis=0), to=1))),
 }  # fmt: skip

@@ -110,6 +110,15 @@ def test_every_row_of_the_pruners_table_between_two_layers() -> None:
         assert_like_onnxruntime(*sandwich(case, layer))
 
 
+def test_a_signal_without_an_axis_for_channels() -> None:
+    """As PyTorch writes STFT: [batch, time]."""
+    net = Net(seed=1)
+    x = net.input("N", 40)
+    window = net.constant(np.hanning(16).astype(np.float32))
+    model = net.model(net.op("STFT", x, net.constant(np.int64(8)), window, net.constant(np.int64(16)), onesided=1))
+    assert_like_onnxruntime(model, {x: np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)})
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_patterns_of_architectures(name: str) -> None:
     assert_like_onnxruntime(*ARCHITECTURES[name]())

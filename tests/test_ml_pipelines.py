@@ -183,3 +183,14 @@ def test_strings_from_the_command_line(tmp_path: Path) -> None:
     result = run("prune", path, "--data", data, "--keep", "50%", "--json", report, "--quiet")
     assert result.exit_code == 0, result.output
     assert json.loads(report.read_text())["totals"]["kept_percent"] <= 50
+
+
+def test_scores_inside_maps_are_trained() -> None:
+    """A ZipMap's outputs are maps, and what makes labels cannot run in torch: neither takes part."""
+    pytest.importorskip("torch")
+    model, feed = CASES["classifier"]
+    result = relief_onnx.prune(model, [feed], keep="50%", repair="distill", epochs=2, batch=16, threads=1)
+    assert [head["loss"] for head in result.report["retrain"]["loss"]] == ["none", "kl"]
+    assert [info.type.WhichOneof("value") for info in result.model.graph.output] == [
+        info.type.WhichOneof("value") for info in model.graph.output
+    ]

@@ -376,6 +376,47 @@ def test_an_output_whose_size_depends_on_the_data(options: dict[str, Any]) -> No
     assert any("output y has another size" in text for text in result.report["warnings"])
 
 
+@pytest.mark.parametrize("options", [{"granularity": "weight", "repair": "least-squares"}, {"granularity": "channel", "round_to": 1}])
+@pytest.mark.parametrize("noise", ["RandomNormalLike(v)", "RandomUniform<shape = [8, 6]>()", "Bernoulli(b)"])
+def test_networks_that_draw_numbers(noise: str, options: dict[str, Any]) -> None:
+    """As variational encoders do: the original, the masked and the pruned model draw the same, and the file is left without a seed."""
+    text = f"a = MatMul(x, e) h = Relu(a) m = MatMul(h, u) v = MatMul(h, s) n = {noise} t = Exp(v) p = Mul(n, t) z = Add(m, p)"
+    text = text.replace("n = Bernoulli", "b = Sigmoid(v) n = Bernoulli")
+    model = parsed(
+        f"net (float[8, 8] x) => (float[8, 4] y) {{ {text} d = MatMul(z, w) r = Relu(d) y = MatMul(r, o) }}",
+        e=(8, 24), u=(24, 6), s=(24, 6), w=(6, 24), o=(24, 4),
+    )  # fmt: skip
+    found = relief_onnx.prune(model, samples(8), keep="70%", threads=1, **options)
+    assert found.report["quality"]["agreement"]["y"]["cosine"] > 0.9
+    assert found.model == relief_onnx.prune(model, samples(8), keep="70%", threads=1, **options).model
+    drawing = [node for node in found.model.graph.node if node.op_type == noise.partition("<")[0].partition("(")[0]]
+    assert [[item.name for item in node.attribute] for node in drawing] == [["shape"] if "shape" in noise else []]
+
+
+CHOOSING = "z = MatMul(r, g) f = Greater(z, zero) q = Squeeze(f, one) n = NonZero(q) i = Squeeze(n, first) e = Gather(r, i)"
+EXPERT = {
+    "MatMul": "p = MatMul(e, v) s = Relu(p) t = MatMul(s, w)",
+    "Conv": "c = Unsqueeze(e, ends) p = Conv(c, v) s = Relu(p) o = Conv(s, w) t = Squeeze(o, ends)",
+}
+
+
+@pytest.mark.parametrize("options", [{"granularity": "weight"}, {"granularity": "channel", "round_to": 1, "criterion": "flow"}])
+@pytest.mark.parametrize("expert", EXPERT)
+def test_rows_that_each_network_chooses_itself(expert: str, options: dict[str, Any]) -> None:
+    """An expert of a mixture meets other rows, and another number of them, once what chooses lost weights: such batches are left out."""
+    held = "<float zero = {0.0}, int64[1] one = {1}, int64[1] first = {0}, int64[2] ends = {2, 3}>"
+    text = f"a = MatMul(x, u) r = Relu(a) {CHOOSING} {EXPERT[expert]} l = Unsqueeze(i, one) k = ScatterND(r, l, t) y = MatMul(k, h)"
+    own = {"v": (24, 16), "w": (16, 24)} if expert == "Conv" else {"v": (16, 24), "w": (24, 16)}
+    shapes = {name: (*shape, 1, 1) if expert == "Conv" else shape for name, shape in own.items()}
+    model = parsed(f"net (float[N, 8] x) => (float[N, 4] y) {held} {{ {text} }}", u=(8, 16), g=(16, 1), h=(16, 4), **shapes)
+    report = relief_onnx.prune(model, samples(8), keep="50%", repair="least-squares", skip="^g$", threads=1, **options).report
+    assert {row["weight"] for row in report["layers"] if row["status"] == "pruned"} >= {"v", "w"}
+    reasons = {row["weight"]: row["reason"] for row in report["repair"]["layers"]}
+    assert {reasons["v"], reasons["w"]} <= {"", "it meets other rows once pruned"}
+    assert reasons["u"] == reasons["h"] == ""
+    assert report["quality"]["agreement"]["y"]["cosine"] > 0.8
+
+
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("criterion", ["flow", "flow-obs", "relief"])
 def test_sparse_initializers(flat: bool, criterion: str) -> None:

@@ -102,6 +102,19 @@ def test_one_unit_does_the_work_of_two(build: Callable[[Net, bool], tuple[str, s
     assert together < 0.02 * error()
 
 
+@pytest.mark.parametrize("build", [dense, convolutions])
+def test_where_every_relu_is_shut_nothing_moves(build: Callable[[Net, bool], tuple[str, str]]) -> None:
+    net = Net(seed=5)
+    out, weight = build(net, False)
+    for name, value in net.initializers.items():
+        net.initializers[name] = np.where(value == 9, np.float32(-99), value)
+    model = net.model(out)
+    (name, shape, _) = net.inputs[0]
+    feed = {name: net.rng.standard_normal([400 if isinstance(size, str) else size for size in shape]).astype(np.float32)}
+    repaired = solved(model, weight, feed)
+    assert np.array_equal(Session(repaired).run(feed)[0], Session(model).run(feed)[0])
+
+
 def test_outputs_come_closer_on_digits_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = onnx.load(str(SAMPLES / "resnet8.onnx"))
     feed, unseen = ({model.graph.input[0].name: x} for x in (digits(256), other_digits()))

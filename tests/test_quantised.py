@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +474,18 @@ def test_a_grid_follows_cuts_by_place_or_by_what_its_numbers_are() -> None:
         assert np.array_equal(found.scale, scale[:, left])
         assert np.array_equal(found.stored(grid.floats()[:4, left]), integers[:4, left])
     assert grid.cut(rng.standard_normal((6, 5)).astype(np.float32), {}) is None
+
+
+def test_a_cut_grid_has_the_limits_of_the_whole() -> None:
+    """The lowest integer may have gone with its channel, and be the nearest to what is left all the same."""
+    integers = np.array([[-128, 3], [5, 7]], np.int8)
+    grid = Grid("w", TensorProto.INT8, integers, np.full((1, 1), 0.5, np.float32), np.zeros((1, 1), np.int64))
+    values = np.array([[-64.0, 1.0], [-64.0, 3.5]], np.float32)
+    assert grid.stored(values).tolist() == [[-128, 2], [-128, 7]]
+    cut = grid.cut(values[1:], {0: np.array([1], np.intp)})
+    assert cut is not None
+    assert cut.stored(values[1:]).tolist() == [[-128, 7]]
+    assert replace(grid, integers=integers[1:]).stored(values[1:]).tolist() == [[-127, 7]]  # a file that keeps to symmetry
 
 
 def test_scales_are_spread_over_a_tensor() -> None:

@@ -511,3 +511,16 @@ def test_a_recurrent_layer_that_hears_nothing_still_passes_everything_on(squared
         assert shares is not None
         around = np.linalg.solve(np.eye(3) - shares.loop[0].T, np.ones(3))
         np.testing.assert_allclose((around @ shares.input[0]).sum(), 3.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sampled", ["features", "the input"])
+def test_what_says_where_samples_are_taken_has_as_much_as_they(sampled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(seed=9)
+    x = net.input("N", 3, 6, 6)
+    features = net.op("Conv", x, net.weight(4, 3, 1, 1)) if sampled == "features" else x
+    places = net.op("Transpose", net.op("Tanh", net.op("Conv", x, net.weight(2, 3, 1, 1))), perm=[0, 2, 3, 1])
+    model = net.model(net.op("GridSample", features, places))
+    check_conserved(model, 3, monkeypatch)
+    scores = relief_onnx.score(model, [{x: np.random.default_rng(0).standard_normal((8, 3, 6, 6)).astype(np.float32)}])
+    found = [float(np.sum(score.relevance)) for score in scores.values() if score.relevance is not None]
+    np.testing.assert_allclose(found, [0.5, 0.5] if sampled == "features" else [1.0])

@@ -313,6 +313,36 @@ def test_the_loss_is_found_in_the_graph_and_falls(nodes: tuple[onnx.NodeProto, .
     assert abs(exact.run(model, {}).epochs[0]["loss"]) < 1e-5
 
 
+@pytest.mark.parametrize(("operator", "axis"), [("LogSoftmax", 2), ("Softmax", -1), ("Tanh", None)])
+def test_outputs_whose_samples_stand_along_another_axis_are_judged_together(operator: str, axis: int | None) -> None:
+    """Time first, as recurrent layers hand it on."""
+    given = {} if axis is None else {"axis": axis}
+    steps = helper.make_node("Split", ["h"], ["one", "two"], axis=1)
+    stacked = helper.make_node("SequenceConstruct", ["one", "two"], ["both"])
+    joined = helper.make_node("ConcatFromSequence", ["both"], ["steps"], axis=0, new_axis=1)
+    model = _tiny(steps, stacked, joined, helper.make_node(operator, ["steps"], ["y"], **given))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, "n", 3]))
+    feeds = [{"x": np.random.default_rng(2).normal(size=(32, 4)).astype(np.float32)}]
+    training = Training(epochs=1, learning_rate=1e-12, validation=0.25)
+    trainer = Trainer(model, open_dataset(feeds, files.input_specs(model)), training, label_weight=0, threads=1)
+    assert trainer.run(model, {}).quality == pytest.approx(1)
+    other = apply_weights(model, {"w": -weights_of(model)["w"]})
+    assert (trainer.run(other, {}).quality or 0.0) < 0.5
+
+
+def test_a_sequence_among_the_outputs_has_no_loss() -> None:
+    parts = helper.make_node("SplitToSequence", ["h"], ["parts"], axis=1)
+    model = _tiny(helper.make_node("Softmax", ["h"], ["y"]), parts)
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
+    model.graph.output.append(helper.make_value_info("parts", kind))
+    assert [head.kind for head in find_heads(model)] == ["kl", "none"]
+    feeds = [{"x": np.random.default_rng(3).normal(size=(32, 4)).astype(np.float32)}]
+    training = Training(epochs=1, validation=0.25)
+    assert (
+        len(Trainer(model, open_dataset(feeds, files.input_specs(model)), training, label_weight=0, threads=1).run(model, {}).epochs) == 1
+    )
+
+
 def test_several_outputs_and_chosen_losses() -> None:
     tail = (helper.make_node("Softmax", ["h"], ["y"]), helper.make_node("Tanh", ["h"], ["z"]), helper.make_node("ArgMax", ["h"], ["k"]))
     model = _tiny(*tail, outputs=("y", "z"))

@@ -42,7 +42,8 @@ def dft(x: Tensor, dft_length: Any = None, axis: Any = None, *, inverse: int = 0
 
 @op("STFT", host=(1, 3))
 def stft(x: Tensor, frame_step: Any, window: Tensor | None = None, frame_length: Any = None, *, onesided: int = 1) -> Tensor:
-    """x [batch, time, 1 or 2] as [batch, frames, frequencies, 2]."""
+    """x [batch, time, 1 or 2], or [batch, time] as PyTorch writes it, as [batch, frames, frequencies, 2]."""
+    x = x.unsqueeze(-1) if x.dim() == 2 else x
     length = scalar(frame_length) if frame_length is not None else window.shape[0] if window is not None else x.shape[1]
     frames = x.unfold(1, length, scalar(frame_step)).transpose(-1, -2)
     if window is not None:

@@ -42,9 +42,11 @@ def find_heads(model: onnx.ModelProto, chosen: Sequence[tuple[str, str]] = ()) -
         if name and name not in graph.outputs:
             raise RecipeError(f"loss names {name!r}, which is no output of the model; its outputs are {', '.join(graph.outputs)}")
     classes = class_outputs(model)
+    others = {info.name for info in model.graph.output if info.type.WhichOneof("value") not in (None, "tensor_type")}
     heads = []
     for name in graph.outputs:
-        head = _found(graph, name, name in classes)
+        none = Head(name, "none", "none", -1, False, "it is no tensor")
+        head = none if name in others else _found(graph, name, name in classes)
         kind = wanted.get(name, wanted.get("", "auto"))
         heads.append(head if kind == "auto" or head.form == "none" else _chosen(head, kind))
     if all(head.kind == "none" for head in heads):

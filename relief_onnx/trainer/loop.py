@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from relief_onnx.trainer.augment import augment, check_images
 from relief_onnx.trainer.heads import find_heads, label_head
 from relief_onnx.trainer.loss import Objective, quality
 from relief_onnx.trainer.processes import Processes
+from relief_onnx.trainer.reduced import reduced, without_maps
 from relief_onnx.trainer.samples import Draw, Samples
 from relief_onnx.trainer.schedule import factor, load_state, make_optimizer, state_arrays
 from relief_onnx.trainer.teacher import Teacher
@@ -88,6 +89,7 @@ class Trainer:
             raise RecipeError(
                 "patience and max-drop need samples that are set aside; give --validation, 0.1 for example, and enough samples"
             )
+        original = without_maps(original)
         self.heads = find_heads(original, training.loss)
         first = next(iter(self.samples.everything()))
         floats = [head for head in self.heads if head.form != "none"]
@@ -98,7 +100,8 @@ class Trainer:
         self.measure = "accuracy" if self.labelled is not None and first.labels is not None and first.labels.dtype.kind == "i" else (
             "top-1 agreement" if self.judged.kind == "kl" else "cosine"
         )  # fmt: skip
-        self._teacher = Teacher(original, [head.name for head in floats], self.samples, self.processes.device, self._threads)
+        self._names = [head.name for head in floats]
+        self._teacher = Teacher(reduced(original, self._names), self._names, self.samples, self.processes.device, self._threads)
         self.objective = Objective(self.heads, self.labelled, label_weight, self._scales())
         if self.objective.teaches and not training.augment and training.epochs > 1:
             self._teacher.keep()
@@ -133,7 +136,9 @@ class Trainer:
         if mine.dim() and len(mine) == len(draw.numbers):
             mine, theirs = mine[: draw.rows], theirs[: draw.rows]
             return quality(self.judged, mine, theirs)
-        return quality(self.judged, mine.reshape(1, -1), theirs.reshape(1, -1)) * draw.rows
+        # The samples stand along another axis, or none: all of them as one.
+        axis = self.judged.axis
+        return quality(replace(self.judged, axis=axis + (axis >= 0)), mine.unsqueeze(0), theirs.unsqueeze(0)) * draw.rows
 
     def document(self) -> dict[str, Any]:
         """What the report says about all rounds."""
@@ -153,6 +158,7 @@ class Trainer:
         folder: where to note how far training is, and the result. inputs: what the data is, so that notes of other data are not used.
         Raises Unsupported where torch cannot run the model, RecipeError where the loss leaves the finite.
         """
+        model = reduced(without_maps(model), self._names)
         key = self._key(model, flags, inputs)
         stored = None if folder is None else checkpoint.read(folder / "trained.npz", key)
         if stored is not None:
