@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--shares", default=",".join(f"{100 * share:g}" for share in flow.SHARES), help="of the weights, percent kept")
     parser.add_argument("--methods", default=",".join(METHODS), help="of the weights, separated by commas")
     parser.add_argument("--ablation-models", default=",".join(oneshot_ablation.SHARES), help="separated by commas")
+    parser.add_argument("--channel-models", default=",".join(oneshot_channels.MODELS), help="separated by commas")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one run of ours")
     parser.add_argument("--peer-limit", type=int, default=flow.LIMIT_S, help="seconds for one peer on one model; 0: only what is there")
@@ -212,7 +213,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "oneshot.json")
     told = parser.parse_args()
     parts, names, methods = told.parts.split(","), told.models.split(","), told.methods.split(",")
-    lists = ((parts, PARTS), (names, flow_models.NAMES), (methods, METHODS), (told.ablation_models.split(","), oneshot_ablation.SHARES))
+    lists = (
+        (parts, PARTS), (names, flow_models.NAMES), (methods, METHODS), (told.ablation_models.split(","), oneshot_ablation.SHARES),
+        (told.channel_models.split(","), oneshot_channels.MODELS),
+    )  # fmt: skip
     for chosen, valid in lists:
         if unknown := sorted(set(chosen) - set(valid)):
             parser.error(f"there is no {', '.join(unknown)} among {', '.join(valid)}")
@@ -225,7 +229,7 @@ def main() -> None:
         weights(document, names, given, told.output)
     if "channels" in parts:
         stored = _stored("channels", told.fresh, "flow_channels_data", "latency")
-        for name, entry in oneshot_channels.bench(stored, CACHE / "channels", told.limit, told.threads):
+        for name, entry in oneshot_channels.bench(told.channel_models.split(","), stored, CACHE / "channels", told.limit, told.threads):
             document.setdefault("channels", {})[name] = entry
             print(oneshot_channels.table(name, entry), flush=True)
             write(document, told.output)

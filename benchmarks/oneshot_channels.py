@@ -7,7 +7,7 @@ chosen on the test images, which favours them). Latency is measured as bench-lat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ BATCHES = (1, 8)  # of images, for latency
 FLOORS = {0.75: 91.8, 0.5: 88.5}
 
 
-def bench(stored: Cells, folder: Path, limit: int, threads: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def bench(names: Sequence[str], stored: Cells, folder: Path, limit: int, threads: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each model with its original's figures, a row per criterion, form of the file and target, and the peers' best."""
     unpack_images()
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "calib.npz"
     np.savez(data, **{INPUT: images("calib")[0]})  # type: ignore[arg-type]
-    for name in MODELS:
+    for name in names:
         original = onnx.load(model_path(name, "folded"))
         rows = [
             stored.get((name, *key), lambda name=name, key=key: measure(name, *key, data, folder, limit, threads))
