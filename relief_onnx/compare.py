@@ -20,9 +20,38 @@ from relief_onnx.state_changes import StateChange, declared, narrowed
 
 __all__ = ["Comparison", "OutputAgreement", "compare_models"]
 
+# Samples from which on what an output varies is known, and what of its squares it has to be; what may be lost of it where a large mean
+# hides that from a cosine of so much.
+FEWEST, CONSTANT = 8, 1e-6
+LOST, HIGH = 0.5, 0.9
 _MAP_MAKERS = frozenset({"ZipMap"})
 _LOGIT_MAKERS = frozenset({"Gemm", "MatMul", "Add", "Softmax", "LogSoftmax", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearSoftmax"})
 _ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass
+class _Spread:
+    """How much an output varies over the samples, along its first axis: squares about the mean of each entry (Chan et al. 1983)."""
+
+    samples: float = 0.0
+    squares: float = 0.0
+    mean: NDArray[np.float64] | None = None
+
+    def add(self, values: NDArray[Any], weight: float) -> None:
+        """One batch. Where entries differ in number from batch to batch, nothing is known."""
+        if values.ndim == 0 or not values.size or math.isnan(self.squares):
+            return
+        rows = values.astype(np.float64).reshape(len(values), -1)
+        own, count = rows.mean(0), weight * len(rows)
+        if self.mean is None:
+            self.mean = np.zeros_like(own)
+        if self.mean.shape != own.shape or not np.isfinite(rows).all():
+            self.squares = math.nan
+            return
+        moved, total = own - self.mean, self.samples + count
+        self.squares += weight * float(np.square(rows - own).sum()) + float(moved @ moved) * self.samples * count / total
+        self.mean += moved * count / total
+        self.samples = total
 
 
 @dataclass
@@ -37,10 +66,12 @@ class _Tally:
     max_a: float = 0.0
     agreeing: float = 0.0
     rows: float = 0.0
+    spread: _Spread = field(default_factory=lambda: _Spread())
 
     def add(self, a: NDArray[Any], b: NDArray[Any], weight: float, classes: bool) -> None:
         if a.dtype.kind in "OUS":  # strings agree or not: as numbers 1 is what they are, and 1 or 0 what they should be
             a, b = np.ones(a.size), (a == b).reshape(-1).astype(np.float64)
+        self.spread.add(a, weight)
         x, y = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
         # NaN and infinity on the same places on both sides agree; anywhere else they are an infinite error.
         same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -64,7 +95,8 @@ class _Tally:
 class OutputAgreement:
     """Of one output: cosine over all values, signal to noise in dB (inf where equal), share of rows with the same largest entry.
 
-    `max_abs` is the largest difference, `peak` the largest magnitude in the first model's output.
+    `max_abs` is the largest difference, `peak` the largest magnitude in the first model's output. `lost`: the squared error as a part of
+    what the output varies over the samples; None where that is not known, or nearly nothing.
     """
 
     cosine: float
@@ -72,6 +104,7 @@ class OutputAgreement:
     max_abs: float
     peak: float
     top1: float | None
+    lost: float | None = None
 
     @classmethod
     def of(cls, tally: _Tally, classes: bool) -> OutputAgreement:
@@ -81,7 +114,9 @@ class OutputAgreement:
             cosine, noise = 1.0, math.inf
         else:
             noise = 10 * math.log10(tally.a / tally.error) if tally.a > 0 and math.isfinite(tally.error) else -math.inf
-        return cls(cosine, noise, tally.max_abs, tally.max_a, tally.agreeing / tally.rows if classes and tally.rows else None)
+        spread = tally.spread
+        lost = tally.error / spread.squares if spread.samples >= FEWEST and spread.squares > CONSTANT * tally.a else None
+        return cls(cosine, noise, tally.max_abs, tally.max_a, tally.agreeing / tally.rows if classes and tally.rows else None, lost)
 
 
 @dataclass(frozen=True)
@@ -162,22 +197,23 @@ def compare_models(
                 varied.add(name)
             elif name not in varied:
                 tallies[name].add(x, y, batch.weight, name in classes and x.ndim == 2)
-        found = [_as_array(scored, result[names.index(scored)]) for result in results] if scored is not None else []
-        if found and batch.labels is not None and _fits(found[0], batch.labels):
-            accuracy.add(batch.labels, found, batch.weight)
+        scores = [_as_array(scored, result[names.index(scored)]) for result in results] if scored is not None else []
+        if scores and batch.labels is not None and _fits(scores[0], batch.labels):
+            accuracy.add(batch.labels, scores, batch.weight)
         samples += batch.size * batch.weight
         progress("compare", round(samples), dataset.samples if limit is None else limit)
     rates = (accuracy.right[0] / accuracy.total, accuracy.right[1] / accuracy.total) if accuracy.total else None
     warnings = [f"output {name} has another size in each model on some samples, so its agreement is not known" for name in sorted(varied)]
+    found = {name: OutputAgreement.of(tally, name in classes) for name, tally in tallies.items() if name not in varied}
+    warnings += [
+        f"output {name}: the squared error is {100 * item.lost:.0f} % of its variance over the samples; its mean is large, so the cosine "
+        "hides that"
+        for name, item in found.items()
+        if item.top1 is None and item.lost is not None and item.lost > LOST and item.cosine > HIGH
+    ]
     if dataset.labelled and rates is None:
         warnings.append("the data has labels, but no output has class scores that they could be compared with")
-    return Comparison(
-        {name: OutputAgreement.of(tally, name in classes) for name, tally in tallies.items() if name not in varied},
-        rates,
-        round(samples),
-        (seconds[0], seconds[1]),
-        tuple(warnings),
-    )
+    return Comparison(found, rates, round(samples), (seconds[0], seconds[1]), tuple(warnings))
 
 
 def _timed(
