@@ -248,7 +248,7 @@ def _weight_only(layer: Layer, sharing: Iterable[Layer]) -> str:
     if layer.op == "ConvTranspose" and layer.groups > 1 and layer.bias is not None:
         return "onnxruntime's quantiser has scales for one of its groups and a bias for all"
     if layer.op == "MatMul" and len(layer.view.source) > 2:
-        return "onnxruntime has no kernel for a product with scales per channel of a weight that has more than two axes"
+        return "not every onnxruntime has a kernel for a product with scales per channel of a weight that has more than two axes"
     if len({other.view.source_axis(0) for other in sharing}) > 1:
         return "the neurons of the layers that share it lie along different axes of it"
     return ""
