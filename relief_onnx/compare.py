@@ -42,12 +42,12 @@ class _Spread:
         if values.ndim == 0 or not values.size or math.isnan(self.squares):
             return
         rows = values.astype(np.float64).reshape(len(values), -1)
+        if not np.isfinite(rows).all() or (self.mean is not None and self.mean.shape != rows.shape[1:]):
+            self.squares = math.nan
+            return
         own, count = rows.mean(0), weight * len(rows)
         if self.mean is None:
             self.mean = np.zeros_like(own)
-        if self.mean.shape != own.shape or not np.isfinite(rows).all():
-            self.squares = math.nan
-            return
         moved, total = own - self.mean, self.samples + count
         self.squares += weight * float(np.square(rows - own).sum()) + float(moved @ moved) * self.samples * count / total
         self.mean += moved * count / total
