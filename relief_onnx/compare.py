@@ -66,7 +66,7 @@ class _Tally:
     max_a: float = 0.0
     agreeing: float = 0.0
     rows: float = 0.0
-    spread: _Spread = field(default_factory=lambda: _Spread())
+    spread: _Spread = field(default_factory=_Spread)
 
     def add(self, a: NDArray[Any], b: NDArray[Any], weight: float, classes: bool) -> None:
         if a.dtype.kind in "OUS":  # strings agree or not: as numbers 1 is what they are, and 1 or 0 what they should be

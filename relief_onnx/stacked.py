@@ -6,6 +6,7 @@ meets its own matrix, and the results are joined again. Where all matrices keep 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from relief_onnx.aside import array_of
 from relief_onnx.fused_place import Found, Place
 from relief_onnx.moves import Barrier
 
-__all__ = ["added_behind", "bias_of", "lay_out", "stack_of", "stacked_matmul", "stored_stack"]
+__all__ = ["added_behind", "bias_of", "lay_out", "names_behind", "stack_of", "stacked_matmul", "stored_stack"]
 
 # Weights of one node that are laid open.
 MOST = 512
@@ -43,8 +44,7 @@ def stacked_matmul(place: Place) -> None:
     if own not in (1, many[0]):
         raise Barrier("how many groups of rows its input has is not known")
     lay_out(place, place.input(0), None if own == 1 else rank - back, place.input(1), value, result - rank, result - back, place.output(0))
-    names = [place.unused(f"{place.output(0)}/{what}") for what in ("product", "bias")]
-    place.rebuild = partial(_rebuilt, lead=shape[:-2], back=back, names=names)
+    place.rebuild = partial(_rebuilt, lead=shape[:-2], back=back, names=names_behind(place))
 
 
 def stored_stack(place: Place, slot: int) -> NDArray[Any]:
@@ -96,8 +96,13 @@ def bias_of(found: Found, stack: NDArray[Any]) -> NDArray[Any] | None:
     return result
 
 
-def added_behind(place: Place, found: Found, value: NDArray[Any], names: Sequence[str]) -> None:
-    """Add a constant to what the node emits. names: of what it then emits, and of the constant."""
+def names_behind(place: Place) -> tuple[str, str]:
+    """Kept free for `added_behind`: what the node emits, and a constant that is added to it."""
+    return place.unused(f"{place.output(0)}/product"), place.unused(f"{place.output(0)}/bias")
+
+
+def added_behind(place: Place, found: Found, value: NDArray[Any], names: tuple[str, str]) -> None:
+    """Add a constant to what the node emits."""
     tensor, name = names
     found.new[name] = value
     found.after.append(helper.make_node("Add", [tensor, name], [place.output(0)], name=f"{place.name}/bias"))
@@ -110,9 +115,9 @@ def _split(place: Place, x: str, axis: int, groups: int) -> list[str]:
     return list(place.op("split", "Split", x, place.ints("split/sizes", *[1] * groups), outputs=groups, axis=axis))
 
 
-def _rebuilt(place: Place, found: Found, lead: Sequence[int], back: int, names: Sequence[str]) -> bool:
+def _rebuilt(place: Place, found: Found, lead: Sequence[int], back: int, names: tuple[str, str]) -> bool:
     """The matrices as one stack, and what was added to their products behind it."""
-    stack = stack_of(found, int(np.prod(lead)))
+    stack = stack_of(found, math.prod(lead))
     bias = None if stack is None else bias_of(found, stack)
     if stack is None or bias is None:
         return False

@@ -18,7 +18,7 @@ from relief_onnx.contractions import einsum_labels
 from relief_onnx.fused_place import MAIN, Found, Place
 from relief_onnx.moves import Barrier
 from relief_onnx.sources import Source, trace_constant
-from relief_onnx.stacked import added_behind, bias_of, lay_out, stack_of, stored_stack
+from relief_onnx.stacked import added_behind, bias_of, lay_out, names_behind, stack_of, stored_stack
 
 __all__ = ["stored_einsum"]
 
@@ -50,7 +50,7 @@ def stored_einsum(place: Place) -> None:
     order, turned = [*kept, *each, *made], [*kept, *each, *made] != list(result)
     spread = len(each) > 1 or len(made) > 1
     output = "" if turned or spread else place.output(0)
-    names = [place.unused(f"{place.output(0)}/{what}") for what in ("product", "bias")]
+    names = names_behind(place)
     if each:
         stack = stored_stack(place, own).transpose([weight.index(label) for label in (*each, *inner, *made)])
         stack = stack.reshape([math.prod(sizes[label] for label in part) for part in (each, inner, made)])
@@ -72,7 +72,7 @@ def stored_einsum(place: Place) -> None:
 
 
 def _rebuilt(
-    place: Place, found: Found, made: Sequence[str], result: Sequence[str], sizes: Mapping[str, int], names: Sequence[str]
+    place: Place, found: Found, made: Sequence[str], result: Sequence[str], sizes: Mapping[str, int], names: tuple[str, str]
 ) -> bool:
     """A bias that the layer got is added to what the Einsum emits, along the axes of its result."""
     if MAIN not in found.biases:
@@ -86,7 +86,7 @@ def _rebuilt(
 
 def _stacked(
     place: Place, found: Found, own: int, weight: Sequence[str], parts: Sequence[Sequence[str]], result: Sequence[str],
-    sizes: Mapping[str, int], names: Sequence[str],
+    sizes: Mapping[str, int], names: tuple[str, str],
 ) -> bool:  # fmt: skip
     """The matrices of all groups as the weight again, if it has axes for their sizes, and what was added to their products behind it."""
     each, inner, made = parts
