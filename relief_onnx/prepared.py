@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from relief_onnx import model as files
+from relief_onnx.carried import uncarried
 from relief_onnx.datatypes import Kept
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan, find
@@ -80,7 +81,7 @@ def prepare(source: files.ModelSource) -> Prepared:
     origin = files.origin_of(source)
     sha256, size = files.given_identity(source, loaded)
     original, sparse = densified(unpack(loaded))
-    original = unshadowed(original)
+    original = uncarried(unshadowed(original))
     lowered = lower(files.prepare(original))
     graph = Graph(lowered.model)
     return Prepared(
