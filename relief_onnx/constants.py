@@ -334,7 +334,7 @@ def _evaluate(graph: Graph, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]]
     with np.errstate(all="ignore"):
         values: Any = ReferenceEvaluator(model, new_ops=EVALUATED).run([node.output[0]], feeds)
         result = np.asarray(values[0], np.float64)
-    return result if bool(np.isfinite(result).all()) else None
+    return np.where(np.isfinite(result), result, np.nan)  # of what is not known 0 was tried, which may have no logarithm
 
 
 def _affine_shape(feeds: dict[str, NDArray[Any]], node: onnx.NodeProto) -> tuple[int, ...]:

@@ -141,6 +141,14 @@ def picked_token(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", picked, out), [(stem, 1), (out, 0)]
 
 
+def spectrum(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A speech detector's front end: logarithms of magnitudes, without their mean over the frequencies."""
+    a, b = net.weight(6, 7), net.weight(7, 2)
+    sizes = net.op("Log", net.op("Add", net.op("Mul", net.op("Abs", net.op("MatMul", x, a)), scalar(net, 9.0)), scalar(net, 1.0)))
+    centred = net.op("Sub", sizes, net.op("ReduceMean", sizes, axes=[-1], keepdims=1))
+    return net.op("MatMul", centred, b), [(a, 1), (b, 0)]
+
+
 def linear_attention(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     """A channel of ones beside the values counts how much attention there was."""
     values, out = net.weight(6, 8), net.weight(8, 5)
@@ -160,6 +168,7 @@ CASES: dict[str, Case] = {
     "detour": Case(detour, ("N", "T", 6)),
     "recurrent": Case(recurrent, ("N", "T", 6)),
     "picked token": Case(picked_token, ("N", "T", 6)),
+    "spectrum": Case(spectrum, ("N", 3, 6)),
     "linear attention": Case(linear_attention, ("N", "T", 6)),
     "spread mask": Case(spread_mask, ("N", "T", 6)),
 }
