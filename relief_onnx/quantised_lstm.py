@@ -28,8 +28,8 @@ _TURN = [0, 2, 1]
 def refusal(graph: Graph, index: int) -> str:
     """Why a node is not taken apart; empty where it is."""
     node = graph.nodes[index]
-    if graph.opset < 13 or graph.model.ir_version < 4:
-        return "the file's opset is below 13 or its IR version below 4"
+    if graph.opset < 11 or graph.model.ir_version < 4:
+        return "the file's opset is below 11 or its IR version below 4"
     if len(node.input) < 12:
         return "its zero points are missing"
     for slots in _PARTS:

@@ -508,3 +508,57 @@ def test_every_matrix_of_a_real_int8_encoder_is_scored() -> None:
     back = ready.restored(ready.graph.model)
     assert operators(back) == operators(model)
     assert all(np.array_equal(array, values(model)[name]) for name, array in values(back).items())
+
+
+# -- biases that the first dynamic quantisers rounded -----------------------------------------------------------------------
+
+
+def with_rounded_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Integer biases in the sums of integers, made of the floats when the model runs, where today's files add the floats behind them."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    made = {node.output[0]: node for node in model.graph.node}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        wide = made.get(node.input[1]) if node.op_type == "Add" else None
+        if wide is None or wide.op_type != "Reshape":
+            continue
+        scaled = made[node.input[0]]
+        cast, scales, output = made[scaled.input[0]], made[scaled.input[1]], node.output[0]
+        gone = {item.output[0] for item in (node, scaled, cast, wide)}
+        nodes = [item for item in nodes if item.output[0] not in gone]
+        steps = [f"{output}/{step}" for step in ("scales", "steps", "floor", "whole", "wide", "sum", "float")]
+        nodes += [
+            helper.make_node("Mul", scales.input, steps[:1]),
+            helper.make_node("Div", [wide.input[0], steps[0]], steps[1:2]),
+            helper.make_node("Floor", steps[1:2], steps[2:3]),
+            helper.make_node("Cast", steps[2:3], steps[3:4], to=TensorProto.INT32),
+            helper.make_node("Reshape", [steps[3], wide.input[1]], steps[4:5]),
+            helper.make_node("Add", [cast.input[0], steps[4]], steps[5:6]),
+            helper.make_node("Cast", steps[5:6], steps[6:], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [steps[6], scaled.input[1]], [output]),
+        ]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del result.graph.node[:]
+    result.graph.node.extend(copies)
+    return result
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_biases_that_are_rounded_when_the_model_runs(granularity: str) -> None:
+    model = quantised("lenet5", "dynamic", False)
+    old = with_rounded_biases(model)
+    assert operators(old)["Floor"] == 2
+    # What rounds is less than a step of the sums.
+    assert np.abs(outputs(old) - outputs(model)).max() < 0.01 * np.abs(outputs(model)).max()
+    results = [
+        prune(each, [{"image": digits(32)}], granularity=granularity, keep="60%", storage="dense", threads=1) for each in (old, model)
+    ]
+    assert results[0].masks.keep.keys() == results[1].masks.keep.keys()
+    for name, keep in results[1].masks.keep.items():
+        assert (results[0].masks.keep[name] != keep).mean() < 0.01
+    assert operators(results[0].model)["ConvInteger"] == 2
+    assert operators(results[0].model)["Floor"] == 0
+    assert results[0].report["verification"]["masked_vs_output_max_rel"] < 1e-5
+    assert not [item for item in values(results[0].model) if item not in Graph(results[0].model).uses]

@@ -319,9 +319,9 @@ def test_halves_of_bytes() -> None:
 # -- DynamicQuantizeLSTM ----------------------------------------------------------------------------------------------------
 
 
-def recurrent(directions: int = 1) -> onnx.ModelProto:
+def recurrent(directions: int = 1, opset: int = 17) -> onnx.ModelProto:
     """Two LSTMs, one behind the other, and a product."""
-    net = Net(4)
+    net = Net(4, opset=opset)
     net.inputs.append(("x", ("n", 6, 12), TensorProto.FLOAT))
     x, width, how = net.op("Transpose", "x", perm=[1, 0, 2]), 12, {"direction": "bidirectional"} if directions == 2 else {}
     for _ in range(2):
@@ -334,12 +334,12 @@ def recurrent(directions: int = 1) -> onnx.ModelProto:
 
 
 @functools.cache
-def dynamic(directions: int, per_channel: bool, only: str | None = None) -> onnx.ModelProto:
+def dynamic(directions: int, per_channel: bool, only: str | None = None, opset: int = 17) -> onnx.ModelProto:
     from onnxruntime import quantization as ort
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         paths = Path(folder) / "a.onnx", Path(folder) / "b.onnx"
-        onnx.save(recurrent(directions), paths[0])
+        onnx.save(recurrent(directions, opset), paths[0])
         ort.quantize_dynamic(*paths, per_channel=per_channel, op_types_to_quantize=[only] if only else None)
         model = onnx.load(paths[1])
     assert operators(model)["DynamicQuantizeLSTM"] == 2
@@ -387,6 +387,18 @@ def test_hidden_units_go_with_their_scales(directions: int, per_channel: bool) -
     sizes = [values(result.model)[node.input[1]].shape[2] for node in result.model.graph.node if node.op_type == "DynamicQuantizeLSTM"]
     assert len(sizes) == 2
     assert min(sizes) < 32
+    assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_a_quantised_lstm_of_opset_11(granularity: str) -> None:
+    model = dynamic(1, False, opset=11)
+    result = prune(model, [{"x": steps()}], granularity=granularity, keep="60%", round_to=2, samples=4, threads=1, storage="dense")
+    rows = {row["weight"]: row["status"] for row in result.report["layers"]}
+    assert [rows[node.input[slot]] for node in model.graph.node if node.op_type == "DynamicQuantizeLSTM" for slot in (1, 2)].count(
+        "pruned"
+    ) >= 3
+    assert operators(result.model)["DynamicQuantizeLSTM"] == 2
     assert result.report["verification"]["masked_vs_output_max_rel"] < 1e-5
 
 
