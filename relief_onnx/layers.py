@@ -97,7 +97,7 @@ def _read_inside(graph: Graph, index: int, weight: str) -> str:
 # What is said of a body where no data were run.
 DATA_DECIDE = "whether it can be pruned depends on the data, which have not run"
 # What is said of integers besides.
-_INTEGERS = " (integers that several bodies which run share, or that Cast makes floats, are left as they are)"
+_INTEGERS = " (integers that several bodies which run share are left as they are)"
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
 _OF_BODY = {
