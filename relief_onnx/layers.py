@@ -128,7 +128,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     row = _row_of(node)
     if row is None and _looks_up(node, use.slot):
         table = embedding_table(graph, use.node, source.view)
-        return table if isinstance(table, Refusal) else replace(table, weight=source.name)
+        return table if isinstance(table, Refusal) else replace(table, weight=source.name, inside=graph.producer.get(home_of(node)))
     if use.slot in _KEPT and is_recurrent(node):
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:
