@@ -27,7 +27,7 @@ TRAINING = bundle(
     ),
     click.option("--label-weight", type=float, help="What labels count for beside the original's outputs, 0 to 1."),
     click.option("--validation", type=float, help="Share of the samples that is set aside to judge by (default 0.1)."),
-    click.option("--patience", type=int, help="Stop after so many epochs without a better validation loss, and keep the best."),
+    click.option("--patience", type=int, help="Stop after so many epochs without a better validation loss."),
     click.option("--augment", metavar="LIST", help="Change images at random while training: flip, crop, or flip,crop."),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to train (default cpu)."),
     click.option("--precision", type=click.Choice(["full", "mixed"]), help="mixed: bfloat16 where torch finds it safe, on a GPU only."),

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from relief_onnx import model as files
 from relief_onnx.graph import Graph
+from relief_onnx.grids import RANGES
 from relief_onnx.lifting import constant_of, names_in, rename_in, unused_name
 from relief_onnx.nodes import STANDARD, captured, subgraphs
 from relief_onnx.recurrent_layers import GATES
@@ -179,7 +180,8 @@ def sunk(model: onnx.ModelProto, output: str, foreign: Collection[str] = ()) -> 
     result = onnx.ModelProto()
     result.CopyFrom(model)
     node = next(item for item in result.graph.node if output in item.output)
-    if not any(_hides(child) for child in _within(node)):
+    integers = {item.name for item in result.graph.initializer if item.data_type in RANGES}
+    if not any(_hides(child, integers) for child in _within(node)):
         return result, {}
     read = [name for item in result.graph.node for name in item.input] + [item.name for item in result.graph.output]
     read += [name for item in result.graph.node if item is not node for body in subgraphs(item) for name in captured(body)]
@@ -214,14 +216,15 @@ def _within(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
             yield from _within(child)
 
 
-def _hides(node: onnx.NodeProto) -> bool:
-    """Whether a node's weights may be rewritten before they are looked at."""
+def _hides(node: onnx.NodeProto, integers: Collection[str]) -> bool:
+    """Whether a node's weights may be rewritten before they are looked at. integers: stored tensors of them around the bodies."""
     return (
         node.op_type in GATES
         or node.domain not in STANDARD
         or "Quantize" in node.op_type
         or "Integer" in node.op_type
         or node.op_type.startswith("QLinear")
+        or (node.op_type == "Cast" and node.input[0] in integers)
     )
 
 

@@ -92,9 +92,15 @@ def _meet(walk: Walk, a: Units, names: Sequence[str], b: Units, name: str, why: 
         walk.pin(a, why)
         walk.pin(b, why)
         return np.full((1,) * a.ndim, UNTRACKED, np.int64)
-    if long_a and long_b:
-        walk.unite(a, b, why)
-    return a if long_a >= long_b else b
+    larger, smaller = (a, b) if long_a >= long_b else (b, a)
+    if not long_axes(smaller):
+        return larger
+    if long_axes(larger)[0] not in long_axes(smaller):
+        # Copied over all heads (angles by which they are turned): it stays, and heads stay whole.
+        walk.pin(smaller, f"{why.split(': ')[0]}: it is the same for all heads")
+        return _one_axis(walk, larger, why)
+    walk.unite(a, b, why)
+    return larger
 
 
 def _affine(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None:

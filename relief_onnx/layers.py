@@ -97,7 +97,7 @@ def _read_inside(graph: Graph, index: int, weight: str) -> str:
 # What is said of a body where no data were run.
 DATA_DECIDE = "whether it can be pruned depends on the data, which have not run"
 # What is said of integers besides.
-_INTEGERS = " (integers that several bodies which run share, or that Cast makes floats, are left as they are)"
+_INTEGERS = " (integers that several bodies which run share are left as they are)"
 # What is known of the bodies of a node, by what was noted of it (see `nodes.mark_taken`).
 _NEVER = ", which never ran on the calibration data"
 _OF_BODY = {
@@ -128,7 +128,7 @@ def _describe(graph: Graph, use: Use, source: Source) -> Layer | Refusal:
     row = _row_of(node)
     if row is None and _looks_up(node, use.slot):
         table = embedding_table(graph, use.node, source.view)
-        return table if isinstance(table, Refusal) else replace(table, weight=source.name)
+        return table if isinstance(table, Refusal) else replace(table, weight=source.name, inside=graph.producer.get(home_of(node)))
     if use.slot in _KEPT and is_recurrent(node):
         return Refusal(f"{node.op_type} node {graph.names[use.node]} reads it as its {_KEPT[use.slot]}, which is not pruned")
     if row is None or use.slot not in row.slots:

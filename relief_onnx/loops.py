@@ -29,7 +29,7 @@ from relief_onnx.sources import Source, trace_constant
 
 __all__ = ["expose", "numbered"]
 
-_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"})
+_MIRRORED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Gather"})
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,15 @@ class _Work:
         """The layers to mirror, and their bodies."""
         plans = {name: find(graph) for name, graph in self.inner.items()}
         refused = self._refused(plans)
-        return [(name, layer) for name, plan in plans.items() for layer in plan.layers if layer.weight not in refused]
+        return [(name, layer) for name, plan in plans.items() for layer in (*plan.layers, *plan.tables) if layer.weight not in refused]
 
     def _refused(self, plans: Mapping[str, Plan]) -> set[str]:
         """Weights that stay: where any body reads them that is not looked at, or as something else than a layer that can be mirrored."""
         refused = {row.weight for plan in plans.values() for row in plan.skipped}
-        for name, plan in plans.items():
-            for weight, layers in plan.by_weight().items():
-                others = (plans[other].by_weight() for other, graph in self.inner.items() if weight in graph.initializers)
+        known = {name: {**plan.by_weight(), **plan.by_table()} for name, plan in plans.items()}
+        for name, own in known.items():
+            for weight, layers in own.items():
+                others = (known[other] for other, graph in self.inner.items() if weight in graph.initializers)
                 elsewhere = any(weight not in found for found in others)
                 if elsewhere or not self._looked(name) or not all(self._possible(self.inner[name], layer) for layer in layers):
                     refused.add(weight)
@@ -197,12 +198,14 @@ class _Work:
         if not isinstance(source, Source):
             return False
         plain = all(len([name for name in graph.nodes[graph.producer[name]].input if name]) == 1 for name in source.path)
+        if layer.is_table:
+            return plain
         return plain and graph.is_float(layer.input) and (self._is_last(layer) or layer.is_convolution or bool(graph.shape(layer.input)))
 
     @staticmethod
     def _is_last(layer: Layer) -> bool:
-        """Whether what a product sums over is the last axis of its input."""
-        return layer.input_axis == (1 if layer.op == "Gemm" else -1)
+        """Whether what a product sums over is the last axis of its input (numbers of rows stand for such an axis)."""
+        return layer.is_table or layer.input_axis == (1 if layer.op == "Gemm" else -1)
 
     @staticmethod
     def _fed(graph: Graph, layer: Layer) -> str:
@@ -222,16 +225,17 @@ class _Work:
             least = [span if size is None else size for span, size in zip(spans, space, strict=True)]
             found = self.border.hand_out(body, layer.input, element, [channels, *space], [channels, *least])
         else:
-            found = self.border.hand_out(body, self._rows(body, layer), element, [layer.in_per_group], [layer.in_per_group])
+            width = [] if layer.is_table else [layer.in_per_group]
+            found = self.border.hand_out(body, self._rows(body, layer, width), element, width, width)
         self.record.home = self.record.home or self._home()
         return found
 
-    def _rows(self, body: str, layer: Layer) -> str:
+    def _rows(self, body: str, layer: Layer, width: Sequence[int]) -> str:
         graph, reached = self.inner[body], layer.input
         if not self._is_last(layer) and (rank := len(graph.shape(reached) or ())) > 1:
             order = [*range(rank - 2), rank - 1, rank - 2]
             reached = self.border.inside(body, "Transpose", [reached], f"{reached}/turned", perm=order)
-        sizes = self.border.number(body, f"{layer.input}/sizes", [-1, layer.in_per_group])
+        sizes = self.border.number(body, f"{layer.input}/sizes", [-1, *width])
         return self.border.inside(body, "Reshape", [reached, sizes], f"{layer.input}/lifted")
 
     def _home(self) -> str:

@@ -132,7 +132,7 @@ OPERATORS: Mapping[str, OperatorRow] = {
     **_rows("TopK", _carry(moves.along_axis(-1), relevance="through")),
     **_rows("CumSum", _carry(moves.cumulative, "zero", relevance="through")),
     **_rows("Resize Upsample", _carry(moves.resize, "zero")),
-    **_rows("GridSample", _carry(moves.spatial, "zero", relevance="sample")),
+    **_rows("GridSample", _carry(moves.spatial, "zero", relevance="through")),
     **_rows("RoiAlign", _carry(moves.spatial, "zero", relevance="through")),
     **_rows("Pad", OperatorRow("carry", moves.pad, constant="zero", keeps_zero=moves.pads_with_zeros)),
     **_rows("Shape", _carry(moves.shape, relevance="none")),

@@ -21,6 +21,7 @@ from relief_onnx.aside import tensor_of
 from relief_onnx.graph import Graph
 from relief_onnx.grids import RANGES, Grid
 from relief_onnx.layers import find
+from relief_onnx.lifting import rename_in
 from relief_onnx.nodes import captured, is_level, mark_level, rounds_states, subgraphs
 from relief_onnx.quantised_rows import Chain, Claim, Place, chains, is_quantising, places
 from relief_onnx.requantise import Axes, Requantise, Standing
@@ -129,6 +130,8 @@ class _Lowering:
                         copy.input[slot] = renamed[name]
                         if copy.output:
                             self.readers[copy.output[0], slot] = name
+                for body in subgraphs(copy):
+                    rename_in(body, renamed)
         self._store(result)
         self._mark(result)
         restore = Requantise(

@@ -14,6 +14,7 @@ from relief_onnx.datatypes import Kept
 from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
 from relief_onnx.grids import Grid
+from relief_onnx.lifting import rename_in
 from relief_onnx.nodes import captured, clear_level, subgraphs
 from relief_onnx.quantised_rows import Claim, Place
 from relief_onnx.surgery import apply_weights
@@ -89,11 +90,9 @@ class _Back:
         self.model = apply_weights(self.model, new)
         kept = [node for node in self.model.graph.node if not (node.op_type == "Mul" and node.output[0] in renamed)]
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-        for node in copies:
-            for slot, name in enumerate(node.input):
-                node.input[slot] = renamed.get(name, name)
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
+        rename_in(self.model.graph, renamed)
         for name in new:
             for field in (self.model.graph.initializer, self.model.graph.input):
                 for item in [item for item in field if item.name == f"{name}/mask"]:
@@ -245,6 +244,12 @@ class _Back:
                         node.input[slot] = output
                         before += nodes if output not in done else []
                         done.add(output)
+                for name in sorted({name for body in subgraphs(node) for name in captured(body)} & self.grids.keys()):
+                    output, nodes = self._made(name, node, -1)
+                    for body in subgraphs(node):
+                        rename_in(body, {name: output})
+                    before += nodes if output not in done else []
+                    done.add(output)
                 if before:
                     self.new[index] = [*before, *self.new.get(index, [self.graph.nodes[index]])]
 

@@ -112,7 +112,7 @@ def chains(graph: Graph) -> Iterator[Chain]:
                 found = Chain(Claim(index, 0, grid), (index,), node.output[0])
         elif node.op_type == "Cast" and node.domain in STANDARD and node.input[0] in graph.initializers:
             found = _multiplied(graph, index)
-        if found is not None and all(use.slot >= 0 for use in graph.uses.get(found.output, ())) and not graph.is_output(found.output):
+        if found is not None and not graph.is_output(found.output):
             yield found
 
 

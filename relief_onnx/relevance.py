@@ -4,7 +4,6 @@ R is 1 in all at the outputs and goes back to the inputs (DESIGN section 2, Flow
 with the sizes of its track (`tracks`). A row's column `relevance` says how a node passes it:
 
 * `through`  the first input that is an activation gets all of it, place by place (activations, norms, softmax, a numerator);
-* `sample`   likewise, and as much to the layers that say at which places samples are taken;
 * `join`     inputs are added up: each gets its share of the activity in that channel; inputs that no layer leads to, such as constants,
              get none where there are others: nothing in them could be damaged;
 * `select`   like `join` for what is chosen from; the condition gets some only where nothing else leads to a layer;
@@ -17,13 +16,14 @@ with the sizes of its track (`tracks`). A row's column `relevance` says how a no
 * `attend`   V by channel, Q and K by head (see `attending`);
 * `none`     nothing goes back (sizes).
 
-A node without a row, or one whose row cannot follow a track, passes its total on evenly and is listed.
+A node without a row, or one whose row cannot follow a track, passes its total on evenly and is listed. Where layers lead to nothing but
+choices (rows by TopK, places of samples, a condition), and so have none, what chooses gets as much as what it chooses from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from relief_onnx.attending import attended
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, why_stopped
+from relief_onnx.leads import led_to, starved, working
 from relief_onnx.moves import Barrier, reduced_axes
 from relief_onnx.nodes import handed_on, operator_of
 from relief_onnx.ops import OperatorRow, passing_row_of
@@ -105,7 +106,7 @@ Passed = list[tuple[str, Doubles]]
 
 @dataclass
 class _Walk:
-    """The walk backward. `fed`: tensors that some layer leads to."""
+    """The walk backward. `fed`: tensors that some layer leads to. `starved`: of these, those that a layer without relevance leads to."""
 
     graph: Graph
     plan: Plan
@@ -114,6 +115,7 @@ class _Walk:
     variation: Activity
     fed: set[str]
     squared: bool = True
+    starved: set[str] = field(default_factory=set)
     tensors: dict[str, Doubles] = field(default_factory=dict)
     evenly: dict[int, str] = field(default_factory=dict)
 
@@ -156,11 +158,10 @@ def _ask_recurrent(at: _Node, row: OperatorRow) -> list[Ask]:
 
 
 def _through(walk: _Walk, at: _Node, row: OperatorRow, values: Sequence[Doubles | None]) -> Passed:
-    data = at.data(row) if row.flow == "through" else at.node.input[:2]
+    data = at.data(row)
     running = [name for name in data if not _is_stored(at.graph, name)] or data[:1]
-    fed = [name for name in running if name in walk.fed] or running
-    chosen = fed[:1] if row.flow == "through" else fed
-    return [(name, _lowered(at, name, found) / len(chosen)) for found in values if found is not None for name in chosen]
+    name = next((name for name in running if name in walk.fed), running[0])
+    return [(name, _lowered(at, name, found)) for found in values if found is not None]
 
 
 def _lowered(at: _Node, name: str, values: Doubles) -> Doubles:
@@ -299,7 +300,6 @@ class _Rule:
 
 _RULES: Mapping[str, _Rule] = {
     "through": _Rule(_ask_nothing, _through),
-    "sample": _Rule(_ask_nothing, _through),
     "join": _Rule(_ask_data, _join),
     "select": _Rule(_ask_choices, _select),
     "product": _Rule(_ask_data, _product),
@@ -336,19 +336,6 @@ def asks(graph: Graph, plan: Plan, tracks: Tracks) -> list[Ask]:
     return list(found)
 
 
-def _fed(graph: Graph, plan: Plan) -> set[str]:
-    """Tensors that some layer leads to; sizes do not count."""
-    layers = {number for layer in plan.layers for number in (layer.node, layer.inside)}
-    found: set[str] = set()
-    for index, node in enumerate(graph.nodes):
-        row = passing_row_of(node)
-        if row is not None and row.flow == "none":
-            continue
-        if index in layers or any(name in found for name in graph.read_by(index)):
-            found.update(name for name in node.output if name)
-    return found
-
-
 def propagate(
     graph: Graph,
     plan: Plan,
@@ -366,10 +353,20 @@ def propagate(
     [out, in per group]. weights: of outputs, 1 where not named. squared: whether activities add up as variances do. totals: by name
     of recurrent layers what each row brings in [out]; None: as many as it has inputs.
     """
-    walk = _Walk(graph, plan, tracks, activity, variation, _fed(graph, plan), squared)
+    walk = _Walk(graph, plan, tracks, activity, variation, led_to(graph, working(plan)), squared)
+    outputs = _back(walk, shares, weights, totals or {})
+    if starving := starved(graph, plan, walk.tensors):
+        walk = replace(walk, starved=starving, tensors={}, evenly={})
+        outputs = _back(walk, shares, weights, totals or {})
+    evenly = (Even(graph.names[index], operator_of(graph.nodes[index]), why) for index, why in sorted(walk.evenly.items()))
+    return Relevance(walk.tensors, outputs, tuple(evenly))
+
+
+def _back(walk: _Walk, shares: Mapping[str, Doubles], weights: Mapping[str, float], totals: Mapping[str, Doubles]) -> dict[str, Doubles]:
+    """One walk from the outputs to the inputs: R of every layer's outputs."""
+    graph, plan, tracks = walk.graph, walk.plan, walk.tracks
     layers, loops = plan.single(), plan.recurrent()
-    adds = _bias_adds(plan)
-    total = sum(weights.get(name, 1.0) for name in graph.outputs)
+    adds, total = _bias_adds(plan), sum(weights.get(name, 1.0) for name in graph.outputs)
     for name in graph.outputs:
         track = tracks.of.get(name, (1,) * len(graph.shape(name) or ()))
         walk.add(name, np.full(track, weights.get(name, 1.0) / total / max(int(np.prod(track)), 1)))
@@ -399,7 +396,7 @@ def propagate(
             for name in walk.fed.intersection(node.input[2:]):  # a bias that other layers make
                 walk.add(name, own if layer.is_convolution else own.reshape((-1, 1) if layer.output_axis == 0 else (1, -1)))
         elif index in loops:
-            given_back, own_rows = looped(graph, node, values, loops[index], shares, totals or {}, walk.fed)
+            given_back, own_rows = looped(graph, node, values, loops[index], shares, totals, walk.fed)
             outputs.update(own_rows)
             for name, given in given_back:
                 walk.add(name, given)
@@ -409,8 +406,7 @@ def propagate(
         # All that a node carries passes through each layer of its body.
         carried = sum(float(own.sum()) for own in values if own is not None)
         outputs |= {layer.name: np.full(layer.out_channels, carried / layer.out_channels) for layer in inside.get(index, ())}
-    evenly = tuple(Even(graph.names[index], operator_of(graph.nodes[index]), why) for index, why in sorted(walk.evenly.items()))
-    return Relevance(walk.tensors, outputs, evenly)
+    return outputs
 
 
 def _line(values: Doubles | None, axis: int, size: int) -> Doubles:
@@ -435,6 +431,7 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
         return [(name, own) for name, own in zip(sources, values, strict=True) if own is not None]
     lead = [name for name in dict.fromkeys(graph.read_by(index)) if name in walk.fed]
     passed: Passed = []
+    total = sum(float(own.sum()) for own in values if own is not None)
     try:
         if row is None:
             raise Barrier(why_stopped(graph, walk.plan, index))
@@ -445,6 +442,9 @@ def _passed(walk: _Walk, index: int, values: Sequence[Doubles | None], adds: Map
         walk.evenly.pop(index, None)  # nothing before it can be pruned
     elif row is None or (row.flow != "none" and not any(name in walk.fed for name, _ in passed)):
         walk.evenly.setdefault(index, "what it chooses or places by is all that leads to a layer")
-        total = sum(float(own.sum()) for own in values if own is not None)
         return [(name, np.asarray(total / len(lead))) for name in lead]
+    elif choosing := [name for name in lead if name in walk.starved and all(name != other for other, _ in passed)]:
+        walk.evenly.setdefault(index, f"what only chooses in it ({', '.join(choosing)}) gets as much as what it chooses from")
+        part = 1.0 / (1 + len(choosing))
+        return [(name, own * part) for name, own in passed] + [(name, np.asarray(total * part)) for name in choosing]
     return passed

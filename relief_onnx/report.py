@@ -36,6 +36,7 @@ from relief_onnx.repair import Repaired
 from relief_onnx.scoring import Scores
 from relief_onnx.state_changes import StateChange, narrowed, state_warning
 from relief_onnx.surgery import Operation
+from relief_onnx.training import unimproved
 from relief_onnx.verify import Verification
 
 if TYPE_CHECKING:
@@ -322,7 +323,8 @@ def quality_report(quality: Comparison) -> dict[str, Any]:
 
 
 def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: tuple[int | None, int | None], health: Health) -> list[str]:
-    found = [*state_warning(evidence.states), *quality.warnings, *dataset.notes]
+    rounds = (evidence.retrained or {}).get("iterations", ())
+    found = [*state_warning(evidence.states), *unimproved(evidence.options.training, rounds), *quality.warnings, *dataset.notes]
     if quality.samples < 128:
         found.append(f"only {quality.samples} samples were used; 128 or more give steadier scores")
     if macs[0] is None:

@@ -32,6 +32,7 @@ from relief_onnx.recalibrate import normalisations, recalibrate
 from relief_onnx.report import quality_report, to_json
 from relief_onnx.rounds import Rounds
 from relief_onnx.surgery import apply_weights
+from relief_onnx.training import unimproved
 from relief_onnx.verify import verify
 
 __all__ = ["Retrained", "retrain"]
@@ -127,7 +128,10 @@ def retrain(
         },
         "quality": quality_report(quality),
         "timing": {stage: round(value, 4) for stage, value in seconds.items()},
-        "warnings": [*quality.warnings, *dataset.notes, *ready.notes, *([] if flags else ["no weight is 0, so nothing had to be held"])],
+        "warnings": [
+            *unimproved(options.training, rounds.document()["iterations"]), *quality.warnings, *dataset.notes, *ready.notes,
+            *([] if flags else ["no weight is 0, so nothing had to be held"]),
+        ],
     }  # fmt: skip
     if save_report is not None and is_first():
         files.write_atomically(Path(save_report), to_json(report))

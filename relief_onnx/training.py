@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from relief_onnx.errors import RecipeError
 
-__all__ = ["LOSSES", "TRAINING_CHOICES", "TRAINING_FIELDS", "Training", "parse_training"]
+__all__ = ["LOSSES", "TRAINING_CHOICES", "TRAINING_FIELDS", "Training", "parse_training", "unimproved"]
 
 # What an output's loss can be; auto looks at the graph.
 LOSSES = ("auto", "kl", "bce", "mse", "cosine", "none")
@@ -27,7 +27,7 @@ class Training:
     schedule: of the learning rate; `step` multiplies it by 0.1 at each of `milestones` (shares of all epochs). warmup: epochs in which it
     rises from 0. clip: largest norm of all gradients together. loss: (output or "" for all, kind) pairs. label_weight: what labels count
     for, the rest is the original's outputs; None is 1 for `labels`, else 0. validation: share of the samples that is only looked at.
-    patience: epochs without a better validation loss before training stops, and the best one ships. augment: "flip", "crop".
+    patience: epochs without a better validation loss before training stops. augment: "flip", "crop".
     recalibrate: statistics of BatchNormalization measured again before training. iterations: rounds of score, mask and training.
     rewind: file with the weights that every round starts from. max_drop: points of validation accuracy or agreement that may be lost.
     checkpoint: seconds between two notes of where training stands.
@@ -91,6 +91,16 @@ def parse_training(values: Mapping[str, Any], base: Training = Training()) -> Tr
     if found.precision == "mixed" and found.device != "cuda":
         raise RecipeError("precision mixed works on a GPU only; add --device cuda, or leave it out")
     return found
+
+
+def unimproved(training: Training, rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning for each round that shipped the weights that it started from, as no epoch was better."""
+    return [
+        f"no epoch of training in iteration {row['iteration']} was better on the samples set aside than the weights before it, "
+        f"which stay; lower --learning-rate (now {training.rate:g})"
+        for row in rounds
+        if row["epochs"] and row["epoch_shipped"] == 0
+    ]
 
 
 def _parsed(key: str, value: Any) -> Any:

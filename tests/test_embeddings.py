@@ -20,6 +20,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.layers import find
 from relief_onnx.prepared import prepare
 from relief_onnx.scoring import read_scores, write_scores
+from relief_onnx.session import Session
 
 ROWS, DIMS, WIDTH = 12, 6, 8
 
@@ -247,3 +248,71 @@ def test_minilm_keeps_its_words() -> None:
     assert not plan.skipped
     assert sum(int(np.prod(layer.view.shape)) for layer in plan.layers) == 5308416
     assert max(layer.in_per_group for layer in plan.tables) == 30522
+
+
+_LOOKUP = "row = Gather <axis = 1> (ids, i)  e = Gather (table, row)  m = MatMul (e, w)  a = Add (m, s)  o = Tanh (a)"
+_BODIES = {
+    "plain": "rows = Gather (table, ids)\n"
+    + "".join(
+        f"e{i} = Gather <axis = 1> (rows, i{i})  m{i} = MatMul (e{i}, w)  "
+        f"a{i} = Add (m{i}, {f's{i - 1}' if i else 'h'})  s{i} = Tanh (a{i})\n"
+        for i in range(5)
+    )
+    + "last = Identity (s4)",
+    "Loop": f"""last = Loop (times, "", h) <body = each (int64 i, bool go, float[N, 6] s) => (bool again, float[N, 6] o) {{
+        again = Identity (go)  {_LOOKUP}
+    }}>""",
+    "Scan": f"""turned = Transpose <perm = [1, 0]> (ids)
+    last = Scan <num_scan_inputs = 1, body = each (float[N, 6] s, int64[N] row) => (float[N, 6] o) {{
+        {_LOOKUP.split("i)  ", 1)[1]}
+    }}> (h, turned)""",
+    "If": f"""last = If (flag) <
+        then_branch = one () => (float[N, 6] o) {{ i = Constant <value = int64 {{0}}> ()  s = Identity (h)  {_LOOKUP} }},
+        else_branch = two () => (float[N, 6] n) {{ n = Neg (h) }}
+    >""",
+}
+
+
+def looked_up(form: str) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """Five rows of a table for each sample, one after the other (of If the first, for some samples); and samples."""
+    flag = ", bool flag" if form == "If" else ""
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> net (float[N, 3] x, int64[N, 5] ids{flag}) => (float[N, 4] y) '
+        f"{{ h = MatMul (x, w0)  {_BODIES[form]}  y = MatMul (last, w1) }}"
+    )
+    rng = np.random.default_rng(0)
+    floats = {name: rng.normal(size=shape) for name, shape in (("table", (20, 6)), ("w", (6, 6)), ("w0", (3, 6)), ("w1", (6, 4)))}
+    stored = {name: value.astype(np.float32) for name, value in floats.items()}
+    stored |= {"times": np.array(5)} if form == "Loop" else {f"i{i}": np.array(i) for i in range(5 if form == "plain" else 0)}
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in stored.items())
+    onnx.checker.check_model(model, full_check=True)
+    feeds = [
+        {"x": rng.normal(size=(1, 3)).astype(np.float32), "ids": np.minimum(*rng.integers(0, 20, (2, 1, 5)))}
+        | ({"flag": np.array(k % 2 == 0)} if form == "If" else {})
+        for k in range(40)
+    ]
+    return model, feeds
+
+
+@pytest.mark.parametrize("form", ["Loop", "Scan"])
+def test_a_table_in_a_body_is_pruned_as_outside(form: str) -> None:
+    model, feeds = looked_up(form)
+    options: dict[str, Any] = {"only": "^table$", "keep": "50%", "criterion": "relief", "threads": 1}
+    found, wanted = relief_onnx.prune(model, feeds, **options), relief_onnx.prune(looked_up("plain")[0], feeds, **options)
+    np.testing.assert_array_equal(found.masks.keep["table"], wanted.masks.keep["table"])
+    assert not found.masks.keep["table"].all()
+    assert {row["weight"]: row["status"] for row in found.report["layers"]}["table"] == "pruned"
+    one, other = (Session(item.model, 1).run(feeds[0])[0] for item in (found, wanted))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["Loop", "Scan", "If"])
+def test_a_table_in_a_body_has_flow_and_is_kept_unless_it_is_named(form: str) -> None:
+    model, feeds = looked_up(form)
+    found = relief_onnx.prune(model, feeds, only="table|w", keep="50%", threads=1)
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    assert (rows["table"]["weights_kept"], rows["w"]["status"]) == (60, "pruned")
+    plain = relief_onnx.prune(model, feeds, keep="50%", threads=1)
+    (row,) = [row for row in plain.report["layers"] if row["weight"] == "table"]
+    assert (row["status"], row["weights_kept"]) == ("kept", 120)
+    assert "--only" in row["reason"]

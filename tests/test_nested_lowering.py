@@ -25,10 +25,17 @@ from relief_onnx.prepared import prepare
 Feed = dict[str, Any]
 
 
-def wrapped(model: onnx.ModelProto, captured: bool) -> onnx.ModelProto:
-    """The whole network in a branch within a Loop of one round. captured: its tensors stay in the main graph."""
-    inside = onnx.GraphProto(name="one")
-    inside.node.extend(model.graph.node)
+def wrapped(model: onnx.ModelProto, captured: bool | str) -> onnx.ModelProto:
+    """The whole network in a branch within a Loop of one round.
+
+    captured: its tensors stay in the main graph, "made": with the nodes that need nothing else.
+    """
+    inside, before = onnx.GraphProto(name="one"), list[onnx.NodeProto]()
+    known = {item.name for item in model.graph.initializer} if captured == "made" else set[str]()
+    for node in model.graph.node:
+        stays = known.issuperset(node.input)
+        (before if stays else inside.node).append(node)
+        known.update(node.output if stays else ())
     outside = [] if captured else model.graph.initializer
     inside.initializer.extend(outside)
     names = [info.name for info in model.graph.output]
@@ -55,7 +62,7 @@ def wrapped(model: onnx.ModelProto, captured: bool) -> onnx.ModelProto:
     taken = {item.name for item in model.graph.initializer}
     inputs = [info for info in model.graph.input if info.name not in taken]
     graph = helper.make_graph(
-        [loop, *ends], "net", [*inputs, helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [*before, loop, *ends], "net", [*inputs, helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
         [helper.make_tensor_value_info(f"{name}/out", TensorProto.FLOAT, [None] * rank) for name, rank in zip(names, ranks, strict=True)],
         stored,
     )  # fmt: skip
@@ -65,7 +72,25 @@ def wrapped(model: onnx.ModelProto, captured: bool) -> onnx.ModelProto:
     return made
 
 
+def cast() -> tuple[onnx.ModelProto, Feed]:
+    """Two layers of int8 weights behind Cast and Mul, the first with a scale for each neuron."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> net (float[N, 12] x) => (float[N, 4] y) {
+            w1_f = Cast <to = 1> (w1)  w1_n = Mul (w1_f, s1)  h = MatMul (x, w1_n)  t = Tanh (h)
+            w2_f = Cast <to = 1> (w2)  w2_n = Mul (w2_f, s2)  y = MatMul (t, w2_n)
+        }"""
+    )
+    stored = {
+        "w1": rng.integers(-127, 128, (12, 8)).astype(np.int8), "s1": rng.uniform(0.003, 0.01, 8).astype(np.float32),
+        "w2": rng.integers(-127, 128, (8, 4)).astype(np.int8), "s2": np.float32(0.01),
+    }  # fmt: skip
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items())
+    return model, {"x": rng.normal(size=(8, 12)).astype(np.float32)}
+
+
 MODELS: dict[str, Any] = {
+    "Cast and Mul": cast,
     "QDQ": lambda: (quantised("products", "QDQ"), {"image": digits(8)}),
     "QOperator": lambda: (quantised("products", "QOperator"), {"image": digits(8)}),
     "dynamic": lambda: (quantised("products", "dynamic"), {"image": digits(8)}),
@@ -109,9 +134,13 @@ def feeds(feed: Feed) -> tuple[list[Feed], list[Feed]]:
     return plain, [{**one, "flag": np.array(flag)} for one in plain for flag in ((True, False) if one is plain[0] else (True,))]
 
 
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_nothing_pruned_nothing_changed(name: str, captured: bool) -> None:
+FORMS = [(name, captured) for name in MODELS for captured in (False, True)]
+# Floats that nodes in the main graph make, captured.
+FORMS += [("Cast and Mul", "made"), ("QDQ", "made"), ("QDQ of images", "made")]
+
+
+@pytest.mark.parametrize(("name", "captured"), FORMS)
+def test_nothing_pruned_nothing_changed(name: str, captured: bool | str) -> None:
     model, feed = MODELS[name]()
     made = wrapped(model, captured)
     data = feeds(feed)[1]
@@ -132,9 +161,8 @@ def test_nothing_pruned_nothing_changed(name: str, captured: bool) -> None:
 ROUNDED = {"dynamic": (0.001, 0.01), "QDQ of images": (0.004, 0.03), "QLinear of images": (0.004, 0.03)}
 
 
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_pruned_as_in_the_main_graph(name: str, captured: bool) -> None:
+@pytest.mark.parametrize(("name", "captured"), FORMS)
+def test_pruned_as_in_the_main_graph(name: str, captured: bool | str) -> None:
     model, feed = MODELS[name]()
     turned, apart = ROUNDED.get(name, (0.0, 1e-6))
     plain, data = feeds(feed)

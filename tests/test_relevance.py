@@ -524,3 +524,50 @@ def test_what_says_where_samples_are_taken_has_as_much_as_they(sampled: str, mon
     scores = relief_onnx.score(model, [{x: np.random.default_rng(0).standard_normal((8, 3, 6, 6)).astype(np.float32)}])
     found = [float(np.sum(score.relevance)) for score in scores.values() if score.relevance is not None]
     np.testing.assert_allclose(found, [0.5, 0.5] if sampled == "features" else [1.0])
+
+
+CHOOSING = {
+    "TopK": "v, i = TopK <axis = 1> (s, k)  i3 = Unsqueeze (i, two)  ie = Expand (i3, size)  c = GatherElements <axis = 1> (f, ie)",
+    "ArgMax": "i = ArgMax <axis = 1, keepdims = 1> (s)  i3 = Unsqueeze (i, two)  c = GatherND <batch_dims = 1> (f, i3)",
+    "Where": "b = Greater (s, nought)  b3 = Unsqueeze (b, two)  c = Where (b3, f, nought)",
+}
+
+
+def choosing(way: str, more: str = "y = MatMul (m, wo)") -> onnx.ModelProto:
+    """Rows of f [N, 10, 6] that scores s [N, 10] choose."""
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]> net (float[N, 10, 8] x) => (float[N, 4] y) {{
+            h = MatMul (x, ws)  t = Tanh (h)  s3 = MatMul (t, wv)  s = Squeeze (s3, two)  f = MatMul (x, wf)
+            {CHOOSING[way]}  m = ReduceMean <axes = [1], keepdims = 0> (c)  {more}
+        }}"""
+    )
+    rng = np.random.default_rng(0)
+    floats = {"ws": (8, 6), "wv": (6, 1), "wf": (8, 6), "wo": (6, 4)}
+    stored = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in floats.items()} | {"nought": np.float32(0)}
+    stored |= {"k": np.array([3]), "two": np.array([2]), "size": np.array([1, 1, 6])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items())
+    return model
+
+
+def rows_to_choose_from() -> dict[str, Any]:
+    return {"x": np.random.default_rng(1).standard_normal((64, 10, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("way", CHOOSING)
+def test_what_only_chooses_has_as_much_as_what_it_chooses_from(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = choosing(way)
+    check_conserved(model, 3, monkeypatch)
+    found = relief_onnx.prune(model, [rows_to_choose_from()], keep="70%", granularity="weight", threads=1)
+    rows = {row["weight"]: row for row in found.report["layers"]}
+    np.testing.assert_allclose([rows[name]["relevance"] for name in ("ws", "wv", "wf", "wo")], [0.5, 0.5, 0.5, 1.0])
+    assert rows["ws"]["weights_kept"] >= 0.4 * rows["ws"]["weights"]
+    assert ["only chooses" in row["reason"] for row in found.report["flow"]["evenly"]] == [True]
+    # 0.76, 0.42 and 0.94 where the layers that choose went first.
+    assert found.report["quality"]["agreement"]["y"]["cosine"] > {"TopK": 0.95, "ArgMax": 0.8, "Where": 0.96}[way]
+
+
+def test_what_chooses_and_counts_too_gets_nothing_for_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = choosing("Where", "l = MatMul (m, wo)  total = ReduceMean <axes = [1], keepdims = 1> (s)  y = Add (l, total)")
+    check_conserved(model, 3, monkeypatch)
+    graph = Graph(prepare(model))
+    assert passed_evenly(graph, find(graph)) == ()

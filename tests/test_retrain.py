@@ -80,7 +80,7 @@ def prune(source: Any = LENET, data: Any = TEST, **options: Any) -> relief_onnx.
 )
 def test_zeros_stay_zero_at_every_step(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, flags = halved()
-    training = parse_training({"epochs": 1, "batch": 64, **options})
+    training = parse_training({"epochs": 1, "batch": 64, "validation": 0, **options})
     trainer = Trainer(files.load(LENET), dataset(), training, label_weight=0.5, threads=1)
     steps = []
 
@@ -211,13 +211,48 @@ def test_max_drop_ships_the_round_before() -> None:
 
 
 def test_early_stopping_ships_the_best_epoch() -> None:
-    found = prune(keep="30%", epochs=40, patience=1, learning_rate=0.02, schedule="constant", validation=0.3)
+    found = prune(keep="8%", criterion="magnitude", epochs=40, patience=1, learning_rate=0.01, schedule="constant", validation=0.3)
     (row,) = found.report["retrain"]["iterations"]
     losses = [epoch["validation_loss"] for epoch in row["epochs"]]
     assert len(losses) < 40
     assert row["epoch_shipped"] == 1 + int(np.argmin(losses))
     assert row["quality"] == row["epochs"][row["epoch_shipped"] - 1]["validation_quality"]
     assert "no better validation loss" in row["stopped"]
+
+
+@pytest.mark.parametrize("data", [TEST, CALIB])
+def test_training_that_only_made_it_worse_ships_the_start(data: Path) -> None:
+    options: dict[str, Any] = {"data": data, "keep": "30%", "learning_rate": 0.3, "schedule": "constant", "validation": 0.3}
+    found, start = prune(**options), prune(**options, epochs=0)
+    (row,), (before,) = (result.report["retrain"]["iterations"] for result in (found, start))
+    assert (row["epoch_shipped"], len(row["epochs"]), before["epoch_shipped"]) == (0, 2, 0)
+    assert row["quality"] == before["quality"] > max(epoch["validation_quality"] for epoch in row["epochs"])
+    assert found.model == start.model
+    head, tail = "no epoch of training in iteration 1 was better on the samples set aside", "lower --learning-rate (now 0.3)"
+    assert [line for line in found.report["warnings"] if line.startswith(head) and line.endswith(tail)]
+    assert not [line for line in start.report["warnings"] if "no epoch" in line]
+
+
+def test_the_best_epoch_ships_without_patience_too() -> None:
+    found = prune(keep="8%", criterion="magnitude", epochs=9, learning_rate=0.01, schedule="constant", validation=0.3)
+    (row,) = found.report["retrain"]["iterations"]
+    losses = [epoch["validation_loss"] for epoch in row["epochs"]]
+    assert row["epoch_shipped"] == 1 + int(np.argmin(losses)) < 9
+    assert row["quality"] == row["epochs"][row["epoch_shipped"] - 1]["validation_quality"]
+
+
+def test_without_samples_set_aside_the_last_epoch_ships() -> None:
+    (row,) = prune(keep="30%", learning_rate=0.3, validation=0).report["retrain"]["iterations"]
+    assert (row["epoch_shipped"], row["quality"]) == (2, None)
+
+
+def test_retrain_ships_the_start_where_nothing_was_better() -> None:
+    model, _ = halved()
+    found = relief_onnx.retrain(model, TEST, teacher=LENET, epochs=1, learning_rate=0.5, threads=1, recalibrate="off")
+    assert found.report["retrain"]["iterations"][0]["epoch_shipped"] == 0
+    assert found.report["warnings"][0].endswith("which stay; lower --learning-rate (now 0.5)")
+    for name, value in weights_of(model).items():
+        np.testing.assert_array_equal(weights_of(found.dense)[name], value)
 
 
 # --- a stopped run --------------------------------------------------------------------------------------------------
@@ -257,11 +292,11 @@ def _place(note: Path) -> tuple[int, int]:
 
 
 def test_a_damaged_note_or_another_run_starts_anew(tmp_path: Path) -> None:
-    first = prune(keep="10%", epochs=1, work_dir=tmp_path)
+    first = prune(keep="5%", criterion="magnitude", epochs=1, work_dir=tmp_path)
     (tmp_path / "iteration-1" / "trained.npz").write_bytes(b"nothing")
-    again = prune(keep="10%", epochs=1, work_dir=tmp_path)
+    again = prune(keep="5%", criterion="magnitude", epochs=1, work_dir=tmp_path)
     assert again.model == first.model
-    assert prune(keep="10%", epochs=1, learning_rate=0.01, work_dir=tmp_path).model != first.model
+    assert prune(keep="5%", criterion="magnitude", epochs=1, learning_rate=0.01, work_dir=tmp_path).model != first.model
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

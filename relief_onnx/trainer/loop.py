@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -45,11 +46,14 @@ LEAST_BATCH, SCALE_SAMPLES = 8, 512
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round ends with: new values by initializer, a row per epoch, and the quality on the samples set aside (None without any)."""
+    """What a round ends with: new values by initializer, a row per epoch, and the quality on the samples set aside (None without any).
+
+    best_epoch: whose weights these are, 0 for those that it started from.
+    """
 
     arrays: Mapping[str, Array]
     epochs: tuple[Mapping[str, Any], ...]
-    best_epoch: int | None
+    best_epoch: int
     quality: float | None
     stopped: str
 
@@ -64,8 +68,9 @@ class _State:
     loss: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] | None = None
-    best_epoch: int | None = None
-    best_loss: float | None = None
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    best_quality: float | None = None
 
 
 class Trainer:
@@ -212,18 +217,18 @@ class _Round:
     def run(self) -> Trained:
         training, state = self._training, self._state
         self._resume()
+        if state.epoch == state.step == 0:
+            self._judge()
         stopped = ""
         while state.epoch < training.epochs and not stopped:
             self._epoch()
             self._finish_epoch()
-            if training.patience is not None and state.best_epoch is not None and state.epoch - state.best_epoch >= training.patience:
+            if training.patience is not None and self._waited() >= training.patience:
                 stopped = f"no better validation loss for {training.patience} epochs"
             self._note()
-        if training.patience is not None and state.best is not None:
+        if state.best is not None:
             self._network.load_state_dict(state.best)
-        shipped = state.best_epoch if training.patience is not None else state.epoch or None
-        _, good = self._validate() if not state.history or shipped != state.epoch else (0.0, state.history[-1]["validation_quality"])
-        return Trained(self._arrays(), tuple(state.history), shipped, good, stopped)
+        return Trained(self._arrays(), tuple(state.history), state.best_epoch, state.best_quality, stopped)
 
     def _arrays(self) -> dict[str, Array]:
         found = self._network.arrays()
@@ -325,11 +330,27 @@ class _Round:
                 good += self._own._quality(draw, found, teacher)
         return loss / samples.validation_rows, good / samples.validation_rows
 
-    def _finish_epoch(self) -> None:
+    def _judge(self) -> tuple[float | None, float | None]:
+        """Loss and quality on the samples set aside; the best weights there are kept. Without such samples the last are the best."""
         state = self._state
         loss, good = self._validate()
+        if loss is None:
+            state.best_epoch = state.epoch
+        elif loss < state.best_loss:
+            state.best_loss, state.best_quality, state.best_epoch = loss, good, state.epoch
+            state.best = {name: value.detach().clone() for name, value in self._network.state_dict().items()}
+        return loss, good
+
+    def _waited(self) -> int:
+        """Epochs since the one with the least validation loss."""
+        losses = [row["validation_loss"] for row in self._state.history]
+        return len(losses) - 1 - losses.index(min(losses))
+
+    def _finish_epoch(self) -> None:
+        state = self._state
         rate = float(self._optimizer.param_groups[0]["lr"])
         state.epoch += 1
+        loss, good = self._judge()
         row = {
             "epoch": state.epoch,
             "loss": self._processes.mean(state.loss / max(state.rows, 1)),
@@ -337,9 +358,6 @@ class _Round:
             "validation_quality": good,
         }
         state.history.append({**row, "learning_rate": rate})
-        if self._training.patience is not None and loss is not None and (state.best_loss is None or loss < state.best_loss):
-            state.best_loss, state.best_epoch = loss, state.epoch
-            state.best = {name: value.detach().clone() for name, value in self._network.state_dict().items()}
         state.step = state.rows = 0
         state.loss = 0.0
 
