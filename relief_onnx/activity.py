@@ -48,27 +48,27 @@ class Activity:
         groups = 1 if self._grouping is None else self._grouping.groups
         apart = labels is not None and 0 not in axes and x.ndim > 0 and len(x) > 0 and len(x) % len(labels) == 0
         rows = np.repeat(labels, len(x) // len(labels)) if apart and labels is not None else None
-        others = tuple(axis for axis in range(x.ndim) if axis not in axes and not (apart and axis == 0))
-        number = 0.0
+        kept = math.prod(x.shape[axis] for axis in axes)
+        told = rows is not None and 1 < groups <= LARGEST // max(kept, 1)
+        others = tuple(axis for axis in range(x.ndim) if axis not in axes and x.shape[axis] != 1 and not (told and axis == 0))
         for moment in self._moments:
             total = _total(x, moment, others)
-            number = x.size / max(total.size, 1)
-            self._put(moment, weight * total, rows, groups)
-        self._counts = self._counts + weight * number * (np.bincount(rows, minlength=groups) if rows is not None else np.ones(groups))
+            self._put(moment, total, rows if told else None, groups, weight * (groups if rows is None else 1))
+        number = weight * x.size / max(kept * (1 if rows is None else len(x)), 1)
+        self._counts = self._counts + number * (np.bincount(rows, minlength=groups) if rows is not None else np.ones(groups))
 
-    def _put(self, moment: Moment, total: Doubles, rows: NDArray[np.int64] | None, groups: int) -> None:
+    def _put(self, moment: Moment, total: NDArray[Any], rows: NDArray[np.int64] | None, groups: int, weight: float) -> None:
         """Add a batch's sums, of each sample apart where `rows` has their groups, to those of the groups, in place."""
         shape = (1, *total.shape[1:]) if rows is not None else total.shape
         if np.ndim(self._sums[moment]) == 0:
             self._sums[moment] = np.zeros((groups if groups * math.prod(shape) <= LARGEST else 1, *shape))
         sums = self._sums[moment]
         if rows is None:
-            sums += total * (groups / len(sums))
-        elif len(sums) == groups:
-            for group in np.unique(rows):
-                sums[group] += total[rows == group].sum(0, keepdims=True)
-        else:
-            sums[0] += total.sum(0, keepdims=True)
+            weight /= len(sums)
+            sums += total if weight == 1 else weight * total
+            return
+        for group in np.unique(rows):
+            sums[group] += weight * total[rows == group].sum(0, keepdims=True)
 
     @property
     def weights(self) -> Doubles:
@@ -87,14 +87,17 @@ class Activity:
         return every
 
 
-def _total(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> Doubles:
-    """The sum of x, |x| or x^2 over some axes, which stay with size 1."""
+def _total(x: NDArray[Any], moment: Moment, axes: tuple[int, ...]) -> NDArray[Any]:
+    """The sum of x, |x| or x^2 over some axes, which stay with size 1; without axes there is nothing to add up in double precision."""
     if moment == "squares":
         with np.errstate(over="ignore"):
-            total: Doubles = np.square(x).sum(axes, dtype=np.float64, keepdims=True)
-        return total if np.isfinite(total).all() else np.square(x, dtype=np.float64).sum(axes, keepdims=True)
-    values = x if moment == "signed" else np.abs(x)
-    return np.asarray(values.sum(axes, dtype=np.float64, keepdims=True))
+            total = _summed(np.square(x), axes)
+        return total if np.isfinite(total.max(initial=0.0)) else _summed(np.square(x, dtype=np.float64), axes)
+    return _summed(x if moment == "signed" else np.abs(x), axes)
+
+
+def _summed(values: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
+    return np.asarray(values.sum(axes, dtype=np.float64, keepdims=True)) if axes else values
 
 
 def _thinned(x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:

@@ -119,8 +119,10 @@ def instrument(graph: Graph, tensors: Iterable[str], inside: Mapping[str, tuple[
         if element != TensorProto.FLOAT:
             name = f"{tensor}/probe"
             model.graph.node.append(helper.make_node("Cast", [tensor], [name], name=f"{name}/cast", to=TensorProto.FLOAT))
-        for info in [item for item in model.graph.value_info if item.name == name]:
-            model.graph.value_info.remove(info)
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         taps[tensor] = name
+    exposed, described = set(taps.values()), model.graph.value_info
+    for place in reversed(range(len(described))):
+        if described[place].name in exposed:
+            del described[place]
     return Probe(model, taps, made)

@@ -6,6 +6,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class Session:
         """Load `model`; `threads` 0 means one per core; `optimize` lets onnxruntime rewrite the graph, as it does by default.
 
         Weights that are set aside, or in data files beside a path, are not copied. A `working` model is ours alone, nobody gets it: it runs
-        as it stands where onnxruntime breaks it by rewriting (a Transpose that it fuses into a Gemm is gone, output of the graph or not).
+        as it stands where onnxruntime breaks it by rewriting (a Transpose that it fuses into a Gemm is gone, output of the graph or not),
+        in memory that all of them share.
 
         Raises ModelError with onnxruntime's own words where it refuses the model; a missing operator is named.
         """
@@ -53,6 +55,9 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if working:
+            _shared_memory()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         content = _given(model, options)
         try:
             self._session = _loaded(content, options, working and optimize)
@@ -77,6 +82,13 @@ class Session:
         """Name, type and shape of every input and output, as onnxruntime sees them."""
         items = (*self._session.get_inputs(), *self._session.get_outputs())
         return tuple((item.name, item.type, tuple(item.shape)) for item in items)
+
+
+@cache
+def _shared_memory() -> None:
+    """One arena for all working sessions: what comes back from a run holds all of the arena that it lies in, and fresh memory is slow."""
+    place = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(place, None)
 
 
 def _loaded(content: bytes | Path, options: onnxruntime.SessionOptions, again: bool) -> onnxruntime.InferenceSession:

@@ -9,7 +9,7 @@ With less than ROUNDS_ROWS rows for each kept input that would fit the rows and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,9 @@ __all__ = ["MOMENT_FEATURES", "SOLVE_FLOPS", "Target", "operations", "solve"]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Reals = NDArray[np.floating[Any]]
+# Units from one to another, with the kept features and the inverse root of each.
+Run = tuple[slice, list[tuple[NDArray[np.intp], Reals]]]
 
 RIDGE, FEW_ROWS = 0.01, 0.3
 # Features that are solved for at a time, and how often all blocks take their turn where there are several.
@@ -101,7 +104,7 @@ def solve(
     blocks = [slice(start, start + size) for start in range(0, x.shape[1], size)]
     turns = TURNS if len(blocks) > 1 else 1
     if in_moments and appraisal is not None:
-        return _by_moments(x, target, weight, bias, keep, blocks * turns, free_bias, ridge, appraisal)
+        return _by_moments(x, target, weight, bias, keep, blocks, turns, free_bias, ridge, appraisal)
     for turn in range(turns):
         for block in blocks:
             weight, bias = _turn(x, target, weight, bias, keep, block, free_bias, ridge, appraisal if turn == turns - 1 else None)
@@ -152,25 +155,28 @@ def _by_gradients(
 
 
 def _by_moments(
-    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: list[slice], free_bias: bool, part: float,
-    appraisal: Appraisal,
+    x: Floats, target: Target, weight: Doubles, bias: Doubles, keep: Flags, blocks: Sequence[slice], turns: int, free_bias: bool,
+    part: float, appraisal: Appraisal,
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """All blocks in turn from X'X and X't alone, where the target does not move with the outputs; single precision does for worths."""
-    met = _Moments.of(x, target, bias, free_bias)
+    met, held = _Moments.of(x, target, bias, free_bias), _Held(turns)
     weight = weight.copy()
-    for block in blocks:
-        inner = met.squares[block, block]
-        ridge, seen = _ridge(inner, part), inner.astype(np.float32)
-        for columns, roots in _roots(inner, ridge, keep[:, block], np.float32):
-            pull = met.wanted[columns, block] - weight[columns] @ met.squares[:, block]
-            change = np.zeros_like(pull)
-            for row, (places, root) in enumerate(roots):
-                change[row, places] = root.T @ (root @ pull[row, places].astype(np.float32))
-            weight[columns, block] += change
-            pull -= change @ inner  # of a block that comes twice the last time counts
-            for row, (places, root) in enumerate(roots):
-                unit = columns.start + row
-                appraisal.judge(unit, block.start, seen, ridge, places, root, weight[unit, block], pull[row])
+    for turn in range(turns):
+        for block in blocks:
+            inner = met.squares[block, block]
+            ridge, seen = _ridge(inner, part), inner.astype(np.float32)
+            for columns, roots in held.runs(block.start, _roots(seen, ridge, keep[:, block])):
+                pull = met.wanted[columns, block] - weight[columns] @ met.squares[:, block]
+                change = np.zeros_like(pull)
+                for row, (places, root) in enumerate(roots):
+                    change[row, places] = root.T @ (root @ pull[row, places].astype(np.float32))
+                weight[columns, block] += change
+                if turn < turns - 1:
+                    continue
+                pull -= change @ inner
+                for row, (places, root) in enumerate(roots):
+                    unit = columns.start + row
+                    appraisal.judge(unit, block.start, seen, ridge, places, root, weight[unit, block], pull[row])
     return weight, met.offset - weight @ met.mean
 
 
@@ -233,23 +239,21 @@ def _block_size(keep: Flags, appraisal: Appraisal | None, flops: float) -> int:
     return max(int(size) // multiple, 1) * multiple
 
 
-def _roots(
-    moments: Doubles, ridge: float, keep: Flags, dtype: type = np.float64
-) -> Iterator[tuple[slice, list[tuple[NDArray[np.intp], NDArray[Any]]]]]:
+def _roots(moments: Reals, ridge: float, keep: Flags) -> Iterator[Run]:
     """Runs of units with the kept features and the inverse root of each, as many at a time as memory allows."""
-    pending: list[tuple[NDArray[np.intp], NDArray[Any]]] = []
-    known: dict[bytes, tuple[NDArray[np.intp], NDArray[Any]]] = {}
+    pending: list[tuple[NDArray[np.intp], Reals]] = []
+    known: dict[bytes, tuple[NDArray[np.intp], Reals]] = {}
     first, held = 0, 0
     for unit, row in enumerate(keep):
         key = np.packbits(row).tobytes()
         if key not in known:
             places = np.flatnonzero(row)
-            system = moments[np.ix_(places, places)]
+            system = moments.take(places, 0).take(places, 1)
             system[np.diag_indices(len(places))] += ridge
             try:
-                root = inverse_root(system.astype(dtype))
+                root = inverse_root(system)
             except np.linalg.LinAlgError:  # inputs that are not finite: no finite solution, which the caller tells
-                root = np.full(system.shape, np.nan, dtype)
+                root = np.full_like(system, np.nan)
             if held + root.nbytes > INVERSE_BYTES and pending:
                 yield slice(first, unit), pending
                 pending, known, first, held = [], {}, unit, 0
@@ -258,3 +262,22 @@ def _roots(
         pending.append(known[key])
     if pending:
         yield slice(first, len(keep)), pending
+
+
+class _Held:
+    """Inverse roots of blocks whose turn comes again, as many as memory allows; those of other blocks are computed anew."""
+
+    def __init__(self, turns: int) -> None:
+        self._left = INVERSE_BYTES if turns > 1 else 0
+        self._known: dict[int, list[Run]] = {}
+
+    def runs(self, start: int, made: Iterator[Run]) -> Iterator[Run]:
+        """Those of the block that begins at `start`, `made` where they are not held."""
+        own: list[Run] = self._known.get(start, [])
+        yield from own
+        for run in () if own else made:
+            self._left -= sum({id(root): root.nbytes for _, root in run[1]}.values())
+            own = [*own, run] if self._left >= 0 else []
+            yield run
+        if self._left >= 0:
+            self._known[start] = own

@@ -243,7 +243,7 @@ class InputMeans:
 
     def _add(self, x: Floats, weight: float, plain: bool, totals: dict[Moment, Doubles], block: slice) -> None:
         for moment, image in _sums(x[:, block], totals, plain).items():
-            totals[moment][block] += weight * image
+            totals[moment][block] += image if weight == 1 else weight * image
 
     def _add_rows(self, x: Floats, weight: float, plain: bool, totals: dict[Moment, Doubles]) -> None:
         for start in range(0, len(x), ROWS):
@@ -312,7 +312,7 @@ def _sums(part: Floats, wanted: Iterable[Moment], plain: bool) -> dict[Moment, N
         sums["absolute"] = sums["signed"] if plain else np.abs(part).sum(0)
     if "squares" in wanted:
         sums["squares"] = np.einsum("n...,n...->...", part, part)
-        if not np.isfinite(sums["squares"]).all():  # too large for float32
+        if not np.isfinite(sums["squares"].max(initial=0.0)):  # too large for float32
             sums["squares"] = np.square(part, dtype=np.float64).sum(0)
     return {moment: sums[moment] for moment in wanted}
 

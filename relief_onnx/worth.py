@@ -58,7 +58,7 @@ class Appraisal:
         inside = self.worth[unit, first : first + len(moments) // size]
         inside[places[::size] // size] = _losses(root, w[places], size)
         if self.additions and len(places) < len(moments):
-            others = np.setdiff1d(np.arange(len(moments)), places, assume_unique=True)
+            others = np.delete(np.arange(len(moments)), places)
             others = _promising(moments, others, pull, size, max(LEAST_TRIED, round(TRIED * len(places) / size)))
             inside[others[::size] // size] = _gains(moments, ridge, places, root, others, pull[others], size)
 
@@ -82,7 +82,7 @@ def _losses(root: Reals, w: Doubles, size: int) -> Doubles:
 
 
 def _gains(moments: Reals, ridge: float, places: Places, root: Reals, others: Places, pull: Doubles, size: int) -> Doubles:
-    explained = root @ moments[np.ix_(places, others)]
+    explained = root @ moments.take(places, 0).take(others, 1)
     if size == 1:
         own = moments[others, others] + ridge
         return np.asarray(np.square(pull) / np.maximum(own - np.einsum("so,so->o", explained, explained), NEW_PART * own))

@@ -17,6 +17,7 @@ from test_repair import plain, system
 
 import relief_onnx
 from relief_onnx import contest, obs_units
+from relief_onnx import solve as solving
 from relief_onnx.cut import FLOOR
 from relief_onnx.errors import NothingPrunedError, RecipeError
 from relief_onnx.graph import Graph
@@ -57,6 +58,32 @@ def test_a_loss_is_what_the_error_grows_by(size: int) -> None:
             without[entry * size : (entry + 1) * size] = False
             lost = objective(x, wanted[:, j], without, weight[j]) - objective(x, wanted[:, j], row, weight[j])
             assert appraisal.worth[j, entry] == pytest.approx(lost if row[entry * size] else 0.0, rel=2e-3, abs=1e-3)
+
+
+def test_blocks_that_take_turns_are_inverted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory does not hold their inverses they are made again, and nothing else changes."""
+    rng = np.random.default_rng(6)
+    x, weight = rng.standard_normal((600, 300)).astype(np.float32), rng.standard_normal((5, 300))
+    wanted = (x @ weight.T + rng.standard_normal((600, 5))).astype(np.float32)
+    keep, made = rng.random((5, 300)) < 0.5, list[int]()
+    inverse = solving.inverse_root
+
+    def counted(matrix: Array) -> Array:
+        made[-1] += 1
+        return inverse(matrix)
+
+    monkeypatch.setattr(solving, "inverse_root", counted)
+    monkeypatch.setattr(solving, "BLOCK", 128)
+    worths = []
+    for limit in (solving.INVERSE_BYTES, 30_000):
+        made.append(0)
+        monkeypatch.setattr(solving, "INVERSE_BYTES", limit)
+        appraisal = Appraisal.empty(keep.shape, 1, additions=True)
+        solve(x, plain(wanted), weight, np.zeros(5), keep, True, appraisal)
+        worths.append(appraisal.worth)
+    assert made == [15, 30]
+    np.testing.assert_allclose(*worths, rtol=1e-12)  # runs of other units are summed in another order
+    assert (worths[0][keep] > 0).all()
 
 
 @pytest.mark.parametrize("size", [1, 3])

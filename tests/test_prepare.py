@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import onnx
 from builders import Net
@@ -76,3 +79,22 @@ def test_local_functions_are_inlined() -> None:
     assert result.report["groups"][0]["units_kept"] < 8
     assert not result.model.functions
     assert Session(result.model, 1).run(feed)[0].shape == (2, 4, 2, 2)
+
+
+def test_what_working_sessions_return_holds_no_more_than_itself() -> None:
+    """Small outputs of eight sessions that each make 256 MB on the way: held, they must not hold that."""
+    nodes = [helper.make_node("Tile", ["x", "times"], ["large"]), helper.make_node("ReduceMax", ["large"], ["y"], axes=[0])]
+    stored = [numpy_helper.from_array(np.array([1 << 14, 1]), "times")]
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1 << 12]) for name in "xy"]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", info[:1], info[1:], stored), opset_imports=[helper.make_opsetid("", 13)], ir_version=8
+    )
+    feed = {"x": np.ones((1, 1 << 12), np.float32)}
+    before = _resident()
+    held = [Session(model, 1, working=True).run(feed)[0] for _ in range(8)]
+    assert _resident() - before < 3 * (256 << 20)
+    assert all((value == 1).all() for value in held)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
