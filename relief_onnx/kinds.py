@@ -312,6 +312,7 @@ def _emit(walk: Walk, name: str, node: onnx.NodeProto) -> None:
     walk.pictures[name] = units.reshape(shape)
     walk.sources[name], walk.emitted[name] = source.view, axis
     walk.ties.append(Tie(source.name, axis, units))
+    walk.hold_blocks(node, source.view, {tracked[-1]: units})
 
 
 KINDS: Mapping[str, Callable[[Walk, int, onnx.NodeProto, OperatorRow], None]] = {

@@ -128,7 +128,7 @@ def opened(graph: Graph, index: int) -> Opened:
         helper.make_node("Transpose", [floats], [turned], name=turned, perm=[1, 0]),
         helper.make_node("MatMul", [rounded[3] if rounded else node.input[0], turned], [product], name=key),
     ]
-    mark_blocks(nodes[2], block)
+    mark_blocks(nodes[2], 1, block)
     if rounded:
         nodes[:0] = [
             helper.make_node("DynamicQuantizeLinear", [node.input[0]], rounded[:3], name=rounded[0]),
