@@ -69,6 +69,7 @@ class Grid:
     scales, zeros: the initializers that hold them in the file ("" where the operator implies them).
     block: (axis, places) where blocks of places along an axis share a scale; `scale` is then as long as the tensor there.
     lowest: of a grid that was cut, whether the whole one has the lowest integer of its type.
+    bounds: the least and the largest integer, where the file says so.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Grid:
     block: tuple[int, int] | None = None
     fresh: bool = False
     lowest: bool | None = None
+    bounds: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,8 +92,8 @@ class Grid:
     @property
     def limits(self) -> tuple[Array, Array]:
         """The least and the largest integer minus the zero point; symmetric where the file keeps to that."""
-        low, high = RANGES[self.type]
-        if low < 0 and not self.zero.any() and not self._has_lowest:
+        low, high = self.bounds or RANGES[self.type]
+        if self.bounds is None and low < 0 and not self.zero.any() and not self._has_lowest:
             low += 1
         return low - self.zero, high - self.zero
 

@@ -146,7 +146,7 @@ def mark_blocks(node: onnx.NodeProto, axis: int, size: int) -> None:
 
 def blocks_of(node: onnx.NodeProto) -> tuple[int, int] | None:
     """What was noted with `mark_blocks`."""
-    before, mark, said = node.doc_string.rpartition(_BLOCK)
+    _, mark, said = node.doc_string.rpartition(_BLOCK)
     return (int(said.split()[0]), int(said.split()[1])) if mark else None
 
 
