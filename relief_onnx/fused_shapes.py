@@ -29,7 +29,7 @@ def _embedded(step: Step) -> list[Dims | None]:
 def _attention(step: Step) -> list[Dims | None]:
     """[batch, tokens, values]; what is handed on is [2, batch, heads, all tokens, size of a head]."""
     dims, weight, values = step.dims(0), step.dims(1), step.attributes
-    if dims is None:
+    if dims is None or len(dims) != 3 or (weight is not None and len(weight) != 2):
         return [None]
     sizes = values.get("qkv_hidden_sizes")
     width = Dim.of(sizes[2]) if sizes else None if weight is None else step.symbols.floor(weight[1], Dim.of(3))
