@@ -45,8 +45,13 @@ def _heads(step: Step) -> list[Dims | None]:
 
 def _grouped(step: Step) -> list[Dims | None]:
     """As the queries; keys and values may be packed with them."""
-    query, key = step.dims(0), step.dims(1)
-    return [query if query is not None and key is not None and len(query) == 3 else None]
+    query, values = step.dims(0), step.attributes
+    if query is None or len(query) != 3:
+        return [None]
+    if step.has(1):
+        return [query]
+    heads = values["num_heads"]
+    return [(*query[:2], step.symbols.floor(query[2], Dim.of(heads + 2 * values["kv_num_heads"])) * Dim.of(heads))]
 
 
 def _product(step: Step) -> Dims | None:
