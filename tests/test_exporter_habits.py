@@ -1,4 +1,4 @@
-"""What exporters and converters write besides the graph: descriptions of what is stored, types before a Cast, names that are there twice."""
+"""What exporters write besides the graph: descriptions of what is stored, types before a Cast, names that are there twice."""
 
 from __future__ import annotations
 
