@@ -91,6 +91,25 @@ def test_nodes_of_a_branch_that_are_called_like_nodes_outside() -> None:
     assert all(row["weights_kept"] < row["weights"] for row in result.report["layers"] if row["status"] == "pruned")
 
 
+def test_heads_go_whose_mask_is_made_of_conditions() -> None:
+    """PyTorch's exporter makes masks of stored places and conditions; the places counted as channels, and all heads stayed."""
+    net, tokens, heads, size = Net(seed=4, opset=18), 6, 4, 4
+    x, seen = net.input("n", tokens, 12), net.input("n", tokens)
+    parts = [net.op("Reshape", net.op("MatMul", x, net.weight(12, heads * size)), net.ints(0, 0, heads, size)) for _ in range(3)]
+    q, k, v = (net.op("Transpose", item, perm=perm) for item, perm in zip(parts, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True))
+    every = net.constant(np.ones((1, 1, tokens, 1), np.bool_))
+    counts = net.op("Unsqueeze", net.op("Greater", seen, net.constant(np.float32(0))), net.ints(1, 2))
+    mask = net.op("Where", net.op("And", every, counts), net.constant(np.float32(0)), net.constant(np.float32(-1e4)))
+    mixed = net.op("MatMul", net.op("Softmax", net.op("Add", net.op("MatMul", q, k), mask), axis=-1), v)
+    together = net.op("Reshape", net.op("Transpose", mixed, perm=[0, 2, 1, 3]), net.ints(0, 0, heads * size))
+    model = net.model(net.op("MatMul", together, net.weight(heads * size, 3)))
+    rng = np.random.default_rng(0)
+    data = [{x: rng.standard_normal((4, tokens, 12)).astype(np.float32), seen: np.ones((4, tokens), np.float32)} for _ in range(4)]
+    result = relief_onnx.prune(model, data, granularity="channel", keep="60%", round_to=1)
+    stored = values(result.model)
+    assert all(stored[row["weight"]].shape[1] < heads * size for row in result.report["layers"][:3])
+
+
 _PIECE = """
 import numpy as np, onnx
 from onnx import helper, numpy_helper, TensorProto
