@@ -198,7 +198,8 @@ def sink(model: onnx.ModelProto, record: Lift) -> onnx.ModelProto:
     del body.node[:]
     body.node.extend(nodes)
     for item in body.node:
-        item.name = record.called.get(item.name, item.name)
+        if item.name in record.called:
+            item.name = record.called[item.name]
     body.initializer.extend(item for item in stored if item.name not in record.constants)
     inside = made | {item.name for item in stored}
     body.value_info.extend(info for info in graph.value_info if info.name in inside - {info.name for info in body.output})
