@@ -39,12 +39,11 @@ _FLOAT_EXACT = 2**24
 class Emitter:
     """Collects the initializers and nodes that rebuild one weight; every name starts with `prefix`."""
 
-    def __init__(self, prefix: str, opset: int, data_type: int, block_bytes: int, fill: int = 0) -> None:
-        """fill: the byte that elements of dropped blocks have, of types of 8 bits; else 0."""
+    def __init__(self, prefix: str, opset: int, data_type: int, fill: bytes) -> None:
+        """fill: what every element of a dropped block is, as it is stored."""
         self.prefix = prefix
         self.opset = opset
         self.data_type = data_type
-        self.block_bytes = block_bytes
         self.fill = fill
         self.initializers: list[TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
@@ -171,7 +170,7 @@ def _build_bitmask(e: Emitter, encoded: Encoded, values: str, blocks: int, unit:
         bits = e.node("Cast", bits, to=TensorProto.INT32)
     # row 0 of the table is zero; kept block number i reads row i + 1
     rank = e.node("Mul", _emit_running_sum(e, bits, blocks, TensorProto.INT32), bits)
-    zero = e.tensor("zero", bytes([e.fill]) * e.block_bytes, (1, unit))
+    zero = e.tensor("zero", e.fill * unit, (1, unit))
     return e.node("Gather", e.node("Concat", zero, values, axis=0), rank, axis=0)
 
 
@@ -287,9 +286,7 @@ def _emit_zeros(e: Emitter, blocks: int, unit: int) -> str:
         return e.node("ConstantOfShape", shape)
     if e.data_type == TensorProto.BFLOAT16:  # ConstantOfShape has it only from opset 20 on
         return e.node("Cast", e.node("ConstantOfShape", shape), to=e.data_type)
-    return e.node(
-        "ConstantOfShape", shape, value=TensorProto(data_type=e.data_type, dims=[1], raw_data=bytes([e.fill]) * (e.block_bytes // unit))
-    )
+    return e.node("ConstantOfShape", shape, value=TensorProto(data_type=e.data_type, dims=[1], raw_data=e.fill))
 
 
 CODECS: tuple[Codec, ...] = (

@@ -36,10 +36,10 @@ def set_initializer(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> N
         model.graph.initializer.append(tensor)
         if model.ir_version < 4:
             model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-        return
-    tensor.doc_string = existing.doc_string
-    existing.CopyFrom(tensor)
-    for info in (*model.graph.input, *model.graph.value_info):
+    else:
+        tensor.doc_string = existing.doc_string
+        existing.CopyFrom(tensor)
+    for info in (*model.graph.input, *model.graph.value_info):  # some exporters describe what is stored too
         if info.name == name:
             shape = info.type.tensor_type.shape
             for dim, size in zip(shape.dim, array.shape, strict=False):

@@ -7,6 +7,7 @@ the output is that of the fused node. What is handed on lies as the node has it 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -24,31 +25,38 @@ _NEVER = -1e9  # added to scores of keys that do not count
 
 
 def group_query_attention(place: Place) -> None:
-    """Queries [batch, tokens, heads * size], keys and values [batch, tokens, groups * size], lengths less one [batch]."""
+    """Queries [batch, tokens, heads * size], keys and values [batch, tokens, groups * size], or all side by side; lengths less one."""
     place.need(_LEAST, "what stands for it")
     said = [why for slot, why in _UNKNOWN.items() if place.input(slot)]
     said += [f"has {name}" for name in _ODD if place.values.get(name) not in (None, 0, 0.0, -1)]
     if said:
         raise Barrier(f"it {said[0]}, which is not known here")
-    if not all(place.input(slot) for slot in (1, 2, _LENGTHS, _TOTAL)):
-        raise Barrier("its queries, keys and values come packed, or it has no lengths")
-    if any(place.rank(slot) != 3 for slot in range(3)):
-        raise Barrier("its queries, keys and values are not three tensors of three axes")
+    if not all(place.input(slot) for slot in (_LENGTHS, _TOTAL)) or bool(place.input(1)) != bool(place.input(2)):
+        raise Barrier("it has no lengths, or keys without values")
+    packed = not place.input(1)
+    if any(place.rank(slot) != 3 for slot in range(1 if packed else 3)):
+        raise Barrier("its queries, keys and values are not tensors of three axes")
     heads, groups = int(place.values["num_heads"]), int(place.values["kv_num_heads"])
     sizes = [place.size(slot, 2) for slot in range(3)]
+    if packed:
+        sizes = [sizes[0] // (heads + 2 * groups) * count for count in (heads, groups, groups)]
     width = sizes[0] // heads
-    if min(sizes) < 1 or sizes[1] != sizes[2] or sizes[0] != heads * width or sizes[1] != groups * width or heads % groups:
+    whole = not packed or sum(sizes) == place.size(0, 2)
+    if min(sizes) < 1 or sizes[1] != sizes[2] or sizes[0] != heads * width or sizes[1] != groups * width or heads % groups or not whole:
         raise Barrier(f"its sizes {sizes} are not those of {heads} heads in {groups} groups")
     rotates = bool(place.values.get("do_rotary", 0))
     if rotates and (place.size(_CACHES[0], 1) != width // 2 or place.input(_PLACES)):
         raise Barrier("it rotates a part of each head, or by places that are given")
     if place.input(_PAST[0]) and not (place.output(1) and place.output(2)):
         raise Barrier("it has a past and hands nothing on")
-    query = place.op("q", "Reshape", place.input(0), place.ints("q/sizes", 0, 0, groups, heads // groups, width))
+    parts = _split(place, sizes) if packed else [place.input(slot) for slot in range(3)]
+    query = place.op("q", "Reshape", parts[0], place.ints("q/sizes", 0, 0, groups, heads // groups, width))
     query = place.op("q_turned", "Transpose", query, perm=[0, 2, 3, 1, 4])
-    keys, values = (_headed(place, name, slot, groups, width) for name, slot in (("k", 1), ("v", 2)))
+    keys, values = (_headed(place, name, parts[slot], groups, width) for name, slot in (("k", 1), ("v", 2)))
     tokens = place.op("tokens", "Gather", place.op("tokens_sizes", "Shape", place.input(0)), _whole(place, "tokens_axis", 1), axis=0)
+    # [batch], or [batch, 1] as some exporters write them.
     lengths = place.op("lengths", "Cast", place.input(_LENGTHS), to=onnx.TensorProto.INT64)
+    lengths = place.op("lengths_line", "Reshape", lengths, place.ints("lengths_line/sizes", -1))
     before = place.op("past", "Sub", place.op("past_end", "Add", lengths, _whole(place, "one", 1)), tokens)
     # The longest sample never has less; so that the node's input is read.
     longest = place.op("longest", "Cast", place.input(_TOTAL), to=onnx.TensorProto.INT64)
@@ -88,8 +96,15 @@ def _whole(place: Place, role: str, value: int) -> str:
     return place.constant(role, np.asarray(value, np.int64))
 
 
-def _headed(place: Place, role: str, slot: int, count: int, width: int) -> str:
-    apart = place.op(role, "Reshape", place.input(slot), place.ints(f"{role}/sizes", 0, 0, count, width))
+def _split(place: Place, sizes: Sequence[int]) -> list[str]:
+    """Queries, keys and values that come side by side."""
+    place.need(13, "its packed queries, keys and values")
+    place.free.add(("split", 1))
+    return list(place.op("split", "Split", place.input(0), place.ints("split/sizes", *sizes), outputs=3, axis=-1))
+
+
+def _headed(place: Place, role: str, x: str, count: int, width: int) -> str:
+    apart = place.op(role, "Reshape", x, place.ints(f"{role}/sizes", 0, 0, count, width))
     return str(place.op(f"{role}_turned", "Transpose", apart, perm=[0, 2, 1, 3]))
 
 

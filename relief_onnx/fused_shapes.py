@@ -29,7 +29,7 @@ def _embedded(step: Step) -> list[Dims | None]:
 def _attention(step: Step) -> list[Dims | None]:
     """[batch, tokens, values]; what is handed on is [2, batch, heads, all tokens, size of a head]."""
     dims, weight, values = step.dims(0), step.dims(1), step.attributes
-    if dims is None:
+    if dims is None or len(dims) != 3 or (weight is not None and len(weight) != 2):
         return [None]
     sizes = values.get("qkv_hidden_sizes")
     width = Dim.of(sizes[2]) if sizes else None if weight is None else step.symbols.floor(weight[1], Dim.of(3))
@@ -45,8 +45,13 @@ def _heads(step: Step) -> list[Dims | None]:
 
 def _grouped(step: Step) -> list[Dims | None]:
     """As the queries; keys and values may be packed with them."""
-    query, key = step.dims(0), step.dims(1)
-    return [query if query is not None and key is not None and len(query) == 3 else None]
+    query, values = step.dims(0), step.attributes
+    if query is None or len(query) != 3:
+        return [None]
+    if step.has(1):
+        return [query]
+    heads = values["num_heads"]
+    return [(*query[:2], step.symbols.floor(query[2], Dim.of(heads + 2 * values["kv_num_heads"])) * Dim.of(heads))]
 
 
 def _product(step: Step) -> Dims | None:

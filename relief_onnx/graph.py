@@ -26,8 +26,12 @@ __all__ = ["FLOATS", "WEIGHT_TYPES", "Graph", "Use", "attributes", "subgraphs"]
 
 Shape = tuple[int | str | None, ...]
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
-# Element types of weights; eight bit integers are those of quantised models.
-WEIGHT_TYPES = FLOATS | {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+# Element types of weights; short integers and floats of 8 bits are those of quantised models.
+WEIGHT_TYPES = FLOATS | {
+    kind
+    for name, kind in onnx.TensorProto.DataType.items()
+    if name in ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4") or name.startswith("FLOAT8")
+}
 
 
 @dataclass(frozen=True)

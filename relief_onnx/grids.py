@@ -1,4 +1,4 @@
-"""Stored integers as the numbers that they stand for: (integer - zero point) * scale, and the way back.
+"""Stored integers as the numbers that they stand for: (integer - zero point) * scale, and the way back. Floats of 8 bits count as such.
 
 A float that was not changed comes back as the integer that it was. One that was changed goes to the nearest of the numbers that the
 integers can hold, by the scale that is there; where clipping at the ends would lose more than a coarser scale does, the scale is a new one.
@@ -20,11 +20,14 @@ __all__ = ["RANGES", "Grid", "carried", "spread"]
 
 Array = NDArray[Any]
 
-# The least and the largest number of each type of integers that weights and biases are stored as.
+# The least and the largest number of each type of integers, and of floats of 8 bits, that weights and biases are stored as.
 RANGES: dict[int, tuple[int, int]] = {
     TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767), TensorProto.UINT16: (0, 65535),
     TensorProto.INT32: (-(2**31), 2**31 - 1), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
+    TensorProto.FLOAT8E4M3FN: (-448, 448), TensorProto.FLOAT8E4M3FNUZ: (-240, 240),
+    TensorProto.FLOAT8E5M2: (-57344, 57344), TensorProto.FLOAT8E5M2FNUZ: (-57344, 57344),
 }  # fmt: skip
+_SMALL_FLOATS = frozenset(kind for kind in RANGES if TensorProto.DataType.Name(kind).startswith("FLOAT8"))
 _BLOCK = 1 << 20
 
 
@@ -56,10 +59,23 @@ def carried(node: onnx.NodeProto, x: Array, scale: Array, zero: Array | None) ->
     if wide is None or shift is None:
         return None
     if node.op_type == "DequantizeLinear":
-        return np.asarray((x.astype(np.int64) - shift.astype(np.int64)).astype(wide.dtype) * wide)
+        return np.asarray((_plain(x) - _plain(shift)).astype(wide.dtype) * wide)
     if kind not in RANGES:
         return None
-    return np.asarray(np.clip(np.rint(x.astype(wide.dtype) / wide) + shift, *RANGES[kind]))
+    return np.asarray(np.clip(_whole(x.astype(wide.dtype) / wide, kind) + _plain(shift), *RANGES[kind]))
+
+
+def _plain(stored: Array) -> Array:
+    """Stored numbers in a type to compute with."""
+    return stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float64)
+
+
+def _whole(values: Array, kind: int) -> Array:
+    """The nearest numbers that a type has, zero point aside; of floats within its range."""
+    if kind not in _SMALL_FLOATS:
+        return np.asarray(np.rint(values))
+    small = np.clip(values, *RANGES[kind]).astype(helper.tensor_dtype_to_np_dtype(kind))
+    return np.asarray(small.astype(values.dtype))
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ class Grid:
     scales, zeros: the initializers that hold them in the file ("" where the operator implies them).
     block: (axis, places) where blocks of places along an axis share a scale; `scale` is then as long as the tensor there.
     lowest: of a grid that was cut, whether the whole one has the lowest integer of its type.
+    bounds: the least and the largest integer, where the file says so.
     """
 
     name: str
@@ -81,6 +98,7 @@ class Grid:
     block: tuple[int, int] | None = None
     fresh: bool = False
     lowest: bool | None = None
+    bounds: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,8 +108,8 @@ class Grid:
     @property
     def limits(self) -> tuple[Array, Array]:
         """The least and the largest integer minus the zero point; symmetric where the file keeps to that."""
-        low, high = RANGES[self.type]
-        if low < 0 and not self.zero.any() and not self._has_lowest:
+        low, high = self.bounds or RANGES[self.type]
+        if self.bounds is None and self.type not in _SMALL_FLOATS and low < 0 and not self.zero.any() and not self._has_lowest:
             low += 1
         return low - self.zero, high - self.zero
 
@@ -101,7 +119,7 @@ class Grid:
 
     def floats(self) -> Array:
         """What the integers stand for, in the type of the scale."""
-        return self._numbers(self.integers.astype(np.int64) - self.zero)
+        return self._numbers(_plain(self.integers) - self.zero)
 
     def _numbers(self, steps: Array) -> Array:
         numbers: Array = steps.astype(self.scale.dtype) * self.scale
@@ -116,8 +134,8 @@ class Grid:
         low, high = self.limits
         with np.errstate(divide="ignore", invalid="ignore"):
             exact = np.nan_to_num(values.astype(np.float64) / self.scale.astype(np.float64))
-        nearest: Array = np.clip(np.rint(exact), low, high).astype(np.int64)
-        return nearest
+        nearest: Array = np.clip(_whole(exact, self.type), low, high)
+        return nearest if self.type in _SMALL_FLOATS else nearest.astype(np.int64)
 
     def nearest(self, values: Array) -> Array:
         """Those of the numbers that the file can hold which are nearest to `values`; what it holds already stays as it is."""
@@ -128,7 +146,7 @@ class Grid:
         """The integers for `values`; where these are unchanged, those of the file."""
         found = self.steps(values) + self.zero
         if values.shape == self.shape:
-            found = np.where(values == self.floats().astype(values.dtype), self.integers.astype(np.int64), found)
+            found = np.where(values == self.floats().astype(values.dtype), _plain(self.integers), found)
         return found.astype(self.integers.dtype)
 
     def fitted(self, values: Array) -> Grid:

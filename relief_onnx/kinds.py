@@ -45,7 +45,12 @@ def _mix(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) -> None
 
 
 def _brought(walk: Walk, node: onnx.NodeProto, constants: Sequence[str], running: Sequence[str], result: Units) -> Units:
-    """Constants with an axis that no activation has (a scale times one number per sample) bring its channels in: fresh units."""
+    """Constants with an axis that no activation has (a scale times one number per sample) bring its channels in: fresh units.
+
+    Whole numbers and conditions (places of tokens, masks) are no channels.
+    """
+    if node.output[0] in walk.graph.types and not walk.graph.is_float(node.output[0]):
+        return result
     dims = walk.graph.shape(node.output[0]) or ()
     new = [
         axis
@@ -318,6 +323,7 @@ def _emit(walk: Walk, name: str, node: onnx.NodeProto) -> None:
     walk.pictures[name] = units.reshape(shape)
     walk.sources[name], walk.emitted[name] = source.view, axis
     walk.ties.append(Tie(source.name, axis, units))
+    walk.hold_blocks(node, source.view, {tracked[-1]: units})
 
 
 KINDS: Mapping[str, Callable[[Walk, int, onnx.NodeProto, OperatorRow], None]] = {

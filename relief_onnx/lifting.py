@@ -38,7 +38,8 @@ class Lift:
 
     outputs: of the If. taken: the branch that was moved. documentation: of the If, before it was marked. outside: tensors that the main
     graph had before. constants: Constant nodes of the branch, by output. copies: weights that the other branch reads too, which has a
-    copy of its own (by the copy's name) as long as the two differ.
+    copy of its own (by the copy's name) as long as the two differ. called: what nodes of the branch are called in the file that have
+    another name here, since the main graph has one like it.
     """
 
     outputs: tuple[str, ...]
@@ -47,6 +48,7 @@ class Lift:
     outside: frozenset[str]
     constants: Mapping[str, onnx.NodeProto]
     copies: Mapping[str, str]
+    called: Mapping[str, str]
 
 
 def fixed_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
@@ -89,7 +91,7 @@ def lift(model: onnx.ModelProto, output: str, taken: str) -> tuple[onnx.ModelPro
     node = _find(result, [output])
     assert node is not None
     outside = frozenset(_stored_or_made(result.graph))
-    body = _moved_out(result, node, taken)
+    body, called = _moved_out(result, node, taken)
     names = _free_names(result, [f"{info.name}/out" for info in body.output])
     for slot, (info, name) in enumerate(zip(body.output, names, strict=True)):
         body.node.append(helper.make_node("Identity", [info.name], [name], name=f"{node.name or output}/out/{slot}"))
@@ -97,7 +99,7 @@ def lift(model: onnx.ModelProto, output: str, taken: str) -> tuple[onnx.ModelPro
     body_of(node, taken).CopyFrom(body)
     copies = _own_copies(result, body_of(node, BRANCHES[taken == BRANCHES[0]]))
     constants = {item.output[0]: _same(item) for item in result.graph.node if item.op_type == "Constant" and item.output[0] not in outside}
-    record = Lift(tuple(node.output), taken, node.doc_string, outside, constants, copies)
+    record = Lift(tuple(node.output), taken, node.doc_string, outside, constants, copies, called)
     mark_taken(node, taken)
     return result, record
 
@@ -109,7 +111,7 @@ def inline(model: onnx.ModelProto, output: str, taken: str) -> onnx.ModelProto:
     node = _find(result, [output])
     assert node is not None
     names = list(node.output)
-    body = _moved_out(result, node, taken)
+    body, _ = _moved_out(result, node, taken)
     made = {name for item in graph.node for name in item.output}
     place = _place(graph, output)
     del graph.node[place]
@@ -123,8 +125,11 @@ def inline(model: onnx.ModelProto, output: str, taken: str) -> onnx.ModelProto:
     return result
 
 
-def _moved_out(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> onnx.GraphProto:
-    """Move nodes, initializers and type notes of a branch before its If; what is left of the branch: its outputs."""
+def _moved_out(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> tuple[onnx.GraphProto, dict[str, str]]:
+    """Move nodes, initializers and type notes of a branch before its If.
+
+    Returns what is left of the branch, its outputs, and what nodes that have a new name were called.
+    """
     graph = model.graph
     body = onnx.GraphProto()
     body.CopyFrom(body_of(node, taken))
@@ -133,6 +138,7 @@ def _moved_out(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> onnx
     every = others | names_in(body)
     new = {name: unused_name(f"{node.name or _key(node)}/{name}", every) for name in sorted(own & others)}
     rename_in(body, new)
+    called = _called_apart(body.node, {item.name for item in graph.node}, node.name or _key(node))
     place = _place(graph, _key(node))
     for number, item in enumerate(body.node):
         graph.node.insert(place + number, item)
@@ -141,7 +147,18 @@ def _moved_out(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> onnx
     typed = {info.name: info for info in (*body.value_info, *body.output) if info.type.WhichOneof("value") and info.name not in known}
     graph.value_info.extend(typed.values())
     del body.node[:], body.initializer[:], body.value_info[:]
-    return body
+    return body, called
+
+
+def _called_apart(nodes: Iterable[onnx.NodeProto], taken: set[str], where: str) -> dict[str, str]:
+    """Give nodes that are called like others a name of their own; by it, what they were called."""
+    every = taken | {item.name for item in nodes}
+    called = {}
+    for item in nodes:
+        if item.name in taken - {""}:
+            name = unused_name(f"{where}/{item.name}", every)
+            called[name], item.name = item.name, name
+    return called
 
 
 def _own_copies(model: onnx.ModelProto, other: onnx.GraphProto) -> dict[str, str]:
@@ -180,6 +197,9 @@ def sink(model: onnx.ModelProto, record: Lift) -> onnx.ModelProto:
     nodes = [*constants, *moved.values(), *_handing_on(body, made)]
     del body.node[:]
     body.node.extend(nodes)
+    for item in body.node:
+        if item.name in record.called:
+            item.name = record.called[item.name]
     body.initializer.extend(item for item in stored if item.name not in record.constants)
     inside = made | {item.name for item in stored}
     body.value_info.extend(info for info in graph.value_info if info.name in inside - {info.name for info in body.output})

@@ -24,6 +24,7 @@ from relief_onnx.quantised import lower_quantised
 from relief_onnx.quantised_open import open_packed
 from relief_onnx.rearranged import rearranged
 from relief_onnx.recurrent_layers import join_biases, split_biases
+from relief_onnx.rounded import store_rounded
 
 __all__ = ["INNER_PASSES", "PASSES", "RUNNING_PASSES", "Lowered", "Pass", "Restore", "lower"]
 
@@ -32,7 +33,7 @@ Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
 # A rewritten copy of a model and the way back, or None where there is nothing to do.
 Pass = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, Restore] | None]
 
-PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, open_packed, float_biases, lower_quantised, lay_open, rearranged)
+PASSES: tuple[Pass, ...] = (fixed_branches, lay_open_fills, open_packed, float_biases, store_rounded, lower_quantised, lay_open, rearranged)
 
 
 def _halves(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | None:
@@ -51,7 +52,7 @@ def _rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | Non
 
 
 # For the body of a node (see `loops`).
-INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, float_biases, lower_quantised, lay_open)
+INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, float_biases, store_rounded, lower_quantised, lay_open)
 # For one that runs.
 RUNNING_PASSES: tuple[Pass, ...] = (*INNER_PASSES, _rearranged)
 

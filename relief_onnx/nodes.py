@@ -11,9 +11,10 @@ from onnx import helper
 __all__ = [
     "STANDARD",
     "attributes",
-    "block_of",
+    "blocks_of",
     "captured",
     "chooses",
+    "clear_blocks",
     "clear_level",
     "handed_on",
     "home_of",
@@ -134,18 +135,25 @@ def _mirrored(node: onnx.NodeProto) -> tuple[str, str, str]:
     return str(node.doc_string.removeprefix(_MIRROR)).partition("\n") if node.doc_string.startswith(_MIRROR) else ("", "", "")
 
 
-# Stands in the documentation of a product before the number of inputs that share a scale in its weight.
-_BLOCK = "relief-onnx/block/1 "
+# Ends the documentation of a node whose weight is stored in blocks, before the axis of the stored tensor and how many places share a scale.
+_BLOCK = "\nrelief-onnx/block/1 "
 
 
-def mark_blocks(node: onnx.NodeProto, size: int) -> None:
-    """Note that the file stores a product's weight in blocks of `size` inputs, which can go only together."""
-    node.doc_string = f"{_BLOCK}{size}"
+def mark_blocks(node: onnx.NodeProto, axis: int, size: int) -> None:
+    """Note that the file stores a node's weight in blocks of `size` places along `axis`, which can go only together."""
+    node.doc_string += f"{_BLOCK}{axis} {size}"
 
 
-def block_of(node: onnx.NodeProto) -> int:
-    """What was noted with `mark_blocks`; 1 where nothing was."""
-    return int(node.doc_string.removeprefix(_BLOCK)) if node.doc_string.startswith(_BLOCK) else 1
+def blocks_of(node: onnx.NodeProto) -> tuple[int, int] | None:
+    """What was noted with `mark_blocks`."""
+    _, mark, said = node.doc_string.rpartition(_BLOCK)
+    return (int(said.split()[0]), int(said.split()[1])) if mark else None
+
+
+def clear_blocks(node: onnx.NodeProto) -> None:
+    """Take that note off."""
+    if blocks_of(node) is not None:
+        unmark(node, node.doc_string.rpartition(_BLOCK)[0])
 
 
 # Stands in the documentation of a recurrent node whose states the file's operator rounds.

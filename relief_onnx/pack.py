@@ -51,6 +51,8 @@ _DATA_TYPES: Mapping[int, _DataType] = {
     TensorProto.BFLOAT16: _DataType("<u2", "<u2", "int32_data", first_opset=13),
     TensorProto.INT8: _DataType("<u1", "<i1", "int32_data", has_sign_bit=False),
     TensorProto.UINT8: _DataType("<u1", "<u1", "int32_data", has_sign_bit=False),
+    TensorProto.INT16: _DataType("<u2", "<i2", "int32_data", has_sign_bit=False),
+    TensorProto.UINT16: _DataType("<u2", "<u2", "int32_data", has_sign_bit=False),
 }
 
 
@@ -157,7 +159,7 @@ def _choose(tensor: TensorProto, unit: int, opset: int, outputs: set[str], prefi
     bits = _bits(tensor)
     grids = [bits.reshape(-1, u) for u in sorted({1, unit})]
     has_sign_bit = _DATA_TYPES[tensor.data_type].has_sign_bit
-    # Of 8 bit integers the byte that is there most often goes: the zero point, which need not be 0.
+    # Of integers the one that is there most often goes: the zero point, which need not be 0.
     fill = 0 if has_sign_bit or not bits.size else int(np.bincount(bits).argmax())
     kept = [_kept_blocks(grid ^ grid.dtype.type(fill), has_sign_bit) for grid in grids]
     width = 8 * bits.itemsize
@@ -221,7 +223,7 @@ def _encode(
     encoded = codec.encode(kept if len(kept) else np.zeros(1, np.int64), blocks, block_bytes)
     if encoded is None:
         return None
-    emitter = Emitter(prefix, opset, tensor.data_type, block_bytes, fill)
+    emitter = Emitter(prefix, opset, tensor.data_type, fill.to_bytes(grid.itemsize, "little"))
     raw = grid[encoded.positions].tobytes()
     values = emitter.tensor("values", raw, (len(encoded.positions), unit))
     dense = codec.build(emitter, encoded, values, blocks, unit)
@@ -304,6 +306,10 @@ def _apply(source: onnx.ModelProto, chosen: Mapping[str, Emitter]) -> onnx.Model
     _replace(graph.initializer, pieces)
     _replace(graph.node, [*(n for e in chosen.values() for n in e.nodes), *source.graph.node])
     _replace(graph.input, [v for v in source.graph.input if v.name not in dropped])
+    stored = {t.name: t for t in source.graph.initializer if t.name in chosen}
+    for info in graph.value_info:  # what is said of stored tensors counts only now, and converters leave old types there
+        if info.name in stored:
+            info.type.tensor_type.elem_type = stored[info.name].data_type
     return result
 
 

@@ -22,7 +22,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.grids import RANGES, Grid
 from relief_onnx.layers import find
 from relief_onnx.lifting import rename_in
-from relief_onnx.nodes import captured, is_level, mark_level, rounds_states, subgraphs
+from relief_onnx.nodes import blocks_of, captured, is_level, mark_blocks, mark_level, rounds_states, subgraphs
 from relief_onnx.quantised_rows import Chain, Claim, Place, chains, is_quantising, places
 from relief_onnx.requantise import Axes, Requantise, Standing
 
@@ -231,12 +231,15 @@ class _Lowering:
                     del field[position]
 
     def _mark(self, model: onnx.ModelProto) -> None:
-        """Bidirectional nodes with a scale for each row: it holds for both directions."""
-        for layer in find(Graph(model)).layers:
-            if layer.recurrent is not None and layer.recurrent.directions > 1 and layer.weight in self.grids:
-                node, grid = model.graph.node[layer.node], self.grids[layer.weight]
-                if grid.scale.size > 1 and not is_level(node) and not rounds_states(node):
-                    mark_level(node)
+        """Bidirectional nodes with a scale for each row: it holds for both directions. Weights in blocks: these go as a whole."""
+        plan = find(Graph(model))
+        for layer in (layer for layer in (*plan.layers, *plan.tables) if layer.weight in self.grids):
+            node, grid = model.graph.node[layer.node], self.grids[layer.weight]
+            if layer.recurrent is None:
+                if grid.block is not None and blocks_of(node) is None:
+                    mark_blocks(node, *grid.block)
+            elif layer.recurrent.directions > 1 and grid.scale.size > 1 and not is_level(node) and not rounds_states(node):
+                mark_level(node)
 
     def _axes(self, model: onnx.ModelProto) -> dict[str, Axes]:
         """Which axes of each stored tensor are rows, and which columns, of which weight."""

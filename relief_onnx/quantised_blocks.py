@@ -41,9 +41,10 @@ def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return (even[:, ::2] | (even[:, 1::2] << 4)).astype(np.uint8)
 
 
-def _rounds(node: onnx.NodeProto) -> bool:
-    """Whether kernels may round the activations to 8 bits by the range that they have."""
-    return int(attributes(node).get("accuracy_level", 0)) == 4
+def _rounds(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether kernels may round the activations to 8 bits by the range that they have; DynamicQuantizeLinear takes float32 alone."""
+    single = graph.initializers[node.input[2]].data_type == TensorProto.FLOAT
+    return single and int(attributes(node).get("accuracy_level", 0)) == 4
 
 
 def _input(node: onnx.NodeProto, slot: int) -> str:
@@ -122,13 +123,13 @@ def opened(graph: Graph, index: int) -> Opened:
     }
     bias = _input(node, 5)
     product = f"{output}/product" if bias else output
-    rounded = [f"{key}/{part}" for part in ("integers", "factor", "offset", "rounded")] if _rounds(node) else []
+    rounded = [f"{key}/{part}" for part in ("integers", "factor", "offset", "rounded")] if _rounds(graph, node) else []
     nodes = [
         helper.make_node("DequantizeLinear", [weight, scale, zero], [floats], name=floats, domain=MICROSOFT, axis=1, block_size=block),
         helper.make_node("Transpose", [floats], [turned], name=turned, perm=[1, 0]),
         helper.make_node("MatMul", [rounded[3] if rounded else node.input[0], turned], [product], name=key),
     ]
-    mark_blocks(nodes[2], block)
+    mark_blocks(nodes[2], 1, block)
     if rounded:
         nodes[:0] = [
             helper.make_node("DynamicQuantizeLinear", [node.input[0]], rounded[:3], name=rounded[0]),
@@ -146,7 +147,7 @@ def closed(graph: Graph, index: int, source: Graph, original: onnx.NodeProto) ->
     if path is None or node.domain not in STANDARD:
         return None
     first = node.input[0]
-    if _rounds(original):
+    if _rounds(source, original):
         own = before(graph, first, ("DequantizeLinear", "DynamicQuantizeLinear"))
         if own is None or own[0].name != f"{node.name}/rounded" or own[0].input[1:] != own[1].output[1:]:
             return None

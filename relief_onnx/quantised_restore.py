@@ -15,7 +15,7 @@ from relief_onnx.edits import unused
 from relief_onnx.graph import Graph
 from relief_onnx.grids import Grid
 from relief_onnx.lifting import rename_in
-from relief_onnx.nodes import captured, clear_level, subgraphs
+from relief_onnx.nodes import captured, clear_blocks, clear_level, subgraphs
 from relief_onnx.quantised_rows import Claim, Place
 from relief_onnx.surgery import apply_weights
 
@@ -65,6 +65,7 @@ class _Back:
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         for node in copies:
             clear_level(node)
+            clear_blocks(node)
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
         self._store()

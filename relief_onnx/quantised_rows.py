@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,21 +99,35 @@ def _grid(
 
 
 def chains(graph: Graph) -> Iterator[Chain]:
-    """DequantizeLinear, and Cast[, Sub], Mul, of stored integers."""
+    """[Clip,] DequantizeLinear, and Cast[, Sub], Mul, of stored integers."""
     for index, node in enumerate(graph.nodes):
         found = None
         if node.op_type == "DequantizeLinear" and node.domain in (*STANDARD, MICROSOFT):
-            values = attributes(node)
-            zero = node.input[2] if len(node.input) > 2 else ""
-            grid = _grid(
-                graph, node.input[0], node.input[1], zero, values.get("axis", 1), values.get("block_size", 0), frozenset(RANGES)
-            )  # fmt: skip
-            if grid is not None and values.get("output_dtype", 0) in (0, helper.np_dtype_to_tensor_dtype(grid.scale.dtype)):
-                found = Chain(Claim(index, 0, grid), (index,), node.output[0])
+            found = _dequantised(graph, index)
         elif node.op_type == "Cast" and node.domain in STANDARD and node.input[0] in graph.initializers:
             found = _multiplied(graph, index)
         if found is not None and not graph.is_output(found.output):
             yield found
+
+
+def _dequantised(graph: Graph, index: int) -> Chain | None:
+    """A DequantizeLinear; before it a Clip may say that fewer bits are used than there are."""
+    node, values = graph.nodes[index], attributes(graph.nodes[index])
+    name, block, bounds = node.input[0], values.get("block_size", 0), None
+    nodes: tuple[int, ...] = (index,)
+    clip = graph.producer.get(name)
+    if clip is not None and graph.nodes[clip].op_type == "Clip" and _only(graph, name) is not None and not block:
+        limits = [graph.constant(item) for item in graph.nodes[clip].input[1:]]
+        if len(limits) != 2 or any(limit is None or limit.size != 1 for limit in limits):
+            return None
+        nodes, name = (clip, index), graph.nodes[clip].input[0]
+        bounds = (int(limits[0].item()), int(limits[1].item())) if limits[0] is not None and limits[1] is not None else None
+    grid = _grid(graph, name, node.input[1], _input(node, 2), values.get("axis", 1), block, frozenset(RANGES))
+    if grid is None or values.get("output_dtype", 0) not in (0, helper.np_dtype_to_tensor_dtype(grid.scale.dtype)):
+        return None
+    if bounds is not None:
+        grid = replace(grid, integers=np.clip(grid.integers, *bounds), bounds=bounds)
+    return Chain(Claim(nodes[0], 0, grid), nodes, node.output[0])
 
 
 def _multiplied(graph: Graph, index: int) -> Chain | None:

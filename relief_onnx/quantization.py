@@ -38,7 +38,7 @@ __all__ = ["ACTIVATIONS", "Quantized", "quantize"]
 ACTIVATIONS = ("uint8", "int8", "none")
 # First opset in which QuantizeLinear knows scales per channel.
 _PER_CHANNEL_OPSET = 13
-_ALREADY = re.compile(r"(Dynamic)?(De)?QuantizeLinear|QLinear\w+|\w+Integer|DynamicQuantize\w+|QGemm|QAttention|MatMulNBits")
+_ALREADY = re.compile(r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|DynamicQuantize\w+|QGemm|QAttention|MatMulNBits")
 # Operators that pass 8 bit values on; the quantiser touches them only behind something that is quantised.
 _DIRECT = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
 # Those of them to whose range the quantiser narrows what they read.

@@ -171,7 +171,8 @@ def split_biases(model: onnx.ModelProto) -> onnx.ModelProto:
             value = source.view.apply(graph.array(source.name))
         else:
             value = np.zeros((weight.view.shape[0], 2 * weight.view.shape[1]), graph.array(weight.name).dtype)
-        _split(result, index, name, value, joins, graph)
+        element = graph.types.get(node.input[1], (0, None))[0]  # what is stored may be of another type, before a Cast
+        _split(result, index, name, value.astype(helper.tensor_dtype_to_np_dtype(element)) if element else value, joins, graph)
         done[name or f"#{index}"] = result.graph.node[index].input[3]
     if joins:
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in result.graph.node]
@@ -228,7 +229,7 @@ def join_biases(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.Model
         before = stored.get(base)
         if before is None and not value.any():
             renamed[name] = ""
-        elif name != base and before is not None and base in graph.initializers and _same(before, value):
+        elif name != base and _is_there(graph, base, before, value):
             renamed[name] = base
         else:
             # What a node before made keeps its own name.
@@ -245,6 +246,14 @@ def join_biases(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.Model
         while node.op_type in GATES and node.input and not node.input[-1]:
             node.input.pop()
     return result
+
+
+def _is_there(graph: Graph, base: str, before: onnx.TensorProto | None, value: NDArray[Any]) -> bool:
+    """Whether the model still has that value, stored under its name of the file or made of what is stored by a Cast."""
+    if base in graph.initializers:
+        return before is not None and _same(before, value)
+    made = graph.constant(base)
+    return made is not None and np.array_equal(made, value)
 
 
 def _same(before: onnx.TensorProto, value: NDArray[Any]) -> bool:

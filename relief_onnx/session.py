@@ -59,8 +59,11 @@ class Session:
             _shared_memory()
             options.add_session_config_entry("session.use_env_allocators", "1")
         content = _given(model, options)
+        idle = (
+            [_LAYOUT] if working and isinstance(model, onnx.ModelProto) and not any(n.op_type == "Conv" for n in model.graph.node) else []
+        )
         try:
-            self._session = _loaded(content, options, working and optimize)
+            self._session = _loaded(content, options, working and optimize, idle)
         except LOAD_ERRORS as error:
             raise ModelError(
                 f"onnxruntime {onnxruntime.__version__} cannot load {what} ({first_line(error)}); {_advice(str(error))}"
@@ -91,16 +94,25 @@ def _shared_memory() -> None:
     onnxruntime.create_and_register_allocator(place, None)
 
 
-def _loaded(content: bytes | Path, options: onnxruntime.SessionOptions, again: bool) -> onnxruntime.InferenceSession:
-    """The session; where that fails and `again`, one whose graph is not rewritten. onnxruntime's own second try would print."""
+# Lays convolutions out anew. Without any it has nothing to do, and ends the process where a Transpose of half precision was fused.
+_LAYOUT = "NchwcTransformer"
+
+
+def _loaded(content: bytes | Path, options: onnxruntime.SessionOptions, again: bool, idle: Sequence[str]) -> onnxruntime.InferenceSession:
+    """The session, without the rewriting that is `idle`; where that fails and `again`, one whose graph is not rewritten at all.
+
+    onnxruntime's own second try would print.
+    """
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], enable_fallback=0, disabled_optimizers=list(idle)
+        )
     except LOAD_ERRORS as error:
         if not again:
             raise
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return _loaded(content, options, False)
+            return _loaded(content, options, False, idle)
         except LOAD_ERRORS:
             raise error from None  # what the model itself has against it is said by the first
 

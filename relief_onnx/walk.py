@@ -19,7 +19,7 @@ from relief_onnx.groupnorms import GroupNorm, find_group_norms
 from relief_onnx.kinds import KINDS
 from relief_onnx.layers import LAYER_OPERATORS, Layer, Plan, why_stopped
 from relief_onnx.moves import UNTRACKED, Barrier, long_axes, squeezed
-from relief_onnx.nodes import block_of, operator_of
+from relief_onnx.nodes import blocks_of, operator_of
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_units import moves_whole, walk_recurrent
@@ -296,9 +296,7 @@ class Walk:
                 self.tie_view(layer.weight, own, 1, units[: own.shape[1]], why, True)
             return
         self.tie_view(layer.weight, layer.view, 0, units, why, True)
-        block = block_of(self.graph.nodes[layer.node])
-        for start in range(0, len(inputs) if block > 1 else 0, block):
-            self.unite(inputs[start : start + block], inputs[start : start + 1], f"{layer.name}: its weight is stored in blocks of inputs")
+        self.hold_blocks(self.graph.nodes[layer.node], layer.view, {0: units, 1: inputs[: layer.in_per_group]})
         if layer.groups == 1 or layer.in_per_group > 1:
             self.tie_view(layer.weight, layer.view, 1, inputs[: layer.in_per_group], why, True)
 
@@ -331,6 +329,13 @@ class Walk:
             self.unite(units, units[:1], why)
             units = units[0]
         self.ties.append(Tie(name, source, units, zeroable, lead))
+
+    def hold_blocks(self, node: onnx.NodeProto, view: View, lines: Mapping[int, Units]) -> None:
+        """Of a weight that is stored in blocks, the places of each go together. lines: units along axes of a view of it."""
+        axis, size = blocks_of(node) or (None, 1)
+        for line in (line for side, line in lines.items() if axis is not None and view.source_axis(side) == axis):
+            for start in range(0, len(line), size):
+                self.unite(line[start : start + size], line[start : start + 1], f"{node.op_type}: its weight is stored in blocks")
 
     def tie_constant(self, tensor: str, picture: Units, where: str, zeroable: bool) -> None:
         """A constant that is broadcast against `picture`: its long axes follow the units."""

@@ -209,12 +209,19 @@ def heads_with_past(bias: bool = True, past: bool = True, **values: Any) -> Any:
     return build
 
 
-def grouped(heads: int = 4, groups: int = 2, size: int = 8, rotary: bool = False, present: bool = False, **values: Any) -> Any:
-    """Prompts: what came before is empty."""
+def grouped(
+    heads: int = 4, groups: int = 2, size: int = 8, rotary: bool = False, present: bool = False, packed: bool = False, column: bool = False,
+    **values: Any,
+) -> Any:  # fmt: skip
+    """Prompts: what came before is empty. packed: queries, keys and values side by side. column: lengths [batch, 1]."""
 
     def build(net: Fused, x: str) -> str:
-        parts = [net.op("MatMul", x, net.weight(C, count * size)) for count in (heads, groups, groups)]
+        if packed:
+            parts = [net.op("MatMul", x, net.weight(C, (heads + 2 * groups) * size)), "", ""]
+        else:
+            parts = [net.op("MatMul", x, net.weight(C, count * size)) for count in (heads, groups, groups)]
         batch = net.op("Gather", net.op("Shape", x), net.ints(0))
+        batch = net.op("Concat", batch, net.ints(1), axis=0) if column else batch
         last = net.constant(np.array([T - 1], np.int32), "last")
         inputs = [*parts, "", "", net.op("Expand", last, batch), net.constant(np.array(T, np.int32), "total")]
         if rotary:
@@ -304,6 +311,8 @@ CASES: Mapping[str, Case] = {
     "groups, one": tokens(grouped(groups=1)),
     "groups, all": tokens(grouped(groups=4)),
     "groups, handed on": tokens(grouped(present=True)),
+    "groups, packed": tokens(grouped(packed=True)),
+    "groups, lengths in a column": tokens(grouped(column=True)),
     "groups, rotary": tokens(grouped(heads=6, size=16, rotary=True)),
     "conv relu": image(conv("Relu")),
     "conv relu, no bias": image(conv("Relu", bias=False)),

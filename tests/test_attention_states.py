@@ -29,10 +29,13 @@ def pruned(model: onnx.ModelProto, feed: Feed, **values: Any) -> Any:
     return relief_onnx.prune(model, data, granularity="channel", round_to=1, storage="dense", threads=1, **values)
 
 
-@pytest.mark.parametrize("name", ["groups", "groups, all", "groups, handed on", "groups, rotary"])
-def test_whole_groups_go(name: str) -> None:
+@pytest.mark.parametrize(("name", "keep"), [
+    ("groups", "45%"), ("groups, all", "45%"), ("groups, handed on", "45%"), ("groups, lengths in a column", "45%"),
+    ("groups, packed", "25%"), ("groups, rotary", "35%"),
+])  # fmt: skip
+def test_whole_groups_go(name: str, keep: str) -> None:
     model, feed = CASES[name]()
-    result = pruned(model, feed, keep="35%" if name == "groups, rotary" else "45%")
+    result = pruned(model, feed, keep=keep)
     before, after = (counts(item, "GroupQueryAttention") for item in (model, result.model))
     assert after[1] < before[1]
     assert after[0] * before[1] == after[1] * before[0]

@@ -355,8 +355,8 @@ def as_external(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].data_location = TensorProto.EXTERNAL
 
 
-def as_int16(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((80, 80), np.int16), "W"))
+def as_int64(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((80, 80), np.int64), "W"))
 
 
 def as_scalar(model: onnx.ModelProto) -> None:
@@ -380,7 +380,7 @@ def as_huge(model: onnx.ModelProto) -> None:
     [
         (as_output, "output of the graph"),
         (as_external, "external data is not loaded"),
-        (as_int16, "values of type INT16"),
+        (as_int64, "values of type INT64"),
         (as_scalar, "scalar"),
         (as_empty, "empty"),
         (as_huge, "above 1 GiB"),
