@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.aside import array_of, tensor_of, wire_size
+from relief_onnx.bodies import BODIES
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 
@@ -49,7 +50,9 @@ def kept_axes(graph: Graph, plan: Plan, per_channel: bool) -> tuple[dict[str, tu
         axis = layers[0].view.source_axis(0)
         axes[weight] = (0, 1) if layers[0].recurrent is not None else () if axis is None else (axis,)
     for row in plan.unranked:
-        if row.weight not in graph.initializers:
+        if row.op in BODIES:
+            reasons[row.weight] = f"a body of {row.op} reads it, where weights stay floats"
+        elif row.weight not in graph.initializers:
             reasons[row.weight] = row.reason
         elif row.op not in _READERS:
             reasons[row.weight] = f"a table that {row.op} reads; kept exact"
