@@ -1,9 +1,11 @@
 """Weights that a loop hands from round to round as they are, as TensorFlow's converter writes them: its while loops have no other way to
-what stands outside. The body reads them from the graph around it instead, where weights that bodies share are looked for.
+what stands outside. The body reads them from the graph around it instead, where weights that bodies share are looked for. To quantise
+them, weights that bodies store themselves are brought out likewise.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import onnx
@@ -13,7 +15,7 @@ from relief_onnx.bodies import keep_only
 from relief_onnx.lifting import rename_in
 from relief_onnx.nodes import STANDARD, captured, subgraphs
 
-__all__ = ["uncarried"]
+__all__ = ["uncarried", "with_weights_outside"]
 
 # Where states begin, and since which opset they are the same inside as outside: inputs of node and body, results of the body.
 _STATES: Mapping[str, tuple[int, int, int]] = {"Loop": (2, 1, 1), "Scan": (0, 0, 9)}
@@ -26,6 +28,27 @@ def uncarried(model: onnx.ModelProto) -> onnx.ModelProto:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     _rewrite(result, result.graph)
+    return result
+
+
+def with_weights_outside(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which the graph around bodies stores their weights (two axes or more); the model where they have none.
+
+    No name of a body may hide one of outside (see `shadows`). What several bodies call by one name stays.
+    """
+    bodies = [body for node in _every_node(model.graph) for body in subgraphs(node)]
+    held = Counter(item.name for graph in (model.graph, *bodies) for item in graph.initializer)
+    held.update(name for graph in bodies for node in graph.node for name in node.output)
+    inside = {item.name for body in bodies for item in body.initializer if len(item.dims) > 1 and held[item.name] == 1}
+    if not inside or model.ir_version < 4:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for node in _every_node(result.graph):
+        for body in subgraphs(node):
+            result.graph.initializer.extend(item for item in body.initializer if item.name in inside)
+            keep_only(body.initializer, lambda item: item.name not in inside)
+            keep_only(body.input, lambda item: item.name not in inside)
     return result
 
 

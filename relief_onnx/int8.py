@@ -18,6 +18,7 @@ from relief_onnx.aside import array_of, tensor_of, wire_size
 from relief_onnx.bodies import BODIES
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
+from relief_onnx.nodes import subgraphs
 
 __all__ = ["Stored", "kept_axes", "quantised", "store"]
 
@@ -50,14 +51,13 @@ def kept_axes(graph: Graph, plan: Plan, per_channel: bool) -> tuple[dict[str, tu
         axis = layers[0].view.source_axis(0)
         axes[weight] = (0, 1) if layers[0].recurrent is not None else () if axis is None else (axis,)
     for row in plan.unranked:
-        if row.op in BODIES:
-            reasons[row.weight] = f"a body of {row.op} reads it, where weights stay floats"
-        elif row.weight not in graph.initializers:
-            reasons[row.weight] = row.reason
-        elif row.op not in _READERS:
+        readers = _readers_inside(graph, row.weight) if row.op in BODIES else {row.op}
+        if row.weight not in graph.initializers:
+            reasons[row.weight] = f"it lives in a body of {row.op}, where its name is not its alone" if row.op in BODIES else row.reason
+        elif not readers or readers - _READERS:
             reasons[row.weight] = f"a table that {row.op} reads; kept exact"
         else:
-            axes[row.weight] = (0, 1) if row.op in _RECURRENT else (len(row.shape) - 1,) if row.op in ("MatMul", "Gemm") else (0,)
+            axes[row.weight] = (0, 1) if readers & _RECURRENT else (len(row.shape) - 1,) if readers & {"MatMul", "Gemm"} else (0,)
     listed = {item.name for item in graph.inputs}
     for weight in list(axes):
         reason = _refusal(graph, weight) or ("it is an input of the model" if weight in listed else "")
@@ -65,6 +65,16 @@ def kept_axes(graph: Graph, plan: Plan, per_channel: bool) -> tuple[dict[str, tu
             del axes[weight]
             reasons[weight] = reason
     return {weight: found if per_channel else () for weight, found in axes.items()}, reasons
+
+
+def _readers_inside(graph: Graph, weight: str) -> set[str]:
+    """Operators that read a tensor of the main graph within bodies."""
+    open_, found = [body for node in graph.nodes for body in subgraphs(node)], set()
+    while open_:
+        body = open_.pop()
+        found |= {node.op_type for node in body.node if weight in node.input}
+        open_ += [inner for node in body.node for inner in subgraphs(node)]
+    return found
 
 
 def _refusal(graph: Graph, weight: str) -> str:

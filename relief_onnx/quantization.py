@@ -18,6 +18,7 @@ from onnx import TensorProto
 from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.aside import array_of, scoped, whole
+from relief_onnx.carried import uncarried, with_weights_outside
 from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
 from relief_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from relief_onnx.folding import fold_norms
@@ -31,6 +32,7 @@ from relief_onnx.pack import pack, unpack
 from relief_onnx.quantize_report import Evidence, Stage, build_quantize_report
 from relief_onnx.quantizer import METHODS, quantize_activations, version_refusal
 from relief_onnx.report import to_json
+from relief_onnx.shadows import unshadowed
 from relief_onnx.verify import verify_packed
 
 __all__ = ["ACTIVATIONS", "Quantized", "quantize"]
@@ -107,8 +109,8 @@ def quantize(
         model = unpack(loaded)
         _check_floats(model, name)
         dataset = open_dataset(data, files.input_specs(model), images=images or ImageOptions())
-        opened = lay_open(files.hoist(model))
-        base, put_back = opened or (files.hoist(model), lambda edited, kept: edited)
+        whole_model = with_weights_outside(uncarried(unshadowed(files.hoist(model))))
+        base, put_back = lay_open(whole_model) or (whole_model, lambda edited, kept: edited)
     notes: list[str] = []
     fine = _fit_version(base, name, per_channel, notes) if activations != "none" else per_channel
     found = _candidates(base, run, per_channel)

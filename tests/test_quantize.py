@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -551,3 +552,35 @@ def test_outputs_that_are_all_inputs() -> None:
     with pytest.raises(ModelError, match=r"^every output of the model is one of its inputs, .*; use --activations none"):
         quantize(model, data, threads=1)
     assert [row["status"] for row in quantize(model, data, activations="none", threads=1).report["layers"]] == ["int8 weights"]
+
+
+IN_BODIES = {
+    "read from outside": """y = Loop (steps, "", x) <body = each (int64 i, bool going, float[N, 32] h) => (bool again, float[N, 32] o) {
+        again = Identity(going)  m = MatMul(h, w)  o = Tanh(m) }>""",
+    "carried": """y, left = Loop (steps, "", x, w)
+        <body = each (int64 i, bool going, float[N, 32] h, float[32, 32] v) => (bool again, float[N, 32] o, float[32, 32] v) {
+        again = Identity(going)  m = MatMul(h, v)  o = Tanh(m) }>""",
+    "inside": """y = Loop (steps, "", x) <body = each (int64 i, bool going, float[N, 32] h) => (bool again, float[N, 32] o) {
+        again = Identity(going)  m = MatMul(h, inner)  o = Tanh(m) }>""",
+    "in a branch": """s = ReduceSum <keepdims = 0> (x)  c = Greater(s, zero)
+        y = If (c) <then_branch = one () => (float[N, 32] t) { t = MatMul(x, inner) },
+        else_branch = two () => (float[N, 32] e) { e = MatMul(x, w) }>""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+@pytest.mark.parametrize("name", IN_BODIES)
+def test_weights_in_bodies_are_int8_as_weights(name: str, activations: str) -> None:
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 32] x) => (float[N, 32] y) <int64 steps = {{3}}, float zero = {{0.0}}> {{ {IN_BODIES[name]} }}""")
+    rng = np.random.default_rng(0)
+    (body, *_) = (item.g for node in model.graph.node for item in node.attribute if item.type == onnx.AttributeProto.GRAPH)
+    for graph, weight in ((model.graph, "w"), (body, "inner")):
+        values = (rng.standard_normal((32, 32)) / 6 * (rng.random((32, 32)) < 0.5)).astype(np.float32)
+        if re.search(rf"\b{weight}\b", IN_BODIES[name]):
+            graph.initializer.append(numpy_helper.from_array(values, weight))
+    feeds = [{"x": rng.standard_normal((2, 32)).astype(np.float32)} for _ in range(16)]
+    found = quantize(model, feeds, activations=activations, storage="dense", threads=1)
+    stored = [item for item in found.model.graph.initializer if item.data_type == TensorProto.INT8]
+    assert len(stored) == (2 if name == "in a branch" else 1)
+    assert min(item["cosine"] for item in found.report["stages"][-1]["agreement"].values()) > 0.999
