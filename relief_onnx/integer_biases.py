@@ -71,8 +71,9 @@ def _sweep(model: onnx.ModelProto, names: set[str]) -> None:
         read = {item.name for item in model.graph.output}
         read |= {name for node in model.graph.node for name in (*node.input, *(n for body in subgraphs(node) for n in captured(body)))}
         keep_only(model.graph.node, partial(_stays, read, names))
-    for field in (model.graph.initializer, model.graph.input, model.graph.value_info):
-        keep_only(field, lambda item: item.name in read or item.name not in names)
+    gone = names.intersection(item.name for item in model.graph.initializer) - read
+    for field in (model.graph.initializer, model.graph.input, model.graph.value_info):  # old files list what is stored among the inputs
+        keep_only(field, lambda item: item.name not in gone)
 
 
 def _stays(read: set[str], names: set[str], node: onnx.NodeProto) -> bool:
