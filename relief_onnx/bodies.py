@@ -28,6 +28,7 @@ __all__ = [
     "key_of",
     "opened",
     "put_back",
+    "replace_all",
     "unique_bodies",
 ]
 
@@ -240,6 +241,13 @@ def _down(node: onnx.NodeProto, name: str) -> tuple[onnx.GraphProto, tuple[str, 
         if deeper is not None:
             return deeper[0], (key, key_of(readers[0]), *deeper[1])
     return body, (key,)
+
+
+def replace_all(field: Any, items: Iterable[Any]) -> None:
+    """Other entries for a repeated field, some of which may be its own."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)
 
 
 def keep_only(field: Any, wanted: Callable[[Any], bool]) -> None:

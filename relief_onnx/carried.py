@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 from onnx import helper
 
-from relief_onnx.bodies import keep_only
+from relief_onnx.bodies import keep_only, replace_all
 from relief_onnx.lifting import rename_in
 from relief_onnx.nodes import STANDARD, captured, subgraphs
 
@@ -93,9 +93,7 @@ def _rewrite(model: onnx.ModelProto, graph: onnx.GraphProto) -> None:
             _rewrite(model, body)
         nodes.append(node)
     if len(nodes) > len(graph.node):
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
+        replace_all(graph.node, nodes)
 
 
 def _read_outside(node: onnx.NodeProto, slot: int) -> tuple[str, str]:

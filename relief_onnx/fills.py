@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from relief_onnx.aside import array_of
+from relief_onnx.bodies import replace_all
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import FLOATS, Graph, attributes
 from relief_onnx.layers import LAYER_OPERATORS
@@ -46,7 +47,7 @@ def lay_open_fills(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | 
         return None
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    _set_nodes(result, [node for node in result.graph.node if not (node.output and node.output[0] in fills)])
+    replace_all(result.graph.node, [node for node in result.graph.node if not (node.output and node.output[0] in fills)])
     for name, fill in fills.items():
         set_initializer(result, name, np.full(fill.shape, fill.value))
     _drop_unread(result, {fill.node.input[0] for fill in fills.values()})
@@ -92,14 +93,8 @@ def _filled_again(model: onnx.ModelProto, fills: Mapping[str, _Fill], sizes: Map
     for part in (result.graph.initializer, result.graph.input):
         for entry in [entry for entry in part if entry.name in names]:
             part.remove(entry)
-    _set_nodes(result, [*nodes, *result.graph.node])
+    replace_all(result.graph.node, [*nodes, *result.graph.node])
     return result
-
-
-def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
 
 
 def _drop_unread(model: onnx.ModelProto, names: set[str]) -> None:

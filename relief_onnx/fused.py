@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import onnx
 
+from relief_onnx.bodies import replace_all
 from relief_onnx.datatypes import Kept
 from relief_onnx.edits import set_initializer
 from relief_onnx.errors import ModelError
@@ -71,7 +72,7 @@ def lay_open(model: onnx.ModelProto) -> tuple[onnx.ModelProto, _Restore] | None:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = [part for index, node in enumerate(graph.nodes) for part in (places[index].parts.values() if index in places else [node])]
-    _write(result, nodes)
+    replace_all(result.graph.node, nodes)
     for place in places.values():
         for name, value in place.constants.items():
             set_initializer(result, name, value)
@@ -101,19 +102,13 @@ class _Restore:
                 set_initializer(result, name, value)
         nodes = [new for node in index.nodes for new in gone.get(id(node), [node])]
         read = {name for node in index.nodes for name in node.input}
-        _write(result, ordered(nodes, _reads))
+        replace_all(result.graph.node, ordered(nodes, _reads))
         _drop_unread(result, read | {name for place in self.places for name in place.constants})
         return result
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:
     return [*node.input, *(name for body in subgraphs(node) for name in captured(body))]
-
-
-def _write(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
 
 
 def _drop_unread(model: onnx.ModelProto, names: set[str]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx.aside import array_of, tensor_of, wire_size
-from relief_onnx.bodies import BODIES
+from relief_onnx.bodies import BODIES, replace_all
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Plan
 from relief_onnx.nodes import subgraphs
@@ -136,17 +136,11 @@ def store(model: onnx.ModelProto, axes: Mapping[str, tuple[int, ...]]) -> tuple[
         tensors += pieces
         nodes += made
     graph = result.graph
-    _replace(graph.initializer, tensors)
-    _replace(graph.node, [*nodes, *model.graph.node])
+    replace_all(graph.initializer, tensors)
+    replace_all(graph.node, [*nodes, *model.graph.node])
     if found:
         # Before IR version 4 every initializer is listed as an input; from 4 on such a one could be replaced, and would not be folded.
         stored = {item.name for item in model.graph.initializer} if model.ir_version < 4 else set(found)
         result.ir_version = max(model.ir_version, 4)
-        _replace(graph.input, [value for value in model.graph.input if value.name not in stored])
+        replace_all(graph.input, [value for value in model.graph.input if value.name not in stored])
     return result, found, reasons
-
-
-def _replace(field: Any, items: list[Any]) -> None:
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field[:]
-    field.extend(copies)

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from relief_onnx.bodies import keep_only
+from relief_onnx.bodies import keep_only, replace_all
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import Graph
 from relief_onnx.nodes import captured, subgraphs
@@ -45,9 +45,7 @@ def float_biases(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onn
         result.graph.node[cast].input[0], result.graph.node[product].output[0] = sums, inner
         behind[product] = helper.make_node("Add", [inner, held], [output], name=unused(result, f"{output}/bias"))
     nodes = [new for index, node in enumerate(result.graph.node) for new in (node, *([behind[index]] if index in behind else []))]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(copies)
+    replace_all(result.graph.node, nodes)
     _sweep(result, {name for index in found for name in _before(graph, index)})
     return result, lambda edited, kept: edited
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from relief_onnx import quantised_attention, quantised_blocks, quantised_embedding, quantised_lstm
+from relief_onnx.bodies import replace_all
 from relief_onnx.edits import set_initializer
 from relief_onnx.graph import Graph
 from relief_onnx.grids import carried
@@ -151,9 +152,7 @@ def _read(model: onnx.ModelProto) -> set[str]:
 
 
 def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    replace_all(model.graph.node, nodes)
     made = {name for node in nodes for name in node.output}
     for position in range(len(model.graph.value_info) - 1, -1, -1):
         if model.graph.value_info[position].name not in made:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from relief_onnx.aside import array_of, tensor_of
+from relief_onnx.bodies import replace_all
 from relief_onnx.graph import FLOATS, Graph
 from relief_onnx.grids import RANGES, carried
 from relief_onnx.nodes import STANDARD, captured, subgraphs
@@ -117,9 +118,7 @@ def _floats_again(model: onnx.ModelProto, before: Graph, found: Sequence[_Rounde
                 done.add(name)
                 node.input[slot] = back[name].output
         nodes.append(node)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(copies)
+    replace_all(result.graph.node, nodes)
     needed = {name for item in back.values() for name in before.nodes[item.node].input}
     _write(result, {name: before.initializers[name] for name in needed if name in before.initializers}, before.model)
     return result
