@@ -1,0 +1,192 @@
+"""ONNX's own Attention and RotaryEmbedding (opset 23 and later) laid open: heads, masks, past and turned heads as plain operators."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+
+from relief_onnx.fused_attention import headed, length, whole
+from relief_onnx.fused_groups import handed_on, heads_again, mixed, scored
+from relief_onnx.fused_place import Found, Place
+from relief_onnx.fused_rotary import turned_heads
+from relief_onnx.moves import Barrier
+
+__all__ = ["attention", "rotary_embedding"]
+
+# The least number, which stands for keys that do not count: in masks onnxruntime takes it for -inf. By element type, else that of floats.
+_LEAST = {onnx.TensorProto.FLOAT16: np.finfo(np.float16).min, onnx.TensorProto.DOUBLE: np.finfo(np.float64).min}
+_MASK, _PAST, _FILLED, _SCORES = 3, (4, 5), 6, 3
+
+
+def attention(place: Place) -> None:
+    """Queries, keys and values [batch, tokens, heads * size] or [batch, heads, tokens, size]; heads of queries share those of keys."""
+    if place.is_read(_SCORES):
+        raise Barrier("it hands on its scores, which is not known here")
+    if bool(place.input(_PAST[0])) != bool(place.input(_PAST[1])):
+        raise Barrier("it has keys of before without values, or values without keys")
+    heads, groups, widths = _sizes(place)
+    flat = place.rank(0) == 3
+    if flat:
+        query = place.op("q", "Reshape", place.input(0), place.ints("q/sizes", 0, 0, groups, heads // groups, widths[0]))
+        query = place.op("q_turned", "Transpose", query, perm=[0, 2, 3, 1, 4])
+        keys, values = (headed(place, role, place.input(slot), groups, widths[slot]) for slot, role in ((1, "k"), (2, "v")))
+    else:
+        query = place.op("q", "Reshape", place.input(0), place.ints("q/sizes", 0, groups, heads // groups, -1, widths[0]))
+        keys, values = place.input(1), place.input(2)
+    if place.input(_PAST[0]):
+        keys = place.op("all_k", "Concat", place.input(_PAST[0]), keys, axis=2)
+        values = place.op("all_v", "Concat", place.input(_PAST[1]), values, axis=2)
+    handed_on(place, keys, values)
+    scores = scored(place, query, keys, widths[0])
+    mask = _mask(place, heads, groups)
+    if mask and _is_flags(place):
+        conditions = [mask]
+    elif mask:
+        conditions = [place.op("mask_counts", "Greater", mask, _least(place))]
+        scores = place.op("masked", "Add", scores, mask)
+    else:
+        conditions = []
+    context = mixed(place, _softmax(place, scores, [*conditions, *_near(place, scores)]), values)
+    if flat:
+        context = place.op("mixed_turned", "Transpose", context, perm=[0, 3, 1, 2, 4])
+    sizes = (0, 0, -1) if flat else (0, heads, -1, widths[2])
+    place.op("together", "Reshape", context, place.ints("together/sizes", *sizes), output=place.output(0))
+    place.free |= {("q", 1), ("k", 1), ("v", 1), ("together", 1)}
+    place.rebuild = _again
+
+
+def _sizes(place: Place) -> tuple[int, int, list[int]]:
+    """Heads of queries, heads of keys and values, and how wide heads of queries, keys and values are."""
+    ranks = {place.rank(slot) for slot in range(3)}
+    if ranks == {3}:
+        counts = [int(place.values.get(name, 0)) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+        widths = [place.size(slot, 2) // max(count, 1) for slot, count in enumerate(counts)]
+        fits = all(place.size(slot, 2) == count * width for slot, (count, width) in enumerate(zip(counts, widths, strict=True)))
+    elif ranks == {4}:
+        counts, widths = ([place.size(slot, axis) for slot in range(3)] for axis in (1, 3))
+        fits = counts[1] == counts[2]
+    else:
+        raise Barrier("its queries, keys and values are not three tensors of three axes or of four")
+    if min(*counts, *widths) < 1 or widths[0] != widths[1] or counts[0] % counts[1] or not fits:
+        raise Barrier(f"its heads {counts} of sizes {widths} do not fit each other, or are not known")
+    return counts[0], counts[1], widths
+
+
+def _is_flags(place: Place) -> bool:
+    return place.graph.types[place.input(_MASK)][0] == onnx.TensorProto.BOOL
+
+
+def _mask(place: Place, heads: int, groups: int) -> str:
+    """The mask [queries, keys], [heads, queries, keys] or [batch, heads, queries, keys] with an axis for groups of heads; or nothing."""
+    name, rank = place.input(_MASK), place.rank(_MASK)
+    if not name or rank == 2:
+        return name
+    if rank not in (3, 4):
+        raise Barrier(f"its mask {name} has {'an unknown number of' if rank is None else rank} axes")
+    if groups not in (1, heads) and place.size(_MASK, rank - 3) != 1:
+        raise Barrier(f"its mask {name} tells heads apart that share keys and values")
+    return place.axes("mask_apart", "Unsqueeze", name, rank - 3 if groups == 1 else rank - 2)
+
+
+def _near(place: Place, scores: str) -> list[str]:
+    """Which keys each query may see by their places [.., queries, keys], as flags to be met all."""
+    windows = [(name, place.values.get(f"{name}_window_size", -1)) for name in ("left", "right")]
+    causal = [("right", 0)] if place.values.get("is_causal", 0) else []
+    bounds = [*causal, *((name, size) for name, size in windows if size >= 0)]
+    filled = place.input(_FILLED)
+    if not bounds and not filled:
+        return []
+    queries, keys = length(place, "rows", scores, 3), length(place, "columns", scores, 4)
+    zero, one = whole(place, "first", 0), whole(place, "step", 1)
+    columns = place.op("columns", "Range", zero, keys, one)
+    flags = []
+    if filled:
+        filled = place.axes("filled", "Unsqueeze", filled, 1, 2, 3, 4)
+        flags.append(place.op("is_filled", "Less", columns, filled))
+    if bounds:
+        rows = place.axes("rows_apart", "Unsqueeze", place.op("rows", "Range", zero, queries, one), 1)
+        if place.input(_PAST[0]):
+            rows = place.op("rows_after", "Add", rows, length(place, "before", place.input(_PAST[0]), 2))
+        elif filled:
+            rows = place.op("rows_after", "Add", rows, place.op("before", "Sub", filled, queries))
+    for number, (name, size) in enumerate(bounds):
+        limit = rows
+        if size:
+            limit = place.op(f"limit{number}", "Sub" if name == "left" else "Add", rows, whole(place, f"window{number}", size))
+        flags.append(place.op(f"near{number}", "GreaterOrEqual" if name == "left" else "LessOrEqual", columns, limit))
+    return flags
+
+
+def _softmax(place: Place, scores: str, conditions: list[str]) -> str:
+    """Shares of the keys that meet all conditions; a query that none of them meets has no shares."""
+    if not conditions:
+        return _precise(place, scores)
+    counts = conditions[0]
+    for number, other in enumerate(conditions[1:]):
+        counts = place.op(f"counts{number}", "And", counts, other)
+    shares = _precise(place, place.op("seen", "Where", counts, scores, _least(place)))
+    return str(place.op("shares", "Where", counts, shares, place.number("none", 0.0, place.input(0))))
+
+
+def _least(place: Place) -> str:
+    element = place.graph.types[place.input(0)][0]
+    return place.number("least", float(_LEAST.get(element, np.finfo(np.float32).min)), place.input(0))
+
+
+def _precise(place: Place, scores: str) -> str:
+    """Softmax, in the element type that the node names."""
+    own = place.graph.types[place.input(0)][0]
+    inner = int(place.values.get("softmax_precision", 0)) or own
+    if inner == own:
+        return str(place.op("softmax", "Softmax", scores, axis=-1))
+    wide = place.op("softmax", "Softmax", place.op("widened", "Cast", scores, to=inner), axis=-1)
+    return str(place.op("narrowed", "Cast", wide, to=own))
+
+
+def _again(place: Place, found: Found) -> bool:
+    left = heads_again(place, found)
+    if left is None:
+        return False
+    for name, count in zip(("q_num_heads", "kv_num_heads"), left, strict=False):
+        if name in place.values:
+            found.set(name, count)
+    before = int(place.constants[place.parts["q"].input[1]][-1])
+    if left[2][0] != before and "scale" not in place.values:
+        found.set("scale", 1 / math.sqrt(before))
+    return True
+
+
+def rotary_embedding(place: Place) -> None:
+    """Pairs of entries of each head [batch, tokens, heads * size] or [batch, heads, tokens, size], turned by angles of each token."""
+    rank = place.rank(0)
+    width, count = place.size(0, 3) if rank == 4 else place.size(0, 2), 1
+    if rank == 3:
+        count = int(place.values.get("num_heads", 0))
+        width = width // count if count and width % count == 0 else -1
+    size = int(place.values.get("rotary_embedding_dim", 0)) or width
+    if rank not in (3, 4) or width < 2 or size > width or size % 2:
+        raise Barrier("the sizes of its heads are not known")
+    turns = [place.input(1), place.input(2)]
+    if place.input(3):
+        turns = [place.op(f"turn_{name}", "Gather", turn, place.input(3), axis=0) for name, turn in zip(("cos", "sin"), turns, strict=True)]
+    angles = (size, width), bool(place.values.get("interleaved", 0))
+    if rank == 4:
+        turned_heads(place, "x", place.input(0), turns, (1,), *angles, output=place.output(0))
+        return
+    heads = place.op("heads", "Reshape", place.input(0), place.ints("heads/sizes", 0, 0, count, width))
+    heads = turned_heads(place, "x", heads, turns, (2,), *angles)
+    place.op("together", "Reshape", heads, place.ints("together/sizes", 0, 0, -1), output=place.output(0))
+    place.free.add(("heads", 1))
+    place.rebuild = _turned_again
+
+
+def _turned_again(place: Place, found: Found) -> bool:
+    """Whole heads may have gone."""
+    sizes = found.value("heads", 1)
+    before = place.constants[place.parts["heads"].input[1]]
+    if sizes is None or sizes.size != 4 or [*sizes[:2], sizes[3]] != [*before[:2], before[3]] or sizes[2] < 1:
+        return False
+    found.set("num_heads", int(sizes[2]))
+    return True
