@@ -17,6 +17,7 @@ __all__ = ["attention", "rotary_embedding"]
 
 # The least number, which stands for keys that do not count: in masks onnxruntime takes it for -inf. By element type, else that of floats.
 _LEAST = {onnx.TensorProto.FLOAT16: np.finfo(np.float16).min, onnx.TensorProto.DOUBLE: np.finfo(np.float64).min}
+_WINDOWS = ("left_window_size", "right_window_size")
 _MASK, _PAST, _FILLED, _SCORES = 3, (4, 5), 6, 3
 
 
@@ -24,6 +25,8 @@ def attention(place: Place) -> None:
     """Queries, keys and values [batch, tokens, heads * size] or [batch, heads, tokens, size]; heads of queries share those of keys."""
     if place.is_read(_SCORES):
         raise Barrier("it hands on its scores, which is not known here")
+    if any(place.values.get(name, -1) >= 0 for name in _WINDOWS):
+        raise Barrier("it has a window, which is not known here")
     if bool(place.input(_PAST[0])) != bool(place.input(_PAST[1])):
         raise Barrier("it has keys of before without values, or values without keys")
     heads, groups, widths = _sizes(place)
@@ -40,15 +43,14 @@ def attention(place: Place) -> None:
         values = place.op("all_v", "Concat", place.input(_PAST[1]), values, axis=2)
     handed_on(place, keys, values)
     scores = scored(place, query, keys, widths[0])
-    mask = _mask(place, heads, groups)
+    mask, conditions = _mask(place, heads, groups), _near(place, scores)
     if mask and _is_flags(place):
-        conditions = [mask]
+        conditions.append(mask)
     elif mask:
-        conditions = [place.op("mask_counts", "Greater", mask, _least(place))]
         scores = place.op("masked", "Add", scores, mask)
-    else:
-        conditions = []
-    context = mixed(place, _softmax(place, scores, [*conditions, *_near(place, scores)]), values)
+        if not _is_finite(place):
+            conditions.append(place.op("mask_counts", "Greater", mask, _least(place)))
+    context = mixed(place, _softmax(place, scores, conditions), values)
     if flat:
         context = place.op("mixed_turned", "Transpose", context, perm=[0, 3, 1, 2, 4])
     sizes = (0, 0, -1) if flat else (0, heads, -1, widths[2])
@@ -78,6 +80,11 @@ def _is_flags(place: Place) -> bool:
     return place.graph.types[place.input(_MASK)][0] == onnx.TensorProto.BOOL
 
 
+def _is_finite(place: Place) -> bool:
+    stored = place.graph.constant(place.input(_MASK))
+    return stored is not None and bool((stored > _least_of(place)).all())
+
+
 def _mask(place: Place, heads: int, groups: int) -> str:
     """The mask [queries, keys], [heads, queries, keys] or [batch, heads, queries, keys] with an axis for groups of heads; or nothing."""
     name, rank = place.input(_MASK), place.rank(_MASK)
@@ -92,11 +99,8 @@ def _mask(place: Place, heads: int, groups: int) -> str:
 
 def _near(place: Place, scores: str) -> list[str]:
     """Which keys each query may see by their places [.., queries, keys], as flags to be met all."""
-    windows = [(name, place.values.get(f"{name}_window_size", -1)) for name in ("left", "right")]
-    causal = [("right", 0)] if place.values.get("is_causal", 0) else []
-    bounds = [*causal, *((name, size) for name, size in windows if size >= 0)]
-    filled = place.input(_FILLED)
-    if not bounds and not filled:
+    filled, causal = place.input(_FILLED), bool(place.values.get("is_causal", 0))
+    if not causal and not filled:
         return []
     queries, keys = length(place, "rows", scores, 3), length(place, "columns", scores, 4)
     zero, one = whole(place, "first", 0), whole(place, "step", 1)
@@ -105,17 +109,13 @@ def _near(place: Place, scores: str) -> list[str]:
     if filled:
         filled = place.axes("filled", "Unsqueeze", filled, 1, 2, 3, 4)
         flags.append(place.op("is_filled", "Less", columns, filled))
-    if bounds:
+    if causal:
         rows = place.axes("rows_apart", "Unsqueeze", place.op("rows", "Range", zero, queries, one), 1)
         if place.input(_PAST[0]):
             rows = place.op("rows_after", "Add", rows, length(place, "before", place.input(_PAST[0]), 2))
         elif filled:
             rows = place.op("rows_after", "Add", rows, place.op("before", "Sub", filled, queries))
-    for number, (name, size) in enumerate(bounds):
-        limit = rows
-        if size:
-            limit = place.op(f"limit{number}", "Sub" if name == "left" else "Add", rows, whole(place, f"window{number}", size))
-        flags.append(place.op(f"near{number}", "GreaterOrEqual" if name == "left" else "LessOrEqual", columns, limit))
+        flags.append(place.op("is_before", "LessOrEqual", columns, rows))
     return flags
 
 
@@ -130,9 +130,12 @@ def _softmax(place: Place, scores: str, conditions: list[str]) -> str:
     return str(place.op("shares", "Where", counts, shares, place.number("none", 0.0, place.input(0))))
 
 
+def _least_of(place: Place) -> float:
+    return float(_LEAST.get(place.graph.types[place.input(0)][0], np.finfo(np.float32).min))
+
+
 def _least(place: Place) -> str:
-    element = place.graph.types[place.input(0)][0]
-    return place.number("least", float(_LEAST.get(element, np.finfo(np.float32).min)), place.input(0))
+    return place.number("least", _least_of(place), place.input(0))
 
 
 def _precise(place: Place, scores: str) -> str:
