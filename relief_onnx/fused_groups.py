@@ -17,7 +17,7 @@ from relief_onnx.fused_place import MAIN, Found, Place
 from relief_onnx.fused_rotary import turned_heads
 from relief_onnx.moves import Barrier
 
-__all__ = ["group_query_attention", "handed_on", "heads_again", "mixed", "scored"]
+__all__ = ["counts_left", "group_query_attention", "handed_on", "heads_again", "mixed", "scored"]
 
 _PAST, _LENGTHS, _TOTAL, _CACHES, _PLACES = (3, 4), 5, 6, (7, 8), 9
 _UNKNOWN = {10: "adds to its scores", 11: "has sinks", 12: "has rounded keys", 13: "has rounded values"}
@@ -31,6 +31,7 @@ def group_query_attention(place: Place) -> None:
     place.need(_LEAST, "what stands for it")
     said = [why for slot, why in _UNKNOWN.items() if place.input(slot)]
     said += [f"has {name}" for name in _ODD if place.values.get(name) not in (None, 0, 0.0, -1)]
+    said += ["has a window of nothing"] if place.values.get("local_window_size") == 0 else []
     if said:
         raise Barrier(f"it {said[0]}, which is not known here")
     if not all(place.input(slot) for slot in (_LENGTHS, _TOTAL)) or bool(place.input(1)) != bool(place.input(2)):
@@ -48,8 +49,8 @@ def group_query_attention(place: Place) -> None:
         raise Barrier(f"its sizes {sizes} are not those of {heads} heads in {groups} groups")
     rotates = bool(place.values.get("do_rotary", 0))
     turned = (2 * place.size(_CACHES[0], 1), width)
-    if rotates and not 0 < turned[0] <= width:
-        raise Barrier("how much of each head it rotates is not known")
+    if rotates and (place.input(_PLACES) or not 0 < turned[0] <= width):
+        raise Barrier("it rotates by places that are given, or how much of each head it rotates is not known")
     if place.input(_PAST[0]) and not (place.output(1) and place.output(2)):
         raise Barrier("it has a past and hands nothing on")
     parts = _split(place, sizes) if packed else [place.input(slot) for slot in range(3)]
@@ -69,7 +70,7 @@ def group_query_attention(place: Place) -> None:
     places = place.op("places", "Add", before, steps)
     if rotates:
         names = zip(("cos", "sin"), _CACHES, strict=True)
-        turns = [place.op(f"turn_{name}", "Gather", place.input(slot), place.input(_PLACES) or places, axis=0) for name, slot in names]
+        turns = [place.op(f"turn_{name}", "Gather", place.input(slot), places, axis=0) for name, slot in names]
         interleaved = bool(place.values.get("rotary_interleaved", 0))
         query = turned_heads(place, "q", query, turns, (1, 2), turned, interleaved)
         keys = turned_heads(place, "k", keys, turns, (1,), turned, interleaved)
@@ -134,35 +135,31 @@ def _mask(place: Place, keys: str, tokens: str, before: str, places: str) -> str
     up_to = place.op("up_to", "Not", place.op("later", "Greater", at, rows))
     counts = place.op("counts", "And", place.axes("held_apart", "Unsqueeze", held, 1), up_to)  # [batch, queries, keys]
     window = int(place.values.get("local_window_size", -1))
-    if window > 0:
+    if window >= 0:
         near = place.op("near", "Greater", place.op("reach", "Add", at, whole(place, "window", window)), rows)
         counts = place.op("counts_near", "And", counts, near)
     zero, never = place.number("zero", 0.0, place.input(0)), place.number("never", _NEVER, place.input(0))
     return place.axes("mask", "Unsqueeze", place.op("added", "Where", counts, zero, never), 1, 2)
 
 
-def heads_again(place: Place, found: Found) -> tuple[int, int, list[int]] | None:
-    """Heads of queries, groups of them, and how wide heads are (of queries, and of keys and values where they are taken apart here).
+def counts_left(place: Place, found: Found, role: str) -> list[int]:
+    """The numbers of heads, and their size, that a Reshape of that role names now; nothing where it says more than fewer heads."""
+    now, before = found.value(role, 1), place.constants[place.parts[role].input[1]]
+    if now is None or not np.array_equal(np.minimum(now, 1), np.minimum(before, 1)) or now[-1] != before[-1]:
+        return []
+    return [int(size) for size in now if size > 0]
 
-    Whole groups may have gone, or as many heads of each. None where queries, keys and values do not agree.
-    """
-    left = []
-    for role in (role for role in "qkv" if role in found.parts):
-        now, before = found.value(role, 1), place.constants[place.parts[role].input[1]]
-        if now is None or not np.array_equal(np.minimum(now, 1), np.minimum(before, 1)):  # as many counts, in the same places
-            return None
-        left.append([int(size) for size in now if size > 0])
-    groups, heads, width = left[0]
-    if any(sizes[0] != groups for sizes in left) or any(sizes[1] != width for sizes in left[1:2]):
+
+def heads_again(place: Place, found: Found) -> tuple[int, int] | None:
+    """Heads of queries and of keys: whole groups may have gone, or as many heads of each. None where the parts do not agree."""
+    left = [counts_left(place, found, role) for role in "qkv" if role in found.parts]
+    if not all(left) or len({sizes[0] for sizes in left}) > 1:
         return None
-    return groups * heads, groups, [sizes[-1] for sizes in left]
+    return left[0][0] * left[0][1], left[0][0]
 
 
 def _again(place: Place, found: Found) -> bool:
-    """Heads keep their size."""
     left = heads_again(place, found)
-    if left is None or set(left[2]) != {int(place.constants[place.parts["q"].input[1]][-1])}:
-        return False
-    found.set("num_heads", left[0])
-    found.set("kv_num_heads", left[1])
-    return True
+    for name, count in zip(("num_heads", "kv_num_heads"), left or (), strict=False):
+        found.set(name, count)
+    return left is not None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 
 from relief_onnx.fused_attention import headed, length, whole
-from relief_onnx.fused_groups import handed_on, heads_again, mixed, scored
+from relief_onnx.fused_groups import counts_left, handed_on, heads_again, mixed, scored
 from relief_onnx.fused_place import Found, Place
 from relief_onnx.fused_rotary import turned_heads
 from relief_onnx.moves import Barrier
@@ -16,7 +16,9 @@ from relief_onnx.moves import Barrier
 __all__ = ["attention", "rotary_embedding"]
 
 # The least number, which stands for keys that do not count: in masks onnxruntime takes it for -inf. By element type, else that of floats.
-_LEAST = {onnx.TensorProto.FLOAT16: np.finfo(np.float16).min, onnx.TensorProto.DOUBLE: np.finfo(np.float64).min}
+_LEAST: Mapping[int, float] = {
+    onnx.TensorProto.FLOAT16: float(np.finfo(np.float16).min), onnx.TensorProto.DOUBLE: float(np.finfo(np.float64).min),
+}  # fmt: skip
 _WINDOWS = ("left_window_size", "right_window_size")
 _MASK, _PAST, _FILLED, _SCORES = 3, (4, 5), 6, 3
 
@@ -131,7 +133,7 @@ def _softmax(place: Place, scores: str, conditions: list[str]) -> str:
 
 
 def _least_of(place: Place) -> float:
-    return float(_LEAST.get(place.graph.types[place.input(0)][0], np.finfo(np.float32).min))
+    return _LEAST.get(place.graph.types[place.input(0)][0], float(np.finfo(np.float32).min))
 
 
 def _least(place: Place) -> str:
@@ -150,46 +152,37 @@ def _precise(place: Place, scores: str) -> str:
 
 def _again(place: Place, found: Found) -> bool:
     left = heads_again(place, found)
-    if left is None:
-        return False
-    for name, count in zip(("q_num_heads", "kv_num_heads"), left, strict=False):
+    for name, count in zip(("q_num_heads", "kv_num_heads"), left or (), strict=False):
         if name in place.values:
             found.set(name, count)
-    before = int(place.constants[place.parts["q"].input[1]][-1])
-    if left[2][0] != before and "scale" not in place.values:
-        found.set("scale", 1 / math.sqrt(before))
-    return True
+    return left is not None
 
 
 def rotary_embedding(place: Place) -> None:
     """Pairs of entries of each head [batch, tokens, heads * size] or [batch, heads, tokens, size], turned by angles of each token."""
-    rank = place.rank(0)
-    width, count = place.size(0, 3) if rank == 4 else place.size(0, 2), 1
-    if rank == 3:
-        count = int(place.values.get("num_heads", 0))
-        width = width // count if count and width % count == 0 else -1
+    flat = place.rank(0) == 3
+    if place.rank(0) not in (3, 4):
+        raise Barrier(f"{place.input(0)} has not three axes, nor four")
+    count = int(place.values.get("num_heads", 0)) if flat else place.size(0, 1)
+    width = place.size(0, 2) // max(count, 1) if flat else place.size(0, 3)
     size = int(place.values.get("rotary_embedding_dim", 0)) or width
-    if rank not in (3, 4) or width < 2 or size > width or size % 2:
-        raise Barrier("the sizes of its heads are not known")
+    if min(count, width) < 1 or (flat and place.size(0, 2) != count * width) or size > width or size % 2:
+        raise Barrier(f"its heads, {count} of size {width}, are not known or cannot be turned in pairs")
     turns = [place.input(1), place.input(2)]
     if place.input(3):
         turns = [place.op(f"turn_{name}", "Gather", turn, place.input(3), axis=0) for name, turn in zip(("cos", "sin"), turns, strict=True)]
-    angles = (size, width), bool(place.values.get("interleaved", 0))
-    if rank == 4:
-        turned_heads(place, "x", place.input(0), turns, (1,), *angles, output=place.output(0))
-        return
-    heads = place.op("heads", "Reshape", place.input(0), place.ints("heads/sizes", 0, 0, count, width))
-    heads = turned_heads(place, "x", heads, turns, (2,), *angles)
-    place.op("together", "Reshape", heads, place.ints("together/sizes", 0, 0, -1), output=place.output(0))
+    sizes = (0, 0, count, width) if flat else (0, count, -1, width)
+    heads, interleaved = place.op("heads", "Reshape", place.input(0), place.ints("heads/sizes", *sizes)), place.values.get("interleaved", 0)
+    end = "" if flat else place.output(0)
+    heads = turned_heads(place, "x", heads, turns, (2,) if flat else (1,), (size, width), bool(interleaved), end)
+    if flat:
+        place.op("together", "Reshape", heads, place.ints("together/sizes", 0, 0, -1), output=place.output(0))
     place.free.add(("heads", 1))
     place.rebuild = _turned_again
 
 
 def _turned_again(place: Place, found: Found) -> bool:
-    """Whole heads may have gone."""
-    sizes = found.value("heads", 1)
-    before = place.constants[place.parts["heads"].input[1]]
-    if sizes is None or sizes.size != 4 or [*sizes[:2], sizes[3]] != [*before[:2], before[3]] or sizes[2] < 1:
-        return False
-    found.set("num_heads", int(sizes[2]))
-    return True
+    left = counts_left(place, found, "heads")
+    if left and "num_heads" in place.values:
+        found.set("num_heads", left[0])
+    return bool(left)

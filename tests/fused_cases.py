@@ -270,7 +270,7 @@ def standard(
                 given.append(net.op("Expand", net.constant(np.arange(T)[::-1].copy()), each))
             how: dict[str, Any] = {"interleaved": int(turned == "pairs"), **({"rotary_embedding_dim": 2} if turned == "part" else {})}
             parts = [
-                net.op("RotaryEmbedding", part, *given, **how, **({} if four else {"num_heads": count}))
+                net.op("RotaryEmbedding", part, *given, **how, **({} if four and turned == "given" else {"num_heads": count}))
                 for part, count in zip(parts[:2], counts[:2], strict=True)
             ] + list(parts[2:])
         last = ""
