@@ -143,23 +143,32 @@ def _mask(place: Place, keys: str, tokens: str, before: str, places: str) -> str
 
 
 def counts_left(place: Place, found: Found, role: str) -> list[int]:
-    """The numbers of heads, and their size, that a Reshape of that role names now; nothing where it says more than fewer heads."""
+    """The numbers of heads, and their size, that a Reshape of that role names now; nothing where it says other things than before."""
     now, before = found.value(role, 1), place.constants[place.parts[role].input[1]]
-    if now is None or not np.array_equal(np.minimum(now, 1), np.minimum(before, 1)) or now[-1] != before[-1]:
+    if now is None or not np.array_equal(np.minimum(now, 1), np.minimum(before, 1)):
         return []
     return [int(size) for size in now if size > 0]
 
 
-def heads_again(place: Place, found: Found) -> tuple[int, int] | None:
-    """Heads of queries and of keys: whole groups may have gone, or as many heads of each. None where the parts do not agree."""
+def heads_again(place: Place, found: Found, names: tuple[str, str], narrower: bool) -> bool:
+    """Set how many heads of queries and of keys are left: whole groups may have gone, or as many heads of each.
+
+    narrower: whether heads may have another size than before; scores are then scaled as they were. False where parts do not agree.
+    """
     left = [counts_left(place, found, role) for role in "qkv" if role in found.parts]
-    if not all(left) or len({sizes[0] for sizes in left}) > 1:
-        return None
-    return left[0][0] * left[0][1], left[0][0]
+    before = int(place.constants[place.parts["q"].input[1]][-1])
+    if not all(left) or len({sizes[0] for sizes in left}) > 1 or (not narrower and {sizes[-1] for sizes in left} != {before}):
+        return False
+    groups, heads, width = left[0]
+    if any(sizes[-1] != width for sizes in left[1:2]):
+        return False
+    for name, count in zip(names, (groups * heads, groups), strict=True):
+        if place.values.get(name):  # with heads apart none or 0 is no number of heads
+            found.set(name, count)
+    if width != before and not place.values.get("scale"):
+        found.set("scale", 1 / math.sqrt(before))
+    return True
 
 
 def _again(place: Place, found: Found) -> bool:
-    left = heads_again(place, found)
-    for name, count in zip(("num_heads", "kv_num_heads"), left or (), strict=False):
-        found.set(name, count)
-    return left is not None
+    return heads_again(place, found, ("num_heads", "kv_num_heads"), narrower=False)

@@ -151,11 +151,7 @@ def _precise(place: Place, scores: str) -> str:
 
 
 def _again(place: Place, found: Found) -> bool:
-    left = heads_again(place, found)
-    for name, count in zip(("q_num_heads", "kv_num_heads"), left or (), strict=False):
-        if name in place.values:
-            found.set(name, count)
-    return left is not None
+    return heads_again(place, found, ("q_num_heads", "kv_num_heads"), narrower=True)
 
 
 def rotary_embedding(place: Place) -> None:
@@ -183,6 +179,8 @@ def rotary_embedding(place: Place) -> None:
 
 def _turned_again(place: Place, found: Found) -> bool:
     left = counts_left(place, found, "heads")
-    if left and "num_heads" in place.values:
+    if not left or left[-1] != place.constants[place.parts["heads"].input[1]][-1]:
+        return False
+    if place.values.get("num_heads"):
         found.set("num_heads", left[0])
-    return bool(left)
+    return True

@@ -296,6 +296,20 @@ def standard(
     return build
 
 
+def joined_heads(net: Fused, x: str) -> str:
+    """Attention as PyTorch's exporter writes nn.MultiheadAttention: one projection for all three, heads that join the batch."""
+    parts = dense(net, net.op("Transpose", x, perm=[1, 0, 2]), C, 3 * C)
+    parts = net.op("Unsqueeze", net.op("Reshape", parts, net.ints(T, -1, 3, C)), net.ints(0))
+    parts = net.op("Squeeze", net.op("Transpose", parts, perm=[3, 1, 2, 0, 4]), net.ints(3))
+    heads = []
+    for number in range(3):
+        part = net.op("Reshape", net.op("Gather", parts, net.constant(np.array(number)), axis=0), net.ints(T, -1, 4))
+        heads.append(net.op("Reshape", net.op("Transpose", part, perm=[1, 0, 2]), net.ints(-1, HEADS, T, 4)))
+    y = net.op("Attention", *heads, q_num_heads=0, kv_num_heads=0)
+    y = dense(net, net.op("Reshape", net.op("Transpose", y, perm=[2, 0, 1, 3]), net.ints(-1, C)), C, C)
+    return str(net.op("Transpose", net.op("Reshape", y, net.ints(T, -1, C)), perm=[1, 0, 2]))
+
+
 def projected(equation: str, *shape: int, first: bool = False) -> Callable[[Fused, str], str]:
     """An Einsum with a stored operand of that shape, and one back to C channels: heads of Keras's attention."""
 
@@ -385,6 +399,7 @@ CASES: Mapping[str, Case] = {
     "standard, added": tokens(standard(mask="heads", is_causal=1), 23),
     "standard, filled": tokens(standard(4, 2, filled=True), 24),
     "standard, past": tokens(standard(4, 2, past=True, is_causal=1), 23),
+    "joined heads": tokens(joined_heads, 23),
     "standard, four axes": tokens(standard(four=True), 23),
     "standard, four axes, groups": tokens(standard(4, 2, four=True, wide=3), 24),
     "standard, four axes, past": tokens(standard(past=True, four=True, is_causal=1), 23),
