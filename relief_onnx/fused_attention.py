@@ -12,7 +12,7 @@ from relief_onnx.fused_place import MAIN, Found, Place
 from relief_onnx.moves import Barrier
 from relief_onnx.sources import Source, trace_constant
 
-__all__ = ["attention", "multi_head_attention"]
+__all__ = ["attention", "headed", "length", "multi_head_attention", "whole"]
 
 
 def attention(place: Place) -> None:
@@ -34,7 +34,7 @@ def attention(place: Place) -> None:
     query, key, value = _split(place, total, sizes)
     widths = [size // count for size in sizes]
     present = place.is_read(1)
-    keys, values = _headed(place, "k", key, count, widths[1]), _headed(place, "v", value, count, widths[2])
+    keys, values = headed(place, "k", key, count, widths[1]), headed(place, "v", value, count, widths[2])
     if past:
         before = [place.op(f"past_{name}", "Gather", past, place.constant(f"at_{name}", np.asarray(at, np.int64)), axis=0)
                   for at, name in enumerate("kv")]  # fmt: skip
@@ -43,7 +43,7 @@ def attention(place: Place) -> None:
     if present:
         both = [place.axes(f"present_{name}", "Unsqueeze", one, 0) for name, one in (("k", keys), ("v", values))]
         place.op("present", "Concat", *both, output=place.output(1), axis=0)
-    _mix(place, _headed(place, "q", query, count, widths[0]), keys, values, widths, (3, 5), bool(place.values.get("unidirectional", 0)))
+    _mix(place, headed(place, "q", query, count, widths[0]), keys, values, widths, (3, 5), bool(place.values.get("unidirectional", 0)))
     place.rebuild = _packed_again
 
 
@@ -55,7 +55,7 @@ def _split(place: Place, total: str, sizes: Sequence[int]) -> list[str]:
     return list(found)
 
 
-def _headed(place: Place, role: str, x: str, count: int, width: int, output: str = "") -> str:
+def headed(place: Place, role: str, x: str, count: int, width: int, output: str = "") -> str:
     """[batch, tokens, heads * width] as [batch, heads, tokens, width]."""
     apart = place.op(role, "Reshape", x, place.ints(f"{role}/sizes", 0, 0, count, width))
     place.free.add((role, 1))
@@ -96,8 +96,8 @@ def _masked(place: Place, slot: int, keys: str, least: float) -> str:
         if batch is None or lengths is None or batch[0] != lengths[0]:
             raise Barrier(f"{mask} may list more than the length of each sample")
         place.need(11, "its mask of lengths")
-        length = _length(place, "keys", keys, 2)
-        place_of = place.op("key_places", "Range", _whole(place, "first", 0), length, _whole(place, "step", 1))
+        count = length(place, "keys", keys, 2)
+        place_of = place.op("key_places", "Range", whole(place, "first", 0), count, whole(place, "step", 1))
         each = place.axes("lengths", "Unsqueeze", place.op("lengths_long", "Cast", mask, to=onnx.TensorProto.INT64), 1)
         counts, axes = place.op("key_counts", "Less", place_of, each), [1, 2]
     elif rank in (2, 3):
@@ -111,20 +111,21 @@ def _masked(place: Place, slot: int, keys: str, least: float) -> str:
     return place.axes("mask_apart", "Unsqueeze", chosen, *axes)
 
 
-def _whole(place: Place, role: str, value: int) -> str:
+def whole(place: Place, role: str, value: int) -> str:
+    """A whole number, stored."""
     return place.constant(role, np.asarray(value, np.int64))
 
 
-def _length(place: Place, role: str, x: str, axis: int) -> str:
+def length(place: Place, role: str, x: str, axis: int) -> str:
     """The size of an axis, as a number."""
-    return str(place.op(f"{role}_length", "Gather", place.op(f"{role}_sizes", "Shape", x), _whole(place, f"{role}_axis", axis), axis=0))
+    return str(place.op(f"{role}_length", "Gather", place.op(f"{role}_sizes", "Shape", x), whole(place, f"{role}_axis", axis), axis=0))
 
 
 def _later(place: Place, scores: str, least: float) -> str:
     """`least` where a key comes after its query; queries are the last of the keys."""
     place.need(11, "its causal mask")
-    queries, keys = _length(place, "row", scores, 2), _length(place, "column", scores, 3)
-    step, zero = _whole(place, "causal_step", 1), _whole(place, "causal_first", 0)
+    queries, keys = length(place, "row", scores, 2), length(place, "column", scores, 3)
+    step, zero = whole(place, "causal_step", 1), whole(place, "causal_first", 0)
     before = place.op("causal_before", "Sub", keys, queries)
     rows = place.op("causal_rows", "Range", before, keys, step)
     columns = place.op("causal_columns", "Range", zero, keys, step)
@@ -153,7 +154,7 @@ def multi_head_attention(place: Place) -> None:
     given = ["", *(place.output(slot) if place.is_read(slot) else "" for slot in (1, 2))]
     made = ["" if place.input(6) else name for name in given]
     roles = zip("qkv", parts, widths, made, strict=True)
-    query, keys, values = (_headed(place, role, x, count, width, output) for role, x, width, output in roles)
+    query, keys, values = (headed(place, role, x, count, width, output) for role, x, width, output in roles)
     if place.input(6):
         keys = place.op("all_k", "Concat", place.input(6), keys, output=given[1], axis=2)
         values = place.op("all_v", "Concat", place.input(7), values, output=given[2], axis=2)

@@ -15,6 +15,8 @@ from relief_onnx.fused_attention import attention, multi_head_attention
 from relief_onnx.fused_groups import group_query_attention
 from relief_onnx.fused_norms import embed_layer_normalization, skip_layer_normalization, skip_simplified_layer_normalization
 from relief_onnx.fused_place import MAIN, Place
+from relief_onnx.fused_standard import attention as standard_attention
+from relief_onnx.fused_standard import rotary_embedding
 from relief_onnx.microsoft import MICROSOFT
 from relief_onnx.moves import Barrier
 from relief_onnx.sources import Source, trace_constant
@@ -122,6 +124,8 @@ def bias_dropout(place: Place) -> None:
 ROWS: Mapping[tuple[str, str], Row] = {
     ("", "Einsum"): stored_einsum,
     ("", "MatMul"): stacked_matmul,
+    ("", "Attention"): standard_attention,
+    ("", "RotaryEmbedding"): rotary_embedding,
     (MICROSOFT, "FusedConv"): fused_conv,
     (MICROSOFT, "FusedGemm"): fused_gemm,
     (MICROSOFT, "FusedMatMul"): fused_matmul,

@@ -232,9 +232,12 @@ def _contract(walk: Walk, index: int, node: onnx.NodeProto, row: OperatorRow) ->
         else:
             walk.zero_readers.append(ZeroReader(index, tuple(tracked)))
     if len(lines) > 1:
-        for line in lines.values():
-            walk.pin(line, f"{why}: it makes products of two kinds of channels")
-        lines = {}
+        # Heads that share their other factor last, and what is the same for all of them stays.
+        lasting = [label for label in lines if all(label in own for own in labels)][:1]
+        for label, line in lines.items():
+            if label not in lasting:
+                walk.pin(line, f"{why}: it makes products of two kinds of channels")
+        lines = {label: lines[label] for label in lasting}
     result = np.full((1,) * len(out), UNTRACKED, np.int64)
     for label, line in lines.items():
         result = line.reshape([-1 if item == label else 1 for item in out])

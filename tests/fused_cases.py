@@ -238,6 +238,78 @@ def grouped(
     return build
 
 
+def standard(
+    heads: int = HEADS, groups: int = HEADS, four: bool = False, mask: str = "", past: bool = False, turned: str = "", wide: int = 4,
+    packed: bool = False, filled: bool = False, **values: Any,
+) -> Any:  # fmt: skip
+    """ONNX's own Attention of heads of 4 numbers, values of `wide`. four: on [batch, heads, tokens, size]. mask: "pairs" or "heads".
+
+    turned: how RotaryEmbedding turns queries and keys before ("halves", "pairs", "part", "given": angles of each place as they are).
+    """
+
+    def build(net: Fused, x: str) -> str:
+        counts, sizes = (heads, groups, groups), (4, 4, wide)
+        widths = [count * size for count, size in zip(counts, sizes, strict=True)]
+        if packed:
+            parts = net.op("Split", dense(net, x, C, sum(widths)), net.ints(*widths), axis=-1, outputs=3)
+        else:
+            parts = [dense(net, x, C, width) for width in widths]
+        if four:
+            apart = [net.op("Reshape", part, net.ints(0, 0, count, -1)) for part, count in zip(parts, counts, strict=True)]
+            parts = [net.op("Transpose", part, perm=[0, 2, 1, 3]) for part in apart]
+        batch = net.op("Shape", x, start=0, end=1)
+        if turned:
+            pairs = 1 if turned == "part" else 2
+            angles = net.rng.uniform(0, 3, (T, pairs))
+            given = [net.constant(turn(angles).astype(np.float32), "turn") for turn in (np.cos, np.sin)]
+            each = net.op("Concat", batch, net.ints(T), axis=0)
+            if turned == "given":
+                each = net.op("Concat", batch, net.ints(T, pairs), axis=0)
+                given = [net.op("Expand", item, each) for item in given]
+            else:
+                given.append(net.op("Expand", net.constant(np.arange(T)[::-1].copy()), each))
+            how: dict[str, Any] = {"interleaved": int(turned == "pairs"), **({"rotary_embedding_dim": 2} if turned == "part" else {})}
+            parts = [
+                net.op("RotaryEmbedding", part, *given, **how, **({} if four and turned == "given" else {"num_heads": count}))
+                for part, count in zip(parts[:2], counts[:2], strict=True)
+            ] + list(parts[2:])
+        last = ""
+        if mask == "pairs":
+            last = net.op("Unsqueeze", net.op("Cast", "mask", to=TensorProto.BOOL), net.ints(1))
+        elif mask:
+            last = net.weight(1, heads, T, T)
+        inputs = [*parts, last, *(with_past(net, x, groups, 4) if past else ["", ""])]
+        inputs.append(net.op("Expand", net.constant(np.array([T - 1])), batch) if filled else "")
+        while not inputs[-1]:
+            inputs.pop()
+        given_heads = {} if four else {"q_num_heads": heads, "kv_num_heads": groups}
+        y = net.op("Attention", *inputs, outputs=3 if past else 1, **given_heads, **values)
+        context = y[0] if past else y
+        if four:
+            context = net.op("Reshape", net.op("Transpose", context, perm=[0, 2, 1, 3]), net.ints(0, 0, -1))
+        out = dense(net, context, heads * wide, C)
+        if past:
+            total = net.op("Add", *(net.op("ReduceMean", item, net.ints(2, 3), keepdims=0) for item in y[1:]))
+            out = net.op("Add", out, net.op("Unsqueeze", dense(net, total, groups, C), net.ints(1)))
+        return str(out)
+
+    return build
+
+
+def joined_heads(net: Fused, x: str) -> str:
+    """Attention as PyTorch's exporter writes nn.MultiheadAttention: one projection for all three, heads that join the batch."""
+    parts = dense(net, net.op("Transpose", x, perm=[1, 0, 2]), C, 3 * C)
+    parts = net.op("Unsqueeze", net.op("Reshape", parts, net.ints(T, -1, 3, C)), net.ints(0))
+    parts = net.op("Squeeze", net.op("Transpose", parts, perm=[3, 1, 2, 0, 4]), net.ints(3))
+    heads = []
+    for number in range(3):
+        part = net.op("Reshape", net.op("Gather", parts, net.constant(np.array(number)), axis=0), net.ints(T, -1, 4))
+        heads.append(net.op("Reshape", net.op("Transpose", part, perm=[1, 0, 2]), net.ints(-1, HEADS, T, 4)))
+    y = net.op("Attention", *heads, q_num_heads=0, kv_num_heads=0)
+    y = dense(net, net.op("Reshape", net.op("Transpose", y, perm=[2, 0, 1, 3]), net.ints(-1, C)), C, C)
+    return str(net.op("Transpose", net.op("Reshape", y, net.ints(T, -1, C)), perm=[1, 0, 2]))
+
+
 def projected(equation: str, *shape: int, first: bool = False) -> Callable[[Fused, str], str]:
     """An Einsum with a stored operand of that shape, and one back to C channels: heads of Keras's attention."""
 
@@ -314,6 +386,25 @@ CASES: Mapping[str, Case] = {
     "groups, packed": tokens(grouped(packed=True)),
     "groups, lengths in a column": tokens(grouped(column=True)),
     "groups, rotary": tokens(grouped(heads=6, size=16, rotary=True)),
+    "groups, softcap": tokens(grouped(softcap=1.5)),
+    "groups, window": tokens(grouped(local_window_size=2)),
+    "groups, rotary in pairs": tokens(grouped(size=16, rotary=True, rotary_interleaved=1)),
+    "standard": tokens(standard(), 23),
+    "standard, opset 24": tokens(standard(wide=3), 24),
+    "standard, groups": tokens(standard(4, 2), 23),
+    "standard, one group": tokens(standard(3, 1, mask="heads"), 23),
+    "standard, packed": tokens(standard(packed=True), 23),
+    "standard, causal": tokens(standard(is_causal=1, scale=0.3, softcap=1.5), 23),
+    "standard, pairs": tokens(standard(mask="pairs"), 23, mask="pairs"),
+    "standard, added": tokens(standard(mask="heads", is_causal=1), 23),
+    "standard, filled": tokens(standard(4, 2, filled=True), 24),
+    "standard, past": tokens(standard(4, 2, past=True, is_causal=1), 23),
+    "joined heads": tokens(joined_heads, 23),
+    "standard, four axes": tokens(standard(four=True), 23),
+    "standard, four axes, groups": tokens(standard(4, 2, four=True, wide=3), 24),
+    "standard, four axes, past": tokens(standard(past=True, four=True, is_causal=1), 23),
+    **{f"rotary, {turned}": tokens(standard(4, 2, turned=turned), 23) for turned in ("halves", "pairs", "part")},
+    **{f"rotary, {turned}, four axes": tokens(standard(turned=turned, four=True), 23) for turned in ("pairs", "part", "given")},
     "conv relu": image(conv("Relu")),
     "conv relu, no bias": image(conv("Relu", bias=False)),
     "conv leaky": image(conv("LeakyRelu", [0.1])),

@@ -31,7 +31,8 @@ def pruned(model: onnx.ModelProto, feed: Feed, **values: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "keep"), [
     ("groups", "45%"), ("groups, all", "45%"), ("groups, handed on", "45%"), ("groups, lengths in a column", "45%"),
-    ("groups, packed", "25%"), ("groups, rotary", "35%"),
+    ("groups, packed", "25%"), ("groups, rotary", "35%"), ("groups, rotary in pairs", "20%"), ("groups, softcap", "45%"),
+    ("groups, window", "45%"),
 ])  # fmt: skip
 def test_whole_groups_go(name: str, keep: str) -> None:
     model, feed = CASES[name]()
@@ -41,6 +42,16 @@ def test_whole_groups_go(name: str, keep: str) -> None:
     assert after[0] * before[1] == after[1] * before[0]
     one, other = (Session(item, 1).run(feed)[0] for item in (result.masked, result.model))
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_heads_of_the_only_group_go() -> None:
+    """Keys and values serve them all, so their channels stay."""
+    model, feed = CASES["groups, one"]()
+    result = pruned(model, feed, keep="20%")
+    heads, groups = counts(result.model, "GroupQueryAttention")
+    assert groups == 1
+    assert heads < 4
+    assert any("of two kinds of channels" in str(group["reason"]) for group in result.report["groups"])
 
 
 def test_heads_with_a_past_go() -> None:
@@ -102,8 +113,7 @@ def test_states_of_the_model_keep_their_shapes(grouped_heads: bool) -> None:
 
 
 @pytest.mark.parametrize(("values", "reason"), [
-    ({"softcap": 5.0}, "it has softcap"),
-    ({"local_window_size": 2}, "it has local_window_size"),
+    ({"local_window_size": 0}, "it has a window of nothing"),
     ({"smooth_softmax": 1}, "it has smooth_softmax"),
 ])  # fmt: skip
 def test_forms_that_are_not_known_say_why(values: dict[str, Any], reason: str) -> None:

@@ -70,7 +70,9 @@ def check(
             assert np.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True), np.abs(a.astype(float) - b).max()
 
 
-def in_groups(sizes: tuple[int, int, int, int, int], past: int = 0, lengths: tuple[int, ...] = (), **attributes: Any) -> tuple[Any, ...]:
+def in_groups(
+    sizes: tuple[int, int, int, int, int], past: int = 0, lengths: tuple[int, ...] = (), turned: int = 16, **attributes: Any
+) -> tuple[Any, ...]:
     """GroupQueryAttention. sizes: batch, tokens, heads, groups and size of a head; lengths: of the samples, less one."""
     batch, tokens, heads, groups, size = sizes
     inputs = [values(batch, tokens, count * size, seed=seed) for seed, count in enumerate((heads, groups, groups))]
@@ -78,7 +80,7 @@ def in_groups(sizes: tuple[int, int, int, int, int], past: int = 0, lengths: tup
     total = past + tokens
     inputs += [np.array(lengths or [total - 1] * batch, np.int32), np.array(total, np.int32)]
     if "do_rotary" in attributes:
-        inputs += [wave(values(9, size // 2)) for wave in (np.cos, np.sin)]
+        inputs += [wave(values(9, turned // 2)) for wave in (np.cos, np.sin)]
     return f"{MICROSOFT}.GroupQueryAttention", 17, tuple(inputs), {"num_heads": heads, "kv_num_heads": groups, **attributes}, 3
 
 
@@ -233,7 +235,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "attention in groups": in_groups((2, 3, 4, 2, 8)),
     "attention in groups, samples of several lengths": in_groups((2, 1, 4, 2, 8), past=3, lengths=(3, 2), local_window_size=2),
+    "attention in groups, softcap": in_groups((2, 3, 4, 2, 8), softcap=0.5),
     "attention in groups, rotary": in_groups((1, 2, 4, 1, 16), past=3, do_rotary=1),
+    "attention in groups, a part of each head turned": in_groups((1, 2, 4, 2, 32), do_rotary=1, turned=16),
     "attention in groups, rotary by neighbours": in_groups((2, 3, 2, 1, 16), do_rotary=1, rotary_interleaved=1, scale=0.3),
     "embedding of integers": (
         f"{MICROSOFT}.QEmbedLayerNormalization",

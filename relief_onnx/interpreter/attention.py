@@ -27,11 +27,14 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax of q k (plus bias, -inf where not allowed) times v; a query that may see nothing gives 0."""
-    if allowed is None:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float, softcap: float = 0.0
+) -> Tensor:  # fmt: skip
+    """Softmax of q k (bent to stay within softcap; plus bias, -inf where not allowed) times v; a query that may see nothing gives 0."""
+    if allowed is None and not softcap:
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     scores = (q * scale) @ k.transpose(-1, -2)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     return _probabilities(scores if bias is None else scores + bias, allowed) @ v
 
 

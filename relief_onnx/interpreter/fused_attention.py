@@ -77,16 +77,17 @@ def multi_head_attention(
 
 
 def _only_plain(values: Mapping[str, Any]) -> str | None:
-    odd = [name for name in ("softcap", "smooth_softmax", "qk_output") if values.get(name)]
+    odd = [name for name in ("smooth_softmax", "qk_output") if values.get(name)]
     return odd[0] if odd else None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: int) -> Tensor:
-    """Pairs of entries of [batch, heads, tokens, size] turned by an angle for each place."""
+    """Pairs of entries of [batch, heads, tokens, size] turned by an angle for each place; what there are no angles for stays."""
     cos, sin = cos[:, None], sin[:, None]
+    x, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     pair = (a * cos - b * sin, a * sin + b * cos)
-    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([torch.stack(pair, -1).flatten(-2), rest] if interleaved else [*pair, rest], -1)
 
 
 def _joined(past: Tensor | None, new: Tensor, before: Tensor, length: int) -> Tensor:
@@ -137,5 +138,5 @@ def group_query_attention(
         allowed = allowed & (column > places[..., None] - local_window_size)
     groups = num_heads // kv_num_heads
     factor = scale or 1 / math.sqrt(q.shape[-1])
-    y = attend(q, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), allowed[:, None], None, factor)
+    y = attend(q, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), allowed[:, None], None, factor, softcap)
     return join_heads(y) if outputs == 1 else (join_heads(y), keys, values)[:outputs]
