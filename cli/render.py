@@ -358,7 +358,7 @@ def comparison(document: Mapping[str, Any]) -> None:
 def data(document: Mapping[str, Any]) -> None:
     """The table of `check-data`."""
     console = _console()
-    labels = "labelled" if document["labelled"] else "no labels"
+    labels = f"labelled ({document['labels']})" if document["labelled"] else "no labels"
     console.print(
         f"{document['source']}: {document['kind']}, {document['samples']} samples, {labels}, batches {document['batches']}",
         markup=False,
