@@ -187,8 +187,10 @@ def _closing(report: Mapping[str, Any], totals: Mapping[str, Any], before: Mappi
     ranked = [row for row in report["layers"] if "channels" in row and row["status"] != "skipped"]
     own = 100 * sum(row["weights_kept"] for row in ranked) / max(sum(row["weights"] for row in ranked), 1)
     part = "" if f"{own:.1f}" == f"{totals['kept_percent']:.1f}" else f" ({own:.1f} % of those that this run could prune)"
+    gone = any(row["status"] == "pruned" for row in report["layers"]) or before["nonzero_params"] != after["nonzero_params"]
+    removed = "" if gone else "Nothing more was removed. "
     return (
-        f"Kept {totals['kept_percent']:.1f} % of the weights{part}; {size} verified. "
+        f"{removed}Kept {totals['kept_percent']:.1f} % of the weights{part}; {size} verified. "
         f"It is {after['path']}; check it on data that was not used here: relief-onnx compare {before['path']} {after['path']} --data TEST"
     )
 
@@ -356,7 +358,7 @@ def comparison(document: Mapping[str, Any]) -> None:
 def data(document: Mapping[str, Any]) -> None:
     """The table of `check-data`."""
     console = _console()
-    labels = "labelled" if document["labelled"] else "no labels"
+    labels = f"labelled ({document['labels']})" if document["labelled"] else "no labels"
     console.print(
         f"{document['source']}: {document['kind']}, {document['samples']} samples, {labels}, batches {document['batches']}",
         markup=False,

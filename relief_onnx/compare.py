@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.errors import DataError
+from relief_onnx.footprint import samples_at_once
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.session import Session
 from relief_onnx.state_changes import StateChange, declared, narrowed
@@ -174,8 +175,9 @@ def compare_models(
 ) -> Comparison:
     """Run both models side by side on every sample, batch by batch. Outputs are matched by name.
 
-    `optimize` says whether onnxruntime may optimise each. states: what is narrower in
-    `b`, which is fed, and compared with, the entries that are left. Raises DataError where outputs cannot be matched or a run fails.
+    At most `batch_size` samples run at a time, fewer where activations are large. `optimize` says whether onnxruntime may optimise each.
+    states: what is narrower in `b`, which is fed, and compared with, the entries that are left. Raises DataError where outputs cannot be
+    matched or a run fails.
     """
     sessions = Session(a, threads, "the first model", optimize[0]), Session(b, threads, "the second model", optimize[1])
     _check_inputs(sessions, states)
@@ -188,7 +190,8 @@ def compare_models(
     tallies, varied, graph = {name: _Tally() for name in names}, set[str](), Graph(a)
     accuracy, seconds, samples = _Accuracy(), [0.0, 0.0], 0.0
     scored = _scored_output(a, dataset, names)
-    for batch in dataset.batches(batch_size, limit=limit, seed=seed):
+    size = samples_at_once(a, next(iter(dataset.batches(1, limit=1, seed=seed))), batch_size)
+    for batch in dataset.batches(size, limit=limit, seed=seed):
         results = _timed(sessions, names, batch, seconds, states)
         for name, *pair in zip(names, *results, strict=True):
             x, y = (_as_array(name, value) for value in pair)

@@ -33,13 +33,14 @@ class InputSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """A dataset at a glance. `classes` has (name or number, samples) for each class."""
+    """A dataset at a glance. `classes` has (name or number, samples) for each class; `labels` what labels are taken for."""
 
     kind: str
     source: str
     files: tuple[str, ...]
     samples: int
     labelled: bool
+    labels: str | None
     classes: tuple[tuple[str, int], ...]
     inputs: tuple[InputSummary, ...]
     warnings: tuple[str, ...]
@@ -93,7 +94,7 @@ def describe(dataset: Dataset, inputs: Sequence[InputSpec]) -> DataSummary:
     ranges = {spec.name: _Range() for spec in specs}
     same = _Same()
     labels: Counter[int] = Counter()
-    samples = 0
+    samples, targets, whole = 0, False, True
     for piece in dataset.pieces(_ROWS_AT_ONCE):
         samples += piece.rows
         same.add(piece, batchable)
@@ -101,10 +102,26 @@ def describe(dataset: Dataset, inputs: Sequence[InputSpec]) -> DataSummary:
             ranges[name].add(array, batchable)
         if piece.labels is not None and piece.labels.dtype.kind == "i":
             labels.update(piece.labels.tolist())
+        elif piece.labels is not None:
+            targets, whole = True, whole and bool((piece.labels == np.rint(piece.labels)).all())
     classes = _classes(dataset.class_names, labels)
     found = tuple(ranges[spec.name].summary(spec) for spec in specs)
-    warnings = (*dataset.notes, *_warnings(dataset, specs, found, samples, same.all, classes))
-    return DataSummary(dataset.kind, dataset.source, dataset.files, samples, dataset.labelled, classes, found, warnings)
+    warnings = [*dataset.notes, *_warnings(dataset, specs, found, samples, same.all, classes), *_converted(dataset, specs)]
+    if targets and whole:
+        warnings.append("the labels are whole numbers with a point, so they are targets; write 3, not 3.0, if they are class numbers")
+    taken = "targets" if targets else "class numbers" if dataset.labelled else None
+    return DataSummary(dataset.kind, dataset.source, dataset.files, samples, dataset.labelled, taken, classes, found, tuple(warnings))
+
+
+def _converted(dataset: Dataset, specs: tuple[InputSpec, ...]) -> list[str]:
+    """That values of another kind are taken, which reading lets pass only where each of them stays the same number."""
+    feed, _ = next(iter(dataset.parts)).read()
+    stored = [(spec, feed[spec.name].dtype) for spec in specs]
+    return [
+        f"the {dtype.name} values of '{spec.name}' become {spec.dtype.name}, which holds each of them exactly"
+        for spec, dtype in stored
+        if {family(dtype), family(spec.dtype)} <= {"float", "int", "bool"} and family(dtype) != family(spec.dtype)
+    ]
 
 
 def _classes(names: tuple[str, ...], labels: Counter[int]) -> tuple[tuple[str, int], ...]:

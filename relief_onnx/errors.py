@@ -4,7 +4,8 @@ ReliefError                    exit code 1
 ├── ModelError                 the model file: missing, truncated, not ONNX, external data, unknown domain
 │   └── Unsupported            a node that the torch interpreter cannot run
 ├── DataError                  the calibration data: missing, empty, wrong name, type or shape, NaN, unreadable
-├── RecipeError                a recipe or option value
+├── RecipeError                a recipe, or an option that does not fit the model, the data or the machine
+│   └── OptionError            exit code 2: an option's value is out of range, or options contradict each other
 ├── OutputError                the place to write to: exists, not writable, disk full
 ├── VerificationError          exit code 3: the result did not verify, nothing was written
 └── NothingPrunedError         exit code 4: nothing could be pruned; carries the reasons
@@ -20,6 +21,7 @@ __all__ = [
     "ModelError",
     "NothingPrunedError",
     "NothingQuantizedError",
+    "OptionError",
     "OutputError",
     "RecipeError",
     "ReliefError",
@@ -48,6 +50,12 @@ class DataError(ReliefError):
 
 class RecipeError(ReliefError):
     """A recipe, a preset or an option has a value that means nothing here."""
+
+
+class OptionError(RecipeError):
+    """An option has a value that means nothing anywhere, or contradicts another one; no recipe file has a part in it."""
+
+    exit_code = 2
 
 
 class OutputError(ReliefError):

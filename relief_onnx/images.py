@@ -19,7 +19,7 @@ from PIL import Image
 
 from relief_onnx.data_checks import Array, family, spec_text
 from relief_onnx.datatypes import InputSpec
-from relief_onnx.errors import DataError, RecipeError
+from relief_onnx.errors import DataError, OptionError, RecipeError
 
 __all__ = ["ImageOptions", "ImagePlan", "decode_image", "plan_images"]
 
@@ -48,7 +48,7 @@ class ImageOptions:
     layout: where the channels sit; auto looks which axis of the model's input is 1 or 3.
     color: auto is rgb for 3 channels and gray for 1.
 
-    Raises RecipeError for a value that means nothing.
+    Raises OptionError for a value that means nothing.
     """
 
     mean: tuple[float, ...] | None = None
@@ -60,16 +60,16 @@ class ImageOptions:
     def __post_init__(self) -> None:
         for name, known in (("layout", ("auto", "nchw", "nhwc")), ("color", ("auto", "rgb", "bgr", "gray"))):
             if getattr(self, name) not in known:
-                raise RecipeError(f"The image {name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}.")
+                raise OptionError(f"The image {name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}.")
         for name, values in (
             ("mean", self.mean),
             ("std", self.std),
             ("scale", None if self.scale is None else (self.scale,)),
         ):
             if values is not None and (not values or not all(math.isfinite(value) for value in values)):
-                raise RecipeError(f"The image {name} {values} is not a list of finite numbers; give one value, or one per channel.")
+                raise OptionError(f"The image {name} {values} is not a list of finite numbers; give one value, or one per channel.")
         if self.scale == 0 or (self.std is not None and 0 in self.std):
-            raise RecipeError("The image scale or std is 0, which would wipe out or blow up every pixel; give another value.")
+            raise OptionError("The image scale or std is 0, which would wipe out or blow up every pixel; give another value.")
 
 
 class ImagePlan(NamedTuple):

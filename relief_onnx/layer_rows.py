@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
 from relief_onnx.graph import Graph, attributes
 from relief_onnx.plan import Bias, Geometry, Layer
 from relief_onnx.recurrent_layers import describe, made, own_half
@@ -100,6 +104,8 @@ def _matmul(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:
 
 # Row numbers are measured as float32, which counts up to here.
 _MOST_ROWS = 1 << 24
+# How far cosines and sines of half precision are from a circle.
+_ROUNDED = 1e-2
 
 
 def embedding_table(graph: Graph, index: int, view: View) -> Layer | Refusal:
@@ -112,11 +118,30 @@ def embedding_table(graph: Graph, index: int, view: View) -> Layer | Refusal:
         return Refusal(f"Gather node {graph.names[index]} picks from a table of {len(view.shape)} axes; an embedding table has 2")
     if view.shape[axis % 2] > _MOST_ROWS:
         return Refusal(f"its table has more than {_MOST_ROWS:,} rows")
+    if _holds_angles(graph, node):
+        return Refusal("it holds the cosines or sines of angles that tell tokens' places (rotary embedding), not connections between units")
     first = axis % 2 == 0
     return _layer(
         graph, index, view.transpose(1, 0) if first else view, groups=1, input=node.input[1], input_axis=0,
         output_axis=-1 if first else 0,
     )  # fmt: skip
+
+
+def _holds_angles(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether another table is looked up at the same places, and in each entry the squares of the two add up to the same number."""
+    table, uses = graph.constant(node.input[0]), graph.uses.get(node.input[1], ())
+    beside = (graph.nodes[use.node] for use in uses if use.slot == 1 and graph.nodes[use.node].op_type == node.op_type)
+    others = (graph.constant(other.input[0]) for other in beside if other.input[0] != node.input[0])
+    # The first row of two that are something else gives them away, however long they are.
+    return table is not None and any(
+        other is not None and other.shape == table.shape and _on_a_circle(table[:1], other[:1]) and _on_a_circle(table, other)
+        for other in others
+    )
+
+
+def _on_a_circle(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    squares = np.square(a.astype(np.float64)) + np.square(b.astype(np.float64))
+    return bool(squares.size) and bool(squares.min() > 0) and bool(squares.max() <= (1 + _ROUNDED) * squares.min())
 
 
 def _recurrent(graph: Graph, index: int, slot: int, view: View) -> Layer | Refusal:

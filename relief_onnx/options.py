@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from relief_onnx.errors import RecipeError
+from relief_onnx.errors import OptionError, RecipeError
 from relief_onnx.patterns import parse_pattern
-from relief_onnx.training import TRAINING_FIELDS, Training, parse_training
+from relief_onnx.training import TRAINING_FIELDS, Training, parse_training, parse_value
 
 __all__ = ["CHOICES", "PRESETS", "Options", "granularity_of", "idle", "read_recipe", "resolve"]
 
@@ -116,7 +116,10 @@ BY_FLOW = ("flow", "flow-obs")
 # Ways to repair that need gradients.
 TRAINED = ("distill", "labels")
 
+ALPHAS = ("alpha", "alpha_conv", "alpha_fc", "alpha_channel")
+
 _FIELDS = (*(item.name for item in fields(Options) if item.name != "training"), *TRAINING_FIELDS)
+_NAMES = (*_FIELDS, "preset")  # of a recipe
 
 
 def _nearest(name: str, valid: tuple[str, ...]) -> str:
@@ -152,70 +155,62 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
+# Least values of whole numbers.
+_LEAST: Mapping[str, int] = {"samples": 1, "threads": 0, "seed": 0, "round_to": 1}
+
 # What an option must be (numpy's numbers count too), as what it is stored, and how to say so.
 _TYPES: Mapping[str, tuple[type, type, str]] = {
-    **dict.fromkeys(("alpha", "alpha_conv", "alpha_fc", "alpha_channel"), (numbers.Real, float, "number")),
-    **dict.fromkeys(("samples", "seed", "threads", "round_to"), (numbers.Integral, int, "whole number")),
+    **dict.fromkeys(ALPHAS, (numbers.Real, float, "number")),
+    **dict.fromkeys(_LEAST, (numbers.Integral, int, "whole number")),
 }  # fmt: skip
 
 
 def resolve(preset: str | None, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
-    """Merge the three sources and check the values. Raises RecipeError with one sentence."""
-    name = recipe.get("preset") if preset is None else preset
-    if name is not None and name not in PRESETS:
-        raise RecipeError(f"there is no preset {name}; the presets are {', '.join(PRESETS)}")
-    values = {**(PRESETS[name] if name else {}), **{key: value for key, value in recipe.items() if key != "preset"}}
-    alphas = ("alpha", "alpha_conv", "alpha_fc")
-    if given.get("alpha") is not None:
+    """Merge the three sources and check the values. Raises OptionError, or RecipeError where the recipe has a part in it."""
+    given = {key: _parsed(key, value) for key, value in {"preset": preset, **given}.items() if value is not None}
+    try:
+        return _merged({key: _parsed(key, value) for key, value in recipe.items()}, given)
+    except OptionError as error:
+        if recipe:
+            raise RecipeError(str(error)) from error
+        raise
+
+
+def _merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Options:
+    """One set of options from values that are good each by itself."""
+    preset = given.get("preset", recipe.get("preset"))
+    values = {**PRESETS.get(preset, {}), **recipe}
+    if "alpha" in given:
         # --alpha on the command line means both kinds, whatever a preset or recipe says about one of them.
-        values = {key: value for key, value in values.items() if key not in alphas}
-    values.update({key: value for key, value in given.items() if value is not None})
-    for key in values:
-        if key not in _FIELDS:
-            raise RecipeError(f"there is no option {key!r}; did you mean {_nearest(key, _FIELDS)!r}?")
-    values = {key: _parsed("", key, value) for key, value in values.items()}
-    if "granularity" in values:
-        values["granularity"] = granularity_of(values["granularity"])
+        values = {key: value for key, value in values.items() if key not in ("alpha", "alpha_conv", "alpha_fc")}
+    values = {key: value for key, value in {**values, **given}.items() if key != "preset"}
     if values.get("repair", "none") != "none" and values.get("rewind") is None:  # weights that start anew need no solve
         values.setdefault("criterion", "flow-obs")
-    if values.get("criterion") == "flow-obs" and values.setdefault("repair", "least-squares") == "none":
-        raise RecipeError("criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow")
+    if values.get("criterion") == "flow-obs":
+        values.setdefault("repair", "least-squares")
     training = {key: values.pop(key) for key in TRAINING_FIELDS if key in values}
     options = replace(Options(), **values, training=parse_training(training))
-    for key in (*alphas, "alpha_channel"):
-        _check_alpha(key, getattr(options, key))
-    for _, alpha in options.layers:
-        _check_alpha("alpha of a layer", alpha)
-    for key, choices in CHOICES.items():
-        if getattr(options, key) not in choices:
-            raise RecipeError(f"{_shown(key)} is {getattr(options, key)!r}; choose one of {', '.join(choices)}")
-    for key in ("skip", "only"):
-        _check_pattern(key, getattr(options, key))
     _check_together(options)
-    for key, least in (("samples", 1), ("threads", 0), ("seed", 0), ("round_to", 1)):
-        value = getattr(options, key)
-        if value is not None and value < least:
-            raise RecipeError(f"{_shown(key)} is {value}; give {least} or more")
-    if options.threads > MOST_THREADS:
-        raise RecipeError(f"threads is {options.threads}; give {MOST_THREADS} or less, or 0 for one per core")
     return options
 
 
 def _check_together(options: Options) -> None:
     """Options that say two things about the same cut."""
     alphas = (options.alpha, options.alpha_conv, options.alpha_fc)
+    if options.criterion == "flow-obs" and options.repair == "none":
+        raise OptionError("criterion flow-obs chooses by what is left after repair; add --repair least-squares, or take --criterion flow")
     if options.keep is not None and alphas != (None, None, None) and options.fine in (None, options.granularity):
-        raise RecipeError("keep and alpha both say how much stays; give one of them")
+        raise OptionError("keep and alpha both say how much stays; give one of them")
     if options.keep is not None and options.by_channel and options.alpha_channel is not None:
-        raise RecipeError("keep and alpha-channel both say how many channels stay; give one of them")
+        raise OptionError("keep and alpha-channel both say how many channels stay; give one of them")
     if options.pattern is not None and options.fine is None:
-        raise RecipeError("a pattern needs connections or weights; add --granularity weight, connection, or channel+weight")
+        raise OptionError("a pattern needs connections or weights; add --granularity weight, connection, or channel+weight")
     if options.pattern is not None and alphas != (None, None, None) and not options.by_channel:
-        raise RecipeError("alpha and pattern both say how many weights stay; give one of them")
+        raise OptionError("alpha and pattern both say how many weights stay; give one of them")
     if options.pattern is not None and options.keep is not None and not options.by_channel:
-        raise RecipeError("keep and pattern both say how many weights stay; give one of them")
+        raise OptionError("keep and pattern both say how many weights stay; give one of them")
     if options.training.iterations > 1 and not options.trains:
-        raise RecipeError("iterations train the model again each time; add --repair distill, or --repair labels where the data has labels")
+        raise OptionError("iterations train the model again each time; add --repair distill, or --repair labels where the data has labels")
 
 
 def _shown(key: str) -> str:
@@ -250,19 +245,6 @@ def granularity_of(text: str) -> str:
     return "+".join(parts)
 
 
-def _check_alpha(key: str, value: float | None) -> None:
-    if value is not None and not 0.0 < value <= 1.0:
-        what = "importance" if key == "alpha_channel" else "contribution"
-        raise RecipeError(f"{_shown(key)} is {value}; it is the share of {what} to keep, above 0 and at most 1")
-
-
-def _check_pattern(key: str, pattern: str | None) -> None:
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise RecipeError(f"{key} {pattern!r} is not a regular expression ({error}); escape special characters with a backslash") from error
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """A TOML file with the option names as keys, and `[layers]` with "regular expression" = alpha. Raises RecipeError."""
     try:
@@ -273,22 +255,69 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read as text; write the recipe as a TOML file") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML ({error}); correct that line") from error
-    valid = (*_FIELDS, "preset")
     recipe: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
-        if name not in valid:
-            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {_shown(_nearest(name, valid))!r}?")
-        recipe[name] = _parsed(f"{path}: ", name, value)
+        if name not in _NAMES:
+            raise RecipeError(f"{path} has an unknown key {key!r}; did you mean {_shown(_nearest(name, _NAMES))!r}?")
+        try:
+            recipe[name] = _parsed(name, value)
+        except OptionError as error:
+            raise RecipeError(f"{path}: {error}") from error
     return recipe
 
 
-def _parsed(where: str, name: str, value: Any) -> Any:
-    parse = _PARSERS.get(name)
-    return _typed(where, name, value) if parse is None else parse(where, value)
+def _parsed(name: str, value: Any) -> Any:
+    """One value as it is stored. Raises OptionError where it means nothing, whatever the other options are."""
+    if name not in _NAMES:
+        raise OptionError(f"there is no option {name!r}; did you mean {_nearest(name, _FIELDS)!r}?")
+    if name in TRAINING_FIELDS:
+        return parse_value(name, value)
+    found = _PARSERS[name](value) if name in _PARSERS else _typed(name, value)
+    if name in _CHECKS:
+        _CHECKS[name](name, found)
+    return found
 
 
-def _keep(where: str, value: Any) -> float:
+def _check_alpha(name: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        what = "importance" if name == "alpha_channel" else "contribution"
+        raise OptionError(f"{_shown(name)} is {value}; it is the share of {what} to keep, above 0 and at most 1")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(
+            f"{name} {pattern!r} is not a regular expression ({error}); escape special characters with a backslash"
+        ) from error
+
+
+def _check_choice(name: str, value: str) -> None:
+    if value not in CHOICES[name]:
+        raise OptionError(f"{_shown(name)} is {value!r}; choose one of {', '.join(CHOICES[name])}")
+
+
+def _check_preset(_: str, value: str) -> None:
+    if value not in PRESETS:
+        raise OptionError(f"there is no preset {value}; the presets are {', '.join(PRESETS)}")
+
+
+def _check_whole(name: str, value: int) -> None:
+    if value < _LEAST[name]:
+        raise OptionError(f"{_shown(name)} is {value}; give {_LEAST[name]} or more")
+    if name == "threads" and value > MOST_THREADS:
+        raise OptionError(f"threads is {value}; give {MOST_THREADS} or less, or 0 for one per core")
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(ALPHAS, _check_alpha), **dict.fromkeys(("skip", "only"), _check_pattern), **dict.fromkeys(CHOICES, _check_choice),
+    **dict.fromkeys(_LEAST, _check_whole), "preset": _check_preset,
+}  # fmt: skip
+
+
+def _keep(value: Any) -> float:
     """A share from percent: "30%", "30" or 30. What `resolve` has made of a recipe already is taken as it is."""
     if isinstance(value, Share):
         return value
@@ -298,9 +327,9 @@ def _keep(where: str, value: Any) -> float:
     except ValueError:
         percent = 0.0
     if isinstance(value, bool) or not 0.0 < percent <= 100.0:
-        raise RecipeError(f"{where}keep is {value!r}; give the percentage to keep, above 0 and at most 100, such as 30%")
+        raise OptionError(f"keep is {value!r}; give the percentage to keep, above 0 and at most 100, such as 30%")
     if percent < 1.0 and not text.endswith("%"):
-        raise RecipeError(f"{where}keep is {value!r}, which could be {100 * percent:g} % or {percent:g} %; write it with the % sign")
+        raise OptionError(f"keep is {value!r}, which could be {100 * percent:g} % or {percent:g} %; write it with the % sign")
     return Share(percent / 100.0)
 
 
@@ -308,31 +337,31 @@ class Share(float):
     """A share that has been read from a percentage."""
 
 
-def _pattern(where: str, value: Any) -> str:
+def _pattern(value: Any) -> str:
     if not isinstance(value, str):
-        raise RecipeError(f"{where}pattern is {value!r}; it must be a string such as 2:4")
+        raise OptionError(f"pattern is {value!r}; it must be a string such as 2:4")
     parse_pattern(value)
     return value
 
 
-def _flag(where: str, value: Any) -> bool:
+def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise RecipeError(f"{where}allow-state-change is {value!r}; it must be true or false")
+        raise OptionError(f"allow-state-change is {value!r}; it must be true or false")
     return value
 
 
-def _output_weights(where: str, value: Any) -> tuple[tuple[str, float], ...]:
+def _output_weights(value: Any) -> tuple[tuple[str, float], ...]:
     """Pairs from a table {output: weight}, or from texts NAME=W."""
     if isinstance(value, str):
         value = (value,)
-    pairs = list(value.items()) if isinstance(value, dict) else [_pair(where, item) for item in value]
+    pairs = list(value.items()) if isinstance(value, dict) else [_pair(item) for item in value]
     for name, weight in pairs:
         if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0.0 <= weight < float("inf"):
-            raise RecipeError(f"{where}output-weight of {name} is {weight!r}; it must be a number, 0 or more")
+            raise OptionError(f"output-weight of {name} is {weight!r}; it must be a number, 0 or more")
     return tuple((str(name), float(weight)) for name, weight in pairs)
 
 
-def _pair(where: str, item: Any) -> tuple[str, float]:
+def _pair(item: Any) -> tuple[str, float]:
     if isinstance(item, tuple) and len(item) == 2:
         return item
     name, equals, weight = str(item).rpartition("=")
@@ -341,34 +370,29 @@ def _pair(where: str, item: Any) -> tuple[str, float]:
     except ValueError:
         found = None
     if found is None:
-        raise RecipeError(f"{where}output-weight is {item!r}; write NAME=W, the name of an output and a number")
+        raise OptionError(f"output-weight is {item!r}; write NAME=W, the name of an output and a number")
     return name, found
 
 
-def _typed(where: str, name: str, value: Any) -> Any:
-    if name in TRAINING_FIELDS:
-        try:
-            return getattr(parse_training({name: value, **({"device": "cuda"} if name == "precision" else {})}), name)
-        except RecipeError as error:
-            raise RecipeError(f"{where}{error}") from error
+def _typed(name: str, value: Any) -> Any:
     wanted, made, kind = _TYPES.get(name, (str, str, "string"))
     if isinstance(value, bool) or not isinstance(value, wanted):
-        raise RecipeError(f"{where}{_shown(name)} is {value!r}; it must be a {kind}")
+        raise OptionError(f"{_shown(name)} is {value!r}; it must be a {kind}")
     return made(value)
 
 
-def _layers(where: str, value: Any) -> tuple[tuple[str, float], ...]:
-    """Pairs from a table {pattern: alpha}; pairs are taken as they are."""
-    if isinstance(value, tuple):
-        return value
-    if not isinstance(value, dict) or not all(isinstance(item, float | int) and not isinstance(item, bool) for item in value.values()):
-        raise RecipeError(f'{where}[layers] must hold lines such as "regular expression" = 0.99')
-    for pattern in value:
-        _check_pattern(f"{where}layer pattern", pattern)
-    return tuple((pattern, float(alpha)) for pattern, alpha in value.items())
+def _layers(value: Any) -> tuple[tuple[str, float], ...]:
+    """Pairs from a table {pattern: alpha}, or pairs."""
+    pairs = value.items() if isinstance(value, dict) else value
+    if not isinstance(value, dict | tuple) or not all(isinstance(alpha, float | int) and not isinstance(alpha, bool) for _, alpha in pairs):
+        raise OptionError('[layers] must hold lines such as "regular expression" = 0.99')
+    for pattern, alpha in pairs:
+        _check_pattern("layer pattern", pattern)
+        _check_alpha("alpha of a layer", float(alpha))
+    return tuple((pattern, float(alpha)) for pattern, alpha in pairs)
 
 
-_PARSERS: Mapping[str, Callable[[str, Any], Any]] = {
-    "layers": _layers, "keep": _keep, "pattern": _pattern, "output_weight": _output_weights,
-    "allow_state_change": _flag,
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "layers": _layers, "keep": _keep, "pattern": _pattern, "output_weight": _output_weights, "allow_state_change": _flag,
+    "granularity": lambda value: granularity_of(_typed("granularity", value)),
 }  # fmt: skip

@@ -10,17 +10,17 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from relief_onnx.errors import RecipeError
+from relief_onnx.errors import OptionError
 
 __all__ = ["keep_pattern", "parse_pattern"]
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
-    """(n, m) of "n:m". Raises RecipeError unless 1 <= n < m."""
+    """(n, m) of "n:m". Raises OptionError unless 1 <= n < m."""
     found = re.fullmatch(r"\s*([0-9]+)\s*:\s*([0-9]+)\s*", text)
     n, m = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= n < m:
-        raise RecipeError(f"{text!r} is no pattern; write N:M with N at least 1 and below M, as 2:4 (of every 4 inputs 2 stay)")
+        raise OptionError(f"{text!r} is no pattern; write N:M with N at least 1 and below M, as 2:4 (of every 4 inputs 2 stay)")
     return n, m
 
 

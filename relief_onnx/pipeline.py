@@ -181,7 +181,7 @@ def prune(
         ready, options, masks, operation, packed, reasons, gates, cut.chosen.choices, shipped, cut.found, cut.floors, cut.shifts,
         passed_evenly(ready.graph, ready.plan) if options.by_flow else (), repaired, cut.improved, retrained, states, ridge,
     )  # fmt: skip
-    if not evidence.pruned:
+    if not (evidence.pruned or evidence.smaller):
         raise _nothing(ready.plan, {**evidence.kept_reasons(), **reasons})
     with clock("verify"):
         verification = verify(ready.original, masked, shipped, dataset, seed=options.seed, threads=options.threads, states=states)

@@ -20,7 +20,7 @@ from relief_onnx import model as files
 from relief_onnx.aside import array_of, scoped, whole
 from relief_onnx.carried import uncarried, with_weights_outside
 from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
-from relief_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
+from relief_onnx.errors import ModelError, NothingQuantizedError, OptionError, VerificationError
 from relief_onnx.folding import fold_norms
 from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
@@ -167,7 +167,7 @@ _SHARED = ("skip", "only", "storage", "samples", "seed", "threads")
 def _options(given: Mapping[str, Any]) -> Options:
     for key in given:
         if key not in _SHARED:
-            raise RecipeError(f"there is no option {key!r} of quantize; there are {', '.join(_SHARED)}")
+            raise OptionError(f"there is no option {key!r} of quantize; there are {', '.join(_SHARED)}")
     return resolve(None, {}, given)
 
 
@@ -179,7 +179,7 @@ def _choices(activations: str | None, per_channel: bool | None, method: str | No
     activations, method = activations or ACTIVATIONS[0], method or METHODS[0]
     for key, value, known in (("activations", activations, ACTIVATIONS), ("method", method, METHODS)):
         if value not in known:
-            raise RecipeError(f"{key} is {value!r}; choose one of {', '.join(known)}")
+            raise OptionError(f"{key} is {value!r}; choose one of {', '.join(known)}")
     return activations, per_channel is not False, method
 
 

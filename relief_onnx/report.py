@@ -24,7 +24,7 @@ from relief_onnx.cut import Floor
 from relief_onnx.dataset import Dataset
 from relief_onnx.health import Health, check_health
 from relief_onnx.layers import Layer, Skipped
-from relief_onnx.masks import Masks
+from relief_onnx.masks import Masks, initializer_masks
 from relief_onnx.measure import measure
 from relief_onnx.obs import Improved
 from relief_onnx.options import Options
@@ -42,7 +42,7 @@ from relief_onnx.verify import Verification
 if TYPE_CHECKING:
     from relief_onnx.prepared import Prepared
 
-__all__ = ["SCHEMA", "Evidence", "build_report", "quality_report", "to_json"]
+__all__ = ["ONLY_PACKED", "SCHEMA", "Evidence", "build_report", "quality_report", "to_json"]
 
 SCHEMA = "relief-onnx/report/1"
 
@@ -50,6 +50,8 @@ Flags = NDArray[np.bool_]
 
 # A lower cosine, or share of samples with the same top class, is told; and a lower cosine of what was not repaired.
 _POOR, _UNREPAIRED = 0.9, 0.95
+
+ONLY_PACKED = "nothing was removed, as what is below the cut is 0 already; the file is smaller because its zeros are stored packed now"
 
 # What one entry of a mask is called, by granularity.
 _UNITS: Mapping[str | None, str] = {"connection": "connection", "weight": "single weight", None: "channel"}
@@ -80,9 +82,16 @@ class Evidence:
 
     @property
     def pruned(self) -> bool:
-        """Whether any connection, bias or unit is gone."""
-        masked = any(not keep.all() for part in (self.masks.keep, self.masks.bias_keep) for keep in part.values())
+        """Whether any connection, bias or unit is gone that was not 0 already."""
+        graph = self.ready.graph
+        flags = initializer_masks(self.ready.plan, self.masks)
+        masked = any(bool(((graph.array(name) != 0) & ~keep).any()) for name, keep in flags.items() if name in graph.initializers)
         return masked or self.operation.units_removed > 0 or bool(self.gates) or any(self._lost(layer) for layer in self._layers())
+
+    @property
+    def smaller(self) -> bool:
+        """Whether storing weights packed makes the file smaller, whatever else is gone."""
+        return bool(self.packed) and files.identity(self.shipped, None, self.ready.origin)[1] < self.ready.bytes
 
     def _layers(self) -> list[Layer]:
         return [layers[0] for layers in self.ready.plan.by_weight().values()]
@@ -127,6 +136,8 @@ class Evidence:
                 f"its neurons have fewer inputs than a block of the pattern {self.options.pattern}" if few
                 else f"it has the pattern {self.options.pattern} already"
             )  # fmt: skip
+        if not self.masks.keep.get(layer.weight, np.True_).all():
+            return f"every {self._unit} below the cut is 0 already"
         if len(self.ready.plan.by_weight()[layer.weight]) > 1:
             return f"some node that shares it needs each {self._unit}" + ("" if alpha is None else f" at alpha {alpha:g}")
         if alpha is None or self.options.by_flow:
@@ -340,6 +351,8 @@ def _warnings(evidence: Evidence, quality: Comparison, dataset: Dataset, macs: t
     if evidence.improved is not None and evidence.improved.effort.left:
         count = len(evidence.improved.effort.left)
         found.append(f"{count} of the weights keep flow's mask: choosing them again would take too long (flow.choice.left in the report)")
+    if not evidence.pruned:
+        found.append(ONLY_PACKED)
     advice = "raise alpha" if evidence.options.keep is None and evidence.options.pattern is None else "keep more"
     found += health.warnings(advice)
     return found + _disagreement(evidence.options, quality, advice)

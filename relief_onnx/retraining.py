@@ -18,7 +18,7 @@ from relief_onnx.aside import scoped, whole
 from relief_onnx.compare import compare_models
 from relief_onnx.control import branching, settle
 from relief_onnx.data import ImageOptions, open_dataset
-from relief_onnx.errors import ModelError, RecipeError
+from relief_onnx.errors import ModelError, OptionError, RecipeError
 from relief_onnx.graph import Graph
 from relief_onnx.inner_weights import pack_with_inner
 from relief_onnx.measure import measure
@@ -72,7 +72,9 @@ def retrain(
     start = time.perf_counter()
     options = resolve(None, recipe or {}, {**given, "repair": "labels" if teacher is None else "distill"})
     if teacher is None and options.training.labels_count("labels") < 1.0:
-        raise RecipeError("a label weight below 1 mixes in the original's outputs; give the original with --teacher")
+        raise (RecipeError if recipe else OptionError)(
+            "a label weight below 1 mixes in the original's outputs; give the original with --teacher"
+        )
     if options.training.iterations > 1 or options.training.rewind is not None:
         raise RecipeError("iterations and rewind choose masks anew; they belong to relief-onnx prune")
     ready = prepare(source)

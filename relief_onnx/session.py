@@ -6,8 +6,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,8 @@ class Session:
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if working:
-            _shared_memory()
+            with _REGISTERING:
+                _shared_memory()
             options.add_session_config_entry("session.use_env_allocators", "1")
         content = _given(model, options)
         idle = (
@@ -89,9 +92,17 @@ class Session:
 
 @cache
 def _shared_memory() -> None:
-    """One arena for all working sessions: what comes back from a run holds all of the arena that it lies in, and fresh memory is slow."""
+    """One arena for all working sessions: what comes back from a run holds all of the arena that it lies in, and fresh memory is slow.
+
+    Once in a process. onnxruntime 1.31 takes it instead of what the user of the library registered before; versions that refuse a second
+    one go on with the first, which serves as well.
+    """
     place = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
-    onnxruntime.create_and_register_allocator(place, None)
+    with suppress(*LOAD_ERRORS):
+        onnxruntime.create_and_register_allocator(place, None)
+
+
+_REGISTERING = Lock()
 
 
 # Lays convolutions out anew. Without any it has nothing to do, and ends the process where a Transpose of half precision was fused.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from relief_onnx.errors import RecipeError
+from relief_onnx.errors import OptionError
 
-__all__ = ["LOSSES", "TRAINING_CHOICES", "TRAINING_FIELDS", "Training", "parse_training", "unimproved"]
+__all__ = ["LOSSES", "TRAINING_CHOICES", "TRAINING_FIELDS", "Training", "parse_training", "parse_value", "unimproved"]
 
 # What an output's loss can be; auto looks at the graph.
 LOSSES = ("auto", "kl", "bce", "mse", "cosine", "none")
@@ -86,10 +86,10 @@ _REAL: Mapping[str, tuple[float, bool, float]] = {
 
 
 def parse_training(values: Mapping[str, Any], base: Training = Training()) -> Training:
-    """`base` with these values, each checked. Raises RecipeError with one sentence."""
-    found = replace(base, **{key: _parsed(key, value) for key, value in values.items() if value is not None})
+    """`base` with these values, each checked. Raises OptionError with one sentence."""
+    found = replace(base, **{key: parse_value(key, value) for key, value in values.items() if value is not None})
     if found.precision == "mixed" and found.device != "cuda":
-        raise RecipeError("precision mixed works on a GPU only; add --device cuda, or leave it out")
+        raise OptionError("precision mixed works on a GPU only; add --device cuda, or leave it out")
     return found
 
 
@@ -103,24 +103,25 @@ def unimproved(training: Training, rounds: Sequence[Mapping[str, Any]]) -> list[
     ]
 
 
-def _parsed(key: str, value: Any) -> Any:
+def parse_value(key: str, value: Any) -> Any:
+    """One value as it is stored. Raises OptionError where it means nothing, whatever the other options are."""
     shown = key.replace("_", "-")
     if key in _WHOLE:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < _WHOLE[key]:
-            raise RecipeError(f"{shown} is {value!r}; it must be a whole number, {_WHOLE[key]} or more")
+            raise OptionError(f"{shown} is {value!r}; it must be a whole number, {_WHOLE[key]} or more")
         return int(value)
     if key in _REAL:
         least, closed, most = _REAL[key]
         good = not isinstance(value, bool) and isinstance(value, numbers.Real) and least <= float(value) <= most
         if not good or not math.isfinite(value) or (value == least and not closed):
             bounds = f"{least:g} or more" if closed else f"above {least:g}"
-            raise RecipeError(
+            raise OptionError(
                 f"{shown} is {value!r}; it must be a number, {bounds}" + ("" if most == math.inf else f" and at most {most:g}")
             )
         return float(value)
     if key in TRAINING_CHOICES:
         if value not in TRAINING_CHOICES[key]:
-            raise RecipeError(f"{shown} is {value!r}; choose one of {', '.join(TRAINING_CHOICES[key])}")
+            raise OptionError(f"{shown} is {value!r}; choose one of {', '.join(TRAINING_CHOICES[key])}")
         return value
     return _OTHERS[key](value)
 
@@ -131,7 +132,7 @@ def _loss(value: Any) -> tuple[tuple[str, str], ...]:
     for item in items:
         name, _, kind = item.rpartition("=") if isinstance(item, str) else (item[0], "", item[1])
         if kind not in LOSSES:
-            raise RecipeError(f"loss is {kind!r}; write KIND or OUTPUT=KIND with one of {', '.join(LOSSES)}")
+            raise OptionError(f"loss is {kind!r}; write KIND or OUTPUT=KIND with one of {', '.join(LOSSES)}")
         found.append((str(name), str(kind)))
     return tuple(found)
 
@@ -140,7 +141,7 @@ def _augment(value: Any) -> tuple[str, ...]:
     names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
     for name in names:
         if name not in AUGMENTATIONS:
-            raise RecipeError(f"augment is {name!r}; choose from {', '.join(AUGMENTATIONS)}, with commas between them")
+            raise OptionError(f"augment is {name!r}; choose from {', '.join(AUGMENTATIONS)}, with commas between them")
     return tuple(name for name in AUGMENTATIONS if name in names)
 
 
@@ -150,7 +151,7 @@ def _milestones(value: Any) -> tuple[float, ...]:
     except (TypeError, ValueError):
         found = (0.0,)
     if not all(0.0 < share < 1.0 for share in found):
-        raise RecipeError(f"milestones is {value!r}; give shares of the epochs between 0 and 1, such as 0.5,0.75")
+        raise OptionError(f"milestones is {value!r}; give shares of the epochs between 0 and 1, such as 0.5,0.75")
     return tuple(sorted(found))
 
 
@@ -161,7 +162,7 @@ def _max_drop(value: Any) -> float:
     except ValueError:
         found = -1.0
     if isinstance(value, bool) or not 0.0 <= found <= 100.0:
-        raise RecipeError(f"max-drop is {value!r}; give the points that may be lost, from 0 to 100, such as 1%")
+        raise OptionError(f"max-drop is {value!r}; give the points that may be lost, from 0 to 100, such as 1%")
     return found
 
 

@@ -37,15 +37,20 @@ def choose_units(
     def chosen(rule: Keep) -> list[Choice]:
         return choose(grouped, coupling, worth, rule, allowed=allowed, round_to=round_to)
 
-    if by_flow:
-        ranked = [group for group in grouped if not obstacle(group, values, allowed)]
-        if keep is None:
-            return chosen(_above_share(ranked, worth, values, alpha))
-        levels = sorted({worth.get(unit, 0.0) for group in ranked for unit in group.free}) or [0.0]
-        return _within(plan, coupling, lambda place: chosen(_above(lambda group: levels[place], worth)), len(levels), keep, macs)
+    ranked = [group for group in grouped if not obstacle(group, values, allowed)]
     if keep is None:
-        return chosen(by_share(alpha))
-    return _within(plan, coupling, lambda step: chosen(by_share(lambda layer: 1.0 - step / STEPS)), STEPS, keep, macs)
+        return chosen(_above_share(ranked, worth, values, alpha) if by_flow else by_share(alpha))
+    levels = sorted({worth.get(unit, 0.0) for group in ranked for unit in group.free}) or [0.0]
+
+    def strict(place: int) -> Keep:
+        return _above(lambda group: levels[place], worth) if by_flow else by_share(lambda layer: 1.0 - place / STEPS)
+
+    def fits(choices: Sequence[Choice]) -> bool:
+        removed = frozenset(unit for choice in choices for unit in choice.removed)
+        return macs_left(plan, coupling, removed, macs) <= keep * sum(macs.values())
+
+    rule = strict(_first(lambda place: fits(chosen(strict(place))), len(levels) if by_flow else STEPS))
+    return chosen(rule) if round_to == 1 else _filled(chosen, rule, fits, worth)
 
 
 def unit_values(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, float]:
@@ -54,20 +59,41 @@ def unit_values(plan: Plan, coupling: Coupling, scores: Scores) -> dict[int, flo
     return (relevance if by_flow else consumer_shares)(plan, coupling, scores)
 
 
-def _within(
-    plan: Plan, coupling: Coupling, chosen: Callable[[int], list[Choice]], count: int, keep: float, macs: Mapping[str, float]
-) -> list[Choice]:
-    """The first of `count` cuts, ordered from lenient to strict, that leaves no more than the share `keep` of the MACs; else the last."""
-    total = sum(macs.values())
+def _first(fits: Callable[[int], bool], count: int) -> int:
+    """The first of `count` cuts, ordered from lenient to strict, that fits; else the last."""
     low, high = 0, count - 1
     while low < high:
         middle = (low + high) // 2
-        removed = frozenset(unit for choice in chosen(middle) for unit in choice.removed)
-        if macs_left(plan, coupling, removed, macs) <= keep * total:
+        if fits(middle):
             high = middle
         else:
             low = middle + 1
-    return chosen(high)
+    return high
+
+
+def _filled(
+    chosen: Callable[[Keep], list[Choice]], rule: Keep, fits: Callable[[Sequence[Choice]], bool], worth: Mapping[int, float]
+) -> list[Choice]:
+    """What `rule` keeps and, the best first, what still fits: numbers of units are rounded, so the last to go may leave a large gap."""
+    least: dict[int, int] = {}
+
+    def keep(group: Group, shares: Sequence[float], units: Sequence[int]) -> int:
+        return max(rule(group, shares, units), least.get(id(group), 0))
+
+    found = chosen(keep)
+    open_to_more = {id(choice.group): choice for choice in found if choice.removed}
+    while open_to_more:
+        best = max(open_to_more, key=lambda key: max(worth.get(unit, 0.0) for unit in open_to_more[key].removed))
+        choice, before = open_to_more.pop(best), least.get(best, 0)
+        ranking = sorted(choice.group.free, key=lambda unit: -worth.get(unit, 0.0))
+        least[best] = 1 + next(place for place, unit in enumerate(ranking) if unit in choice.removed)
+        more = chosen(keep)
+        if fits(more):
+            found = more
+            open_to_more |= {id(other.group): other for other in found if other.group is choice.group and other.removed}
+        else:
+            least[best] = before
+    return found
 
 
 def macs_left(plan: Plan, coupling: Coupling, removed: frozenset[int], macs: Mapping[str, float]) -> float:

@@ -25,6 +25,7 @@ from relief_onnx_cli.main import main
 
 import relief_onnx
 from relief_onnx import calibrate
+from relief_onnx.report import ONLY_PACKED
 
 FEW = ("--data", CALIB, "--samples", 32)
 COMMANDS = ("check-data", "compare", "inspect", "prune", "quantize", "retrain", "score")
@@ -72,6 +73,39 @@ def test_the_main_job_with_nothing_else(tmp_path: Path) -> None:
     assert (forced.returncode, forced.stdout, forced.stderr) == (0, "", "")
     assert len((tmp_path / "model.pruned.onnx").read_bytes()) < len(written)
     assert model.read_bytes() == LENET.read_bytes()
+
+
+def test_nothing_more_to_remove(tmp_path: Path) -> None:
+    """Where all that is below the cut is 0 already: a result by packing alone says so, and without that there is none."""
+    cut = ("--granularity", "weight", "--pattern", "2:4", "--mean-shift", "off", "--storage")
+    prune(tmp_path, *cut, "dense", name="dense.onnx")
+    document = tmp_path / "r.json"
+    packed = run("prune", tmp_path / "dense.onnx", *FEW, "-o", tmp_path / "packed.onnx", "--json", document, *cut, "auto")
+    assert packed.exit_code == 0
+    assert "Nothing more was removed. Kept" in packed.stdout
+    assert "times smaller and verified" in packed.stdout
+    report = json.loads(document.read_text())
+    assert {row["status"] for row in report["layers"]} == {"kept"}
+    assert report["input"]["nonzero_params"] == report["output"]["nonzero_params"]
+    assert report["output"]["bytes"] < report["input"]["bytes"]
+    assert ONLY_PACKED in report["warnings"]
+    for storage, name in {"dense": "dense.onnx", "auto": "packed.onnx"}.items():
+        result = run("prune", tmp_path / name, *FEW, "-o", tmp_path / "again.onnx", *cut, storage)
+        assert result.exit_code == 4
+        assert "classifier.0.weight: it has the pattern 2:4 already" in result.stderr
+        assert not (tmp_path / "again.onnx").exists()
+
+
+def test_a_share_that_is_kept_already() -> None:
+    """The same --keep again and again: once no unit dies of it, the cut meets zeros alone."""
+    model: Any = LENET
+    with pytest.raises(relief_onnx.NothingPrunedError) as refused:  # noqa: PT012 - how often is what the loop finds out
+        for _ in range(6):
+            model = relief_onnx.prune(model, CALIB, keep="76%", samples=128, storage="dense").model
+    assert model is not LENET
+    reasons = [reason for _, reason in refused.value.reasons]
+    assert "every connection below the cut is 0 already" in reasons
+    assert set(reasons) <= {"every connection below the cut is 0 already", "every connection is above the cut"}
 
 
 def test_out_may_be_the_model_with_force(tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def test_summary_of_whole_feeds_and_shapes() -> None:
         ({"x": rows(3)}, VEC, "only 3 samples; 128 or more are advised"),
         ({"x": np.ones((200, 3))}, VEC, "all samples are identical"),
         (
-            {"x": np.arange(130 * 24).reshape(130, 1, 4, 6) % 256},
+            {"x": np.arange(130.0 * 24).reshape(130, 1, 4, 6) % 256},
             GRAY,
             "the values of 'x' lie in 0..255; images are usually scaled",
         ),
@@ -464,3 +464,25 @@ def test_class_names_are_counted_even_when_empty(tmp_path: Path) -> None:
             save_image(tmp_path / name / f"{index}.png", color_pixels(index))
     summary = describe(open_dataset(tmp_path, [RGB]), [RGB])
     assert summary.classes == (("a", 2), ("b", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "taken", "hint"), [("3,1", "class numbers", False), ("3.0,1.0", "targets", True), ("3.5,1.0", "targets", False)]
+)
+def test_what_labels_are_taken_for_is_told(text: str, taken: str, hint: bool, tmp_path: Path) -> None:
+    first, second = text.split(",")
+    (tmp_path / "d.csv").write_text(f"v1,label,v2\n1,{first},2\n3,{second},4\n")
+    inputs = [spec("N", 2)]
+    summary = describe(open_dataset(tmp_path / "d.csv", inputs), inputs)
+    assert summary.labels == taken
+    assert any("write 3, not 3.0" in warning for warning in summary.warnings) == hint
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(np.int64, True), (np.bool_, True), (np.float64, False), (np.float32, False)])
+def test_values_of_another_kind_are_told(dtype: Any, told: bool, tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", np.array([[0, 1, 1], [1, 0, 1]], dtype))
+    inputs = [spec("N", 3)]
+    summary = describe(open_dataset(tmp_path, inputs), inputs)
+    sentence = f"the {np.dtype(dtype).name} values of 'x' become float32, which holds each of them exactly"
+    assert (sentence in summary.warnings) == told
+    assert summary.labels is None

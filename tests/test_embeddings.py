@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Net
+from fused_cases import CASES as FUSED
 from helpers import real_model, run
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -316,3 +317,34 @@ def test_a_table_in_a_body_has_flow_and_is_kept_unless_it_is_named(form: str) ->
     (row,) = [row for row in plain.report["layers"] if row["weight"] == "table"]
     assert (row["status"], row["weights_kept"]) == ("kept", 120)
     assert "--only" in row["reason"]
+
+
+ANGLES = "it holds the cosines or sines of angles that tell tokens' places (rotary embedding), not connections between units"
+
+
+def test_rotary_caches_are_no_embedding_tables() -> None:
+    """Those of a fused node (com.microsoft) that is laid open, in inspect and in the report; nor can --only name them."""
+    model, feed = FUSED["groups, rotary"]()
+    ready = prepare(model)
+    assert not ready.plan.tables
+    caches = {row.weight for row in ready.plan.skipped if row.reason == ANGLES}
+    assert len(caches) == 2
+    assert all(name.startswith("turn") for name in caches)
+    report = relief_onnx.prune(model, [feed], keep="60%", threads=1).report
+    assert {row["weight"] for row in report["layers"] if row["reason"] == ANGLES and row["status"] == "skipped"} == caches
+    with pytest.raises(relief_onnx.NothingPrunedError) as refused:
+        relief_onnx.prune(model, [feed], only="turn", threads=1)
+    assert {name for name, reason in refused.value.reasons if reason == ANGLES} == caches
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1.0), (np.float16, 1.2)])
+def test_two_tables_are_angles_only_on_a_circle(dtype: Any, scale: float) -> None:
+    net = Net(seed=3, dtype=dtype)
+    net.inputs.append(("tokens", ("N", 5), onnx.TensorProto.INT64))
+    angles = np.arange(ROWS)[:, None] * net.rng.uniform(0.1, 1, DIMS)
+    turns = [net.constant((scale * turn(angles)).astype(dtype)) for turn in (np.cos, np.sin)]
+    learned = [net.weight(ROWS, DIMS, prefix="table") for _ in range(2)]
+    x = net.op("Sum", *(net.op("Gather", table, "tokens") for table in (*turns, *learned)))
+    plan = find(Graph(net.model(net.op("MatMul", x, net.weight(DIMS, 3)))))
+    assert {row.weight for row in plan.skipped if row.reason == ANGLES} == set(turns)
+    assert set(plan.by_table()) == set(learned)

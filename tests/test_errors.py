@@ -20,7 +20,7 @@ from helpers import LENET, digits, lenet, program, run
 from onnx import TensorProto, helper, numpy_helper
 
 from relief_onnx import pipeline, state_changes, surgery
-from relief_onnx.errors import RecipeError
+from relief_onnx.errors import OptionError
 
 Make = Callable[[Path], object]
 
@@ -295,6 +295,20 @@ OPTIONS: dict[str, str] = {
     "--threads -1": "threads is -1; give 0 or more.",
     "--threads 100000": "threads is 100000; give 1024 or less, or 0 for one per core.",
     "--seed -1": "seed is -1; give 0 or more.",
+    "--keep 130%": "keep is '130%'; give the percentage to keep, above 0 and at most 100, such as 30%.",
+    "--keep 0.3": "keep is '0.3', which could be 30 % or 0.3 %; write it with the % sign.",
+    "--pattern 4:2": "'4:2' is no pattern; write N:M with N at least 1 and below M, as 2:4 (of every 4 inputs 2 stay).",
+    "--output-weight y": "output-weight is 'y'; write NAME=W, the name of an output and a number.",
+    "--epochs -1": "epochs is -1; it must be a whole number, 0 or more.",
+    "--max-drop -1": "max-drop is '-1'; give the points that may be lost, from 0 to 100, such as 1%.",
+    "--validation 2": "validation is 2.0; it must be a number, 0 or more and at most 0.9.",
+    "--precision mixed": "precision mixed works on a GPU only; add --device cuda, or leave it out.",
+    "--std 0": "The image scale or std is 0, which would wipe out or blow up every pixel; give another value.",
+    "--keep 30% --alpha 0.9": "keep and alpha both say how much stays; give one of them.",
+    "--keep 30% --alpha 2 --recipe r.toml": "alpha is 2.0; it is the share of contribution to keep, above 0 and at most 1.",
+}
+
+FILES: dict[str, str] = {
     "--scores none.npz": "none.npz does not exist; measure it with relief-onnx score.",
     "--scores m.onnx": "m.onnx is not a score file (.npz); measure it with relief-onnx score.",
     "--recipe none.toml": "none.toml does not exist; check the path of the recipe.",
@@ -341,9 +355,34 @@ def test_models_that_cannot_be_compared() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_option_that_means_nothing_is_wrong_usage(options: str, here: Path) -> None:
+    (here / "r.toml").write_text("keep = 40\n")
+    check(f"prune m.onnx --data data -o out.onnx {options}", 2, OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", FILES)
 @pytest.mark.usefixtures("here")
-def test_option(options: str) -> None:
-    check(f"prune m.onnx --data data -o out.onnx {options}", 1, OPTIONS[options])
+def test_file_of_an_option(options: str) -> None:
+    check(f"prune m.onnx --data data -o out.onnx {options}", 1, FILES[options])
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("score m.onnx --data data -o out.onnx --samples 0", OPTIONS["--samples 0"]),
+        ("compare m.onnx m.onnx --data data --threads -1", OPTIONS["--threads -1"]),
+        ("quantize m.onnx --data data -o out.onnx --skip (", OPTIONS["--skip ("]),
+        ("check-data m.onnx data --scale 0", OPTIONS["--std 0"]),
+        ("retrain m.onnx --data data -o out.onnx --batch 0", "batch is 0; it must be a whole number, 1 or more."),
+        (
+            "retrain m.onnx --data data -o out.onnx --label-weight 0.5",
+            "a label weight below 1 mixes in the original's outputs; give the original with --teacher.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_wrong_usage_of_every_command(command: str, sentence: str) -> None:
+    check(command, 2, sentence)
 
 
 RECIPES: dict[str, str] = {
@@ -352,17 +391,19 @@ RECIPES: dict[str, str] = {
     "granulrity = 'connection'": "r.toml has an unknown key 'granulrity'; did you mean 'granularity'?",
     "alpha = 'much'": "r.toml: alpha is 'much'; it must be a number.",
     "criterion = 3": "r.toml: criterion is 3; it must be a string.",
-    "criterion = 'taylor'": "criterion is 'taylor'; choose one of flow, flow-obs, relief, relief-fast, magnitude, wanda.",
-    "repair = 'labls'": "repair is 'labls'; choose one of none, least-squares, distill, labels.",
-    "preset = 'papr'": "there is no preset papr; the presets are paper.",
-    "granularity = 'channels'": "granularity is 'channels'; choose one of connection, weight, channel, channel+connection, channel+weight.",
+    "criterion = 'taylor'": "r.toml: criterion is 'taylor'; choose one of flow, flow-obs, relief, relief-fast, magnitude, wanda.",
+    "repair = 'labls'": "r.toml: repair is 'labls'; choose one of none, least-squares, distill, labels.",
+    "preset = 'papr'": "r.toml: there is no preset papr; the presets are paper.",
+    "granularity = 'channels'": (
+        "r.toml: granularity is 'channels'; choose one of connection, weight, channel, channel+connection, channel+weight."
+    ),
     "round-to = 2.5": "r.toml: round-to is 2.5; it must be a whole number.",
     "allow-state-change = 1": "r.toml: allow-state-change is 1; it must be true or false.",
     "rounds-to = 4": "r.toml has an unknown key 'rounds-to'; did you mean 'round-to'?",
     "alpha =": "r.toml is not valid TOML (...); correct that line.",
     "layers = 3": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
     "[layers]\n'fc' = true": 'r.toml: [layers] must hold lines such as "regular expression" = 0.99.',
-    "[layers]\n'fc' = 1.2": "alpha of a layer is 1.2; it is the share of contribution to keep, above 0 and at most 1.",
+    "[layers]\n'fc' = 1.2": "r.toml: alpha of a layer is 1.2; it is the share of contribution to keep, above 0 and at most 1.",
 }
 
 
@@ -370,6 +411,12 @@ RECIPES: dict[str, str] = {
 def test_recipe(text: str, here: Path) -> None:
     (here / "r.toml").write_text(text)
     check("prune m.onnx --data data -o out.onnx --recipe r.toml", 1, RECIPES[text])
+
+
+def test_options_that_contradict_a_recipe(here: Path) -> None:
+    """Each is good by itself: the recipe has a part in it, so it is bad input."""
+    (here / "r.toml").write_text("alpha = 0.9\n")
+    check("prune m.onnx --data data -o out.onnx --recipe r.toml --keep 30%", 1, OPTIONS["--keep 30% --alpha 0.9"])
 
 
 KEYWORDS: tuple[tuple[dict[str, object], str], ...] = (
@@ -385,14 +432,14 @@ KEYWORDS: tuple[tuple[dict[str, object], str], ...] = (
 @pytest.mark.parametrize(("keywords", "sentence"), KEYWORDS)
 @pytest.mark.usefixtures("here")
 def test_a_keyword_of_a_wrong_type_from_python(keywords: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(OptionError) as caught:
         pipeline.prune("m.onnx", "data", **keywords)
     assert str(caught.value) == sentence
 
 
 @pytest.mark.usefixtures("here")
 def test_unknown_keyword_from_python() -> None:
-    with pytest.raises(RecipeError, match=r"^there is no option 'aplha'; did you mean 'alpha'\?$"):
+    with pytest.raises(OptionError, match=r"^there is no option 'aplha'; did you mean 'alpha'\?$"):
         pipeline.prune("m.onnx", "data", aplha=0.9)
 
 
