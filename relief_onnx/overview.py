@@ -17,6 +17,7 @@ from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, InputSpec, batch_axis, describe, open_dataset
+from relief_onnx.fitted import samples_for
 from relief_onnx.layers import DATA_DECIDE, Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
@@ -120,7 +121,7 @@ def comparison(
     options = resolve(None, {}, given)
     models = files.load(first), files.load(second)
     ready = prepare(first), prepare(second)
-    dataset = open_dataset(data, files.input_specs(models[0]), images=images)
+    dataset = samples_for(models[0], data, images)
     found = compare_models(*models, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress)
     sample = next(iter(dataset.batches(1, limit=1)))
     a, b = (_file(item, sample) for item in ready)

@@ -19,8 +19,9 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.aside import array_of, scoped, whole
 from relief_onnx.carried import uncarried, with_weights_outside
-from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
+from relief_onnx.data import ImageOptions
 from relief_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
+from relief_onnx.fitted import Data, samples_for
 from relief_onnx.folding import fold_norms
 from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
@@ -72,7 +73,7 @@ class _Candidates:
 @scoped("model", "dense")
 def quantize(
     source: files.ModelSource,
-    data: str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader,
+    data: Data,
     *,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -108,7 +109,7 @@ def quantize(
         before = None if original is None else _first_stage(original)
         model = unpack(loaded)
         _check_floats(model, name)
-        dataset = open_dataset(data, files.input_specs(model), images=images or ImageOptions())
+        dataset = samples_for(model, data, images)
         whole_model = with_weights_outside(uncarried(unshadowed(files.hoist(model))))
         base, put_back = lay_open(whole_model) or (whole_model, lambda edited, kept: edited)
     notes: list[str] = []
