@@ -49,7 +49,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "skipped": skipped,
         "groups": [_group_row(group) for group in groups(ready.plan, coupling)],
         "totals": {
-            "prunable_weights": sum(row["weights"] for row in layers),
+            "prunable_weights": sum({row["weight"]: row["weights"] for row in layers}.values()),  # some are shared
             "table_weights": sum(row["weights"] for row in tables),
             "open_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped if row.reason.endswith(DATA_DECIDE)),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
