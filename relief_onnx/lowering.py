@@ -26,7 +26,7 @@ from relief_onnx.rearranged import rearranged
 from relief_onnx.recurrent_layers import join_biases, split_biases
 from relief_onnx.rounded import store_rounded
 
-__all__ = ["INNER_PASSES", "PASSES", "RUNNING_PASSES", "Lowered", "Pass", "Restore", "lower"]
+__all__ = ["INNER_PASSES", "PASSES", "RUNNING_PASSES", "STORED_PASSES", "Lowered", "Pass", "Restore", "lower"]
 
 # From the rewritten model, cut or not, back to the form of the file. Kept: what surgery left of each weight (empty: all of it).
 Restore = Callable[[onnx.ModelProto, Kept], onnx.ModelProto]
@@ -55,6 +55,8 @@ def _rearranged(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Restore] | Non
 INNER_PASSES: tuple[Pass, ...] = (_halves, open_packed, float_biases, store_rounded, lower_quantised, lay_open)
 # For one that runs.
 RUNNING_PASSES: tuple[Pass, ...] = (*INNER_PASSES, _rearranged)
+# For a model of floats whose weights are to be stored as integers.
+STORED_PASSES: tuple[Pass, ...] = (fixed_branches, lay_open, _rearranged)
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from relief_onnx.channels import Group, groups
 from relief_onnx.compare import compare_models
 from relief_onnx.coupling import Coupling
 from relief_onnx.data import Batch, ImageOptions, InputSpec, batch_axis, describe, open_dataset
+from relief_onnx.fitted import samples_for
 from relief_onnx.layers import DATA_DECIDE, Layer
 from relief_onnx.measure import layer_macs, measure
 from relief_onnx.options import resolve
@@ -48,7 +49,7 @@ def overview(source: files.ModelSource) -> dict[str, Any]:
         "skipped": skipped,
         "groups": [_group_row(group) for group in groups(ready.plan, coupling)],
         "totals": {
-            "prunable_weights": sum(row["weights"] for row in layers),
+            "prunable_weights": sum({row["weight"]: row["weights"] for row in layers}.values()),  # some are shared
             "table_weights": sum(row["weights"] for row in tables),
             "open_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped if row.reason.endswith(DATA_DECIDE)),
             "skipped_weights": sum(int(np.prod(row.shape)) for row in ready.plan.skipped),
@@ -120,7 +121,7 @@ def comparison(
     options = resolve(None, {}, given)
     models = files.load(first), files.load(second)
     ready = prepare(first), prepare(second)
-    dataset = open_dataset(data, files.input_specs(models[0]), images=images)
+    dataset = samples_for(models[0], data, images)
     found = compare_models(*models, dataset, limit=options.samples, seed=options.seed, threads=options.threads, progress=progress)
     sample = next(iter(dataset.batches(1, limit=1)))
     a, b = (_file(item, sample) for item in ready)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +24,10 @@ from relief_onnx.contest import Contest, worth_choosing
 from relief_onnx.control import branching, settle
 from relief_onnx.coupling import Coupling
 from relief_onnx.cut import Floor
-from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, open_dataset
+from relief_onnx.data import Dataset, ImageOptions
 from relief_onnx.decide import Choose, Chosen, Search, Worth, decide, kept_portions, pools, silenced
 from relief_onnx.errors import ModelError, NothingPrunedError, RecipeError
+from relief_onnx.fitted import Data, samples_for
 from relief_onnx.flow import MeanMeasure, passed_evenly
 from relief_onnx.graph import Graph
 from relief_onnx.inner_weights import pack_with_inner
@@ -57,7 +58,6 @@ from relief_onnx.verify import verify
 
 __all__ = ["Data", "Result", "prune", "score"]
 
-Data = str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader
 _SILENT: calibrate.Progress = lambda *_: None
 
 
@@ -89,8 +89,8 @@ def score(
     if not (ready.plan.layers or ready.plan.tables) and not branching(ready.graph):
         raise _nothing(ready.plan, {})
     _check_outputs(ready.graph, options)
-    dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
     with _named(ready.path):
+        dataset = samples_for(ready.original, data, images)
         if branching(ready.graph):
             ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
             if not ready.plan.layers:
@@ -143,7 +143,8 @@ def prune(
                 with _named(ready.path):
                     Session(ready.original, 1)  # a model that does not run is that first
             raise _nothing(ready.plan, reasons)
-        dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+        with _named(ready.path):
+            dataset = samples_for(ready.original, data, images)
         options, few = worth_choosing(options, dataset)
         folder = work_folder(work_dir)
     if branching(ready.graph):

@@ -19,13 +19,14 @@ from relief_onnx import calibrate
 from relief_onnx import model as files
 from relief_onnx.aside import array_of, scoped, whole
 from relief_onnx.carried import uncarried, with_weights_outside
-from relief_onnx.data import CalibrationDataReader, Feed, ImageOptions, open_dataset
+from relief_onnx.data import ImageOptions
 from relief_onnx.errors import ModelError, NothingQuantizedError, OptionError, VerificationError
+from relief_onnx.fitted import Data, samples_for
 from relief_onnx.folding import fold_norms
-from relief_onnx.fused import lay_open
 from relief_onnx.graph import Graph
 from relief_onnx.int8 import Stored, kept_axes, store
 from relief_onnx.layers import Layer, Plan, find
+from relief_onnx.lowering import STORED_PASSES, lower
 from relief_onnx.nodes import STANDARD, subgraphs
 from relief_onnx.options import Options, resolve
 from relief_onnx.pack import pack, unpack
@@ -72,7 +73,7 @@ class _Candidates:
 @scoped("model", "dense")
 def quantize(
     source: files.ModelSource,
-    data: str | os.PathLike[str] | Iterable[Feed] | CalibrationDataReader,
+    data: Data,
     *,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -108,16 +109,17 @@ def quantize(
         before = None if original is None else _first_stage(original)
         model = unpack(loaded)
         _check_floats(model, name)
-        dataset = open_dataset(data, files.input_specs(model), images=images or ImageOptions())
+        dataset = samples_for(model, data, images)
         whole_model = with_weights_outside(uncarried(unshadowed(files.hoist(model))))
-        base, put_back = lay_open(whole_model) or (whole_model, lambda edited, kept: edited)
+        lowered = lower(whole_model, STORED_PASSES)
+        base = lowered.model
     notes: list[str] = []
     fine = _fit_version(base, name, per_channel, notes) if activations != "none" else per_channel
     found = _candidates(base, run, per_channel)
     base, folded = fold_norms(base)
     found = _Candidates(Graph(base), find(Graph(base)), found.axes, found.reasons) if folded else found
     stored_as_int8, stored, too_small = store(base, found.axes)
-    only_weights = put_back(stored_as_int8, {})
+    only_weights = lowered.restored(stored_as_int8)
     dense, integers = only_weights, False
     nodes = _nodes(found, fine, notes) if activations != "none" else frozenset()
     if nodes:
@@ -128,7 +130,7 @@ def quantize(
             )  # fmt: skip
         with_activations = _with_activations(dense, names)
         dense, rest, too_small = store(dense, {weight: axes for weight, axes in found.axes.items() if weight not in with_activations})
-        dense, stored, integers = put_back(dense, {}), {**with_activations, **rest}, bool(with_activations)
+        dense, stored, integers = lowered.restored(dense), {**with_activations, **rest}, bool(with_activations)
     elif activations != "none":
         notes.append("no layer has kernels for int8 activations; the weights alone are int8")
     reasons = {**found.reasons, **too_small}
@@ -260,8 +262,9 @@ def _passes_on(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether 8 bit values can go through; what others see must not get the range of what a Relu behind it leaves."""
     if node.op_type not in _CLIPPING:
         return node.op_type in _DIRECT
-    # The quantiser itself looks at other readers, but not at outputs of the model and bodies.
-    return not graph.is_output(node.input[0]) and all(use.slot >= 0 for use in graph.uses[node.input[0]])
+    # The quantiser itself looks at other readers, but not at outputs of the model and bodies; it drops the node, and bodies would read
+    # what is not clipped.
+    return not graph.is_output(node.input[0]) and all(use.slot >= 0 for name in (node.input[0], node.output[0]) for use in graph.uses[name])
 
 
 def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset[int]:

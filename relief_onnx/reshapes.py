@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -11,8 +12,9 @@ import onnx
 from relief_onnx.dims import Dim
 from relief_onnx.graph import Graph
 from relief_onnx.moves import Barrier, Picture, Together, dims_of, squeezed
+from relief_onnx.nodes import STANDARD
 
-__all__ = ["reshape"]
+__all__ = ["heads_of", "reshape"]
 
 ONE = Dim.of(1)
 
@@ -26,6 +28,17 @@ class _Block:
 
 
 Axes = list[tuple[int, Dim]]
+
+
+def heads_of(graph: Graph, widths: Collection[int]) -> set[int]:
+    """Into how many parts of one size a Reshape takes one of the widths apart, as attention does."""
+    found = set()
+    for node in graph.nodes:
+        if node.op_type == "Reshape" and node.domain in STANDARD:
+            whole, parts = (graph.shape(name) or () for name in (node.input[0], node.output[0]))
+            pairs = ((count, size) for count, size in pairwise(parts) if isinstance(count, int) and isinstance(size, int))
+            found |= {count for count, size in pairs if count * size in whole and count * size in widths}
+    return found
 
 
 def _blocks(before: Sequence[Dim], after: Sequence[Dim]) -> list[_Block]:

@@ -17,15 +17,15 @@ from relief_onnx import model as files
 from relief_onnx.aside import scoped, whole
 from relief_onnx.compare import compare_models
 from relief_onnx.control import branching, settle
-from relief_onnx.data import ImageOptions, open_dataset
+from relief_onnx.data import ImageOptions
 from relief_onnx.errors import ModelError, OptionError, RecipeError
+from relief_onnx.fitted import Data, samples_for
 from relief_onnx.graph import Graph
 from relief_onnx.inner_weights import pack_with_inner
 from relief_onnx.measure import measure
 from relief_onnx.measuring import work_folder
 from relief_onnx.options import resolve
 from relief_onnx.pack import unpack
-from relief_onnx.pipeline import Data
 from relief_onnx.prepared import Prepared, prepare
 from relief_onnx.ranks import is_first
 from relief_onnx.recalibrate import normalisations, recalibrate
@@ -85,7 +85,7 @@ def retrain(
         files.check_target(Path(save_report), force=True)
     original = ready.original if teacher is None else unpack(files.load(teacher))
     _check_teacher(ready, original)
-    dataset = open_dataset(data, files.input_specs(ready.original), images=images or ImageOptions())
+    dataset = samples_for(ready.original, data, images)
     if branching(ready.graph):
         ready = settle(ready, dataset, samples=options.samples, seed=options.seed, threads=options.threads)
     rounds = Rounds(original, dataset, options, work_folder(work_dir), progress)

@@ -23,6 +23,7 @@ from relief_onnx.nodes import blocks_of, operator_of
 from relief_onnx.ops import OperatorRow, row_of
 from relief_onnx.recurrent_layers import is_bias
 from relief_onnx.recurrent_units import moves_whole, walk_recurrent
+from relief_onnx.reshapes import heads_of
 from relief_onnx.sources import VIEW_OPERATORS, Source, trace_constant
 from relief_onnx.states import NO_STATES, States
 from relief_onnx.two_ways import rows_of
@@ -67,6 +68,7 @@ class Walk:
         self.layers, self.recurrent = self.plan.single(), self.plan.recurrent()
         self.units = UnionFind()
         self.widths = {size for layer in self.plan.layers for size in (layer.out_channels, layer.groups * layer.in_per_group)}
+        self.widths |= heads_of(self.graph, self.widths)
         self._pins: list[tuple[int, str]] = []
         self._tied_uses: dict[str, list[set[int]]] = {}
         self.emitted: dict[str, int] = {}

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from builders import Net
 from laws import assert_same_outputs, check_mask_is_surgery
+from onnx import numpy_helper
 
 from relief_onnx.channels import unit_masks
 from relief_onnx.graph import Graph
@@ -40,6 +41,10 @@ def scalar(net: Net, value: float) -> Any:
 
 def whole(net: Net, value: int) -> Any:
     return net.op("Constant", value_ints=[value])
+
+
+def scalar_int(net: Net, value: int) -> Any:
+    return net.op("Constant", value_int=value)
 
 
 def size(net: Net, x: str, axis: int) -> Any:
@@ -109,6 +114,24 @@ def spread_mask(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     return net.op("MatMul", pooled, out), [(stem, 1), (out, 0)]
 
 
+def mask_of_heads(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
+    """A mask of tokens, copied for every head as PyTorch writes `expand(-1, 3, -1, -1)`: the number of heads is no width of a layer."""
+    values, out = net.weight(6, 12), net.weight(12, 5)
+    bad = net.op("Less", net.op("ReduceMax", x, axes=[2], keepdims=0), scalar(net, 0.1))
+    mask = net.op("Unsqueeze", net.op("Where", bad, scalar(net, -9.0), scalar(net, 0.0)), net.ints(1, 2))
+    asked = net.op("Reshape", net.op("Concat", *(whole(net, size) for size in (-1, 3, -1, -1)), axis=0), whole(net, -1))
+    ones = net.op("ConstantOfShape", net.op("Shape", asked), value=numpy_helper.from_array(np.ones(1, np.int64)))
+    same = net.op("Equal", asked, net.op("Mul", ones, scalar_int(net, -1)))
+    spread = net.op("Expand", mask, net.op("Where", same, ones, asked))
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.op("MatMul", x, weight), net.ints(0, 0, 3, 4)), perm=[0, 2, 1, 3])
+        for weight in (net.weight(6, 12), net.weight(6, 12), values)
+    )
+    logits = net.op("Add", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), spread)
+    context = net.op("Transpose", net.op("MatMul", net.op("Softmax", logits, axis=-1), v), perm=[0, 2, 1, 3])
+    return net.op("MatMul", net.op("Reshape", context, net.ints(0, 0, 12)), out), [(values, 1), (out, 0)]
+
+
 def detour(net: Net, x: str) -> tuple[str, list[tuple[str, int]]]:
     """Attention where k is transposed with its heads joined to a batch of unknown size; heads are the units."""
     values, out = net.weight(6, 12), net.weight(12, 5)
@@ -171,6 +194,7 @@ CASES: dict[str, Case] = {
     "spectrum": Case(spectrum, ("N", 3, 6)),
     "linear attention": Case(linear_attention, ("N", "T", 6)),
     "spread mask": Case(spread_mask, ("N", "T", 6)),
+    "mask of heads": Case(mask_of_heads, ("N", "T", 6)),
 }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from builders import Net
 from helpers import CALIB, LENET, ROOT, SAMPLES, TEST, digits, process, program, run
 from relief_onnx_cli.main import main
 
@@ -366,6 +367,18 @@ def test_inspect(tmp_path: Path) -> None:
     assert {"layer2.0.conv2", "layer2.0.downsample.0"} in [set(group["layers"]) for group in document["groups"]]
     assert document["totals"]["prunable_weights"] == sum(row["weights"] for row in document["layers"])
     assert json.loads(run("inspect", LENET, "--json", "-").stdout)["opset"] == 17
+
+
+def test_inspect_counts_a_shared_weight_once(tmp_path: Path) -> None:
+    net = Net()
+    h, weight = net.input("N", 6), net.weight(6, 6)
+    for _ in range(3):
+        h = net.op("Tanh", net.op("MatMul", h, weight))
+    onnx.save(net.model(h), tmp_path / "m.onnx")
+    result = run("inspect", tmp_path / "m.onnx", "--json", tmp_path / "i.json")
+    document = json.loads((tmp_path / "i.json").read_text())
+    assert (len(document["layers"]), document["totals"]["prunable_weights"]) == (3, 36)
+    assert "36 weights can be pruned" in result.stdout
 
 
 def test_compare(tmp_path: Path) -> None:

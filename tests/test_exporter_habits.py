@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_quantised import values
 
 import relief_onnx
+from relief_onnx.errors import DataError
 from relief_onnx.lifting import body_of
 from relief_onnx.pack import packed_names
 from relief_onnx.prepared import prepare
@@ -136,3 +137,29 @@ def test_a_piece_of_half_precision_does_not_end_the_process() -> None:
     """onnxruntime's layout optimiser crashes on a Transpose that it fused into a MatMul of half precision."""
     done = subprocess.run([sys.executable, "-c", _PIECE], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "(12, 2, 192)"), done.stderr
+
+
+@pytest.mark.parametrize("criterion", ["flow", "relief"])
+def test_a_model_that_promises_any_batch_and_takes_one_sample(criterion: str) -> None:
+    """A tracer wrote the 1 of its example into the Reshape that splits heads; samples ran together, which failed."""
+    net = Net(seed=3)
+    x = net.input("batch", 5, 6)
+    hidden = net.op("Relu", net.op("MatMul", x, net.weight(6, 8)))
+    heads = net.op("Transpose", net.op("Reshape", hidden, net.ints(1, 5, 2, 4)), perm=[0, 2, 1, 3])
+    joined = net.op("Reshape", net.op("Transpose", heads, perm=[0, 2, 1, 3]), net.ints(1, 5, 8))
+    model = net.model(net.op("MatMul", joined, net.weight(8, 3)))
+    rng = np.random.default_rng(0)
+    data = [{x: rng.standard_normal((1, 5, 6)).astype(np.float32)} for _ in range(6)]
+    with pytest.raises(DataError):
+        Session(model).run({x: np.concatenate([item[x] for item in data])})
+    result = relief_onnx.prune(model, data, criterion=criterion, keep="60%")
+    assert any("with one only" in text for text in result.report["warnings"])
+    small = relief_onnx.quantize(result.model, data)
+    assert any("with one only" in text for text in small.report["warnings"])
+    before, after = (Session(item).run(data[0])[0] for item in (model, small.model))
+    assert before.shape == after.shape
+
+
+def test_a_model_that_takes_many_samples_has_no_such_note() -> None:
+    model, data = recurrent()
+    assert not any("with one only" in text for text in relief_onnx.prune(model, data).report["warnings"])

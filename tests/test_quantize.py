@@ -330,6 +330,50 @@ def test_recurrent_layers_get_int8_weights_beside_int8_layers() -> None:
     assert found.report["stages"][-1]["agreement"]["y"]["cosine"] > 0.999
 
 
+@pytest.mark.parametrize("activations", ["uint8", "none"])
+@pytest.mark.parametrize("place", ["outside", "in a branch that always runs"])
+def test_recurrent_weights_whose_gates_a_file_moves(place: str, activations: str) -> None:
+    """As PyTorch writes an LSTM where constants are not folded; they were kept exact, as tables that a Slice reads."""
+    rng, gates = np.random.default_rng(0), ""
+    for name in "wr":
+        for gate, (start, end) in enumerate([(0, 32), (96, 128), (32, 96)]):  # input, output, forget and cell
+            gates += f"{name}{gate} = Slice ({name}, at{start}, at{end}, first)\n"
+        gates += f"{name}_all = Concat <axis = 0> ({name}0, {name}1, {name}2)\n"
+        gates += f"{name}_one = Unsqueeze <axes = [0]> ({name}_all)\n"
+    nodes = gates + "all, last = LSTM <hidden_size = 32> (x, w_one, r_one)\n"
+    if place != "outside":
+        nodes = f"""size = Shape (x)  count = Gather (size, two)  known = Equal (count, sixteen)
+            last = If (known) <then_branch = yes () => (float[1, n, 32] t) {{ {nodes.replace("all, last", "all, t")} }},
+            else_branch = no () => (float[1, n, 32] e) {{ e = ReduceSum <axes = [0], keepdims = 1> (x) }}>"""
+    places = ", ".join(f"int64[1] at{place} = {{{place}}}" for place in (0, 32, 96, 128))
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 11]> net (float[5, n, 16] x) => (float[1, n, 32] y)
+        <int64 two = {{2}}, int64 sixteen = {{16}}, int64[1] first = {{0}}, {places}> {{ {nodes} y = Tanh(last) }}""")
+    for name, shape in {"w": (128, 16), "r": (128, 32)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32) * 0.2, name))
+    data = [{"x": rng.normal(size=(5, 3, 16)).astype(np.float32)} for _ in range(4)]
+    found = quantize(model, data, activations=activations, threads=1)
+    assert [row["status"] for row in found.report["layers"]] == ["int8 weights", "int8 weights"]
+    assert found.report["stages"][-1]["agreement"]["y"]["cosine"] > 0.999
+
+
+def test_a_branch_reads_what_a_relu_left() -> None:
+    """The quantiser drops a Relu behind 8 bits, whose range begins at 0; a branch that reads it got what is below 0 too."""
+    net = Net()
+    kept = net.op("Relu", net.op("Gemm", net.input("N", 20), net.weight(20, 32), net.bias(32)))
+    branch = helper.make_graph([helper.make_node("Identity", [kept], ["same"])], "branch", [], [onnx.ValueInfoProto(name="same")])
+    chosen = net.op(
+        "If",
+        net.op("Greater", net.op("ReduceSum", kept, keepdims=0), net.constant(np.float32(0))),
+        then_branch=branch,
+        else_branch=helper.make_graph([helper.make_node("Neg", [kept], ["other"])], "other", [], [onnx.ValueInfoProto(name="other")]),
+    )
+    model = net.model(chosen)
+    feed = {"x1": np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)}
+    report = quantize(model, [feed], threads=1).report
+    assert {row["status"] for row in report["layers"]} == {"int8"}
+    assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
