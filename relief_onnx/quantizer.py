@@ -17,10 +17,11 @@ import onnx
 
 from relief_onnx import aside
 from relief_onnx import model as files
+from relief_onnx.bodies import replace_all
 from relief_onnx.dataset import Batch, Dataset
 from relief_onnx.errors import DataError, ModelError
 from relief_onnx.graph import Graph
-from relief_onnx.nodes import captured, subgraphs
+from relief_onnx.nodes import STANDARD, captured, subgraphs
 from relief_onnx.session import LOAD_ERRORS, Session, first_line
 
 __all__ = ["METHODS", "quantize_activations", "version_refusal"]
@@ -98,8 +99,8 @@ def quantize_activations(
     named.CopyFrom(model)
     own = _name_nodes(named)
     wanted = [named.graph.node[i] for i in sorted(nodes)]
-    # Shapes that an exporter wrote down wrongly make the probe fail; the quantiser infers its own.
-    del named.graph.value_info[:]
+    # Shapes that an exporter wrote down wrongly make the probe fail; the quantiser infers its own, if told what ONNX knows nothing about.
+    replace_all(named.graph.value_info, _foreign(Graph(model)))
     # An input that is an output too would be written a second time, by the pair of nodes that quantises it; as an output it stays as it is.
     given = {item.name for item in Graph(model).inputs}
     made = [item for item in named.graph.output if item.name not in given]
@@ -151,6 +152,13 @@ def quantize_activations(
             "use --activations none for int8 weights only, or leave layers alone with --skip"
         ) from error
     return restored, weights
+
+
+def _foreign(graph: Graph) -> list[onnx.ValueInfoProto]:
+    """Type and number of axes of what nodes make that are none of standard ONNX."""
+    made = {name for node in graph.nodes if node.domain not in STANDARD for name in node.output if name in graph.types}
+    known = ((name, *graph.types[name]) for name in sorted(made - set(graph.outputs)))
+    return [onnx.helper.make_tensor_value_info(name, kind, None if shape is None else [None] * len(shape)) for name, kind, shape in known]
 
 
 def _batch_size(dataset: Dataset, seed: int, histogram: bool) -> int:

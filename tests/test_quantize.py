@@ -374,6 +374,19 @@ def test_a_branch_reads_what_a_relu_left() -> None:
     assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
 
 
+def test_layers_behind_onnxruntime_s_own_operators() -> None:
+    """The quantiser did not know what a fused Gelu makes, and failed at the bias of the convolution behind."""
+    net = Net()
+    y = net.op("Gelu", net.op("Conv", net.input("N", 3, 8, 8), net.weight(8, 3, 3, 3), net.bias(8)))
+    net.nodes[-1].domain = "com.microsoft"
+    pooled = net.op("MaxPool", y, kernel_shape=[2, 2], strides=[2, 2])
+    model = net.model(net.op("Conv", pooled, net.weight(6, 8, 3, 3), net.bias(6)))
+    feed = {"x1": np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)}
+    report = quantize(model, [feed], threads=1).report
+    assert [row["status"] for row in report["layers"]] == ["int8", "int8"]
+    assert all(item["cosine"] > 0.999 for item in report["stages"][-1]["agreement"].values())
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
