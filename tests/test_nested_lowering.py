@@ -243,6 +243,21 @@ def test_recurrent_nodes(kind: tuple[str, str, bool], captured: bool) -> None:
                 assert repaired[weight]["error_after"] < repaired[weight]["error_before"]
 
 
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_recurrent_nodes_are_repaired_as_without_control_flow(kind: tuple[str, str, bool], captured: bool) -> None:
+    """W, R and both halves of B."""
+    model, feed = recurrent(*kind)
+    made = wrapped(model, captured)
+    data = [{**feed, "flag": np.array(flag)} for flag in (True, False)]
+    options = {"criterion": "relief", "alpha": 0.7, "repair": "least-squares", "mean_shift": "off", "storage": "dense", "threads": 1}
+    found, wanted = (relief_onnx.prune(one, given, **options) for one, given in ((made, data), (model, [feed])))
+    ours, theirs = tensors(found.model.graph), tensors(wanted.model.graph)
+    for name in "WRB":
+        np.testing.assert_allclose(np.frombuffer(ours[name], "f4"), np.frombuffer(theirs[name], "f4"), rtol=1e-3, atol=1e-5)
+    assert theirs["B"] != tensors(model.graph)["B"]
+
+
 def test_a_recurrent_node_over_many_rounds() -> None:
     """Chunks of a sequence with a state that goes round: as the whole sequence at once."""
     model = recurrent("GRU", "forward")[0]
