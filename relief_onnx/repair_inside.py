@@ -1,9 +1,9 @@
-"""Layers within bodies as equations: the pruned network runs the node with its bodies once more for each of them; mirrors tell what they meet.
+"""Layers within bodies as equations: the pruned network runs the node with its bodies once more for each; mirrors tell what they meet.
 
 The body runs as a whole, with the weights that are solved for already; the walk itself goes on when all layers of the node are done. The
-original's weights do not change, so it runs the node once and then the mirrors, like any other nodes. Rows
-of both networks belong together only where their bodies ran in the same rounds, which the numbers say that each run hands out. The mirror
-of a recurrent node has the sequences of all runs as one batch, and is run by itself like any other.
+original's weights do not change, so it runs the node once and then the mirrors, like any other nodes. Rows of both networks belong
+together only where their bodies ran in the same rounds, which the numbers say that each run hands out. The mirror of a recurrent node has
+the sequences of all runs as one batch, and is run by itself like any other.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class Inside:
         """The original and the pruned network with the weights `new` at a recurrent node; None where no batch goes one way in both."""
         runs, place = runs_of(self._graph.nodes[layer.node]), self._original.producer[layer.output]
         self._before.advance(place)
-        then = self._before
-        now = self._after.aside(layer.node, [*inputs_of(self._graph, layer.node), runs], new)
+        then, now = self._before, self._after.aside(layer.node, [*inputs_of(self._graph, layer.node), runs], new)
         ways = ((then.value(runs, batch), now.value(runs, batch)) for batch in range(now.batches))
         same = [one is not None and one.size > 0 and np.array_equal(one, other) for one, other in ways if other is not None]
         chosen = tuple(np.flatnonzero(same).tolist())

@@ -245,12 +245,13 @@ def test_recurrent_nodes(kind: tuple[str, str, bool], captured: bool) -> None:
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_recurrent_nodes_are_repaired_as_without_control_flow(kind: tuple[str, str, bool], captured: bool) -> None:
-    """W, R and both halves of B."""
+@pytest.mark.parametrize("more", [{"repair": "least-squares"}, {"bias": "prune"}], ids=["repair", "bias"])
+def test_biases_of_recurrent_nodes_are_as_without_control_flow(kind: tuple[str, str, bool], captured: bool, more: dict[str, Any]) -> None:
+    """W, R and both halves of B, solved for or removed."""
     model, feed = recurrent(*kind)
     made = wrapped(model, captured)
     data = [{**feed, "flag": np.array(flag)} for flag in (True, False)]
-    options = {"criterion": "relief", "alpha": 0.7, "repair": "least-squares", "mean_shift": "off", "storage": "dense", "threads": 1}
+    options = {"criterion": "relief", "alpha": 0.7, "mean_shift": "off", "storage": "dense", "threads": 1, **more}
     found, wanted = (relief_onnx.prune(one, given, **options) for one, given in ((made, data), (model, [feed])))
     ours, theirs = tensors(found.model.graph), tensors(wanted.model.graph)
     for name in "WRB":
