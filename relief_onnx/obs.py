@@ -103,8 +103,9 @@ def improve(
     `pattern` (n, m) the choice is within each block. Raises DataError, ModelError.
     """
     gone = removed or {}
-    ranked = [layer for layer in plan.layers if layer.weight in masks.keep]
-    free = {layer.weight: layer for layer in ranked if not refusal(plan, layer, weights)}
+    # A body runs as a whole, once for each layer and sweep: what is in it keeps flow's mask.
+    outside = [layer for layer in plan.layers if layer.inside is None and layer.weight in masks.keep]
+    free = {layer.weight: layer for layer in outside if not refusal(plan, layer, weights)}
 
     def pooled(left: Collection[str]) -> list[Pool]:
         return [
@@ -117,7 +118,7 @@ def improve(
         pools = pooled(effort.left)
     drawn = draw(dataset, DRAWN if samples is None else min(samples, DRAWN), seed, batch_of(graph))
     value = {layer.weight: relevance[layer.weight] ** EXPONENT for layer in free.values()}
-    network = _Network(original, graph, plan, masks, free, gone, drawn, value, effort, seed, threads)
+    network = _Network(original, graph, plan, free, gone, drawn, value, effort, seed, threads)
     steps = max((pool.steps for pool in pools), default=0)
     total, done = steps + effort.rounds + 2, 0
 
@@ -184,11 +185,10 @@ class _Network:
     """The network that masks are tried on: sweeps over it, and what its layers' units count for."""
 
     def __init__(
-        self, original: Graph, graph: Graph, plan: Plan, flow: Masks, free: Mapping[str, Layer], removed: Mapping[str, Flags],
-        drawn: Draw, value: Mapping[str, Doubles], effort: Effort, seed: int, threads: int,
+        self, original: Graph, graph: Graph, plan: Plan, free: Mapping[str, Layer], removed: Mapping[str, Flags], drawn: Draw,
+        value: Mapping[str, Doubles], effort: Effort, seed: int, threads: int,
     ) -> None:  # fmt: skip
         self._original, self._graph, self._plan, self._free, self._removed = original, graph, plan, free, removed
-        self._flow = flow
         self._drawn, self._feeds = drawn, drawn.chosen(SAMPLES)
         self._value, self._whole = dict(value), True
         self._effort, self._seed, self._threads = effort, seed, threads
@@ -201,9 +201,7 @@ class _Network:
         def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
             pool, place = placed[layer.weight]
             tick()
-            if not equations.met:  # other rows than before, or none: worth what it was, at first what flow makes of it
-                if self._whole:
-                    pool.learn(place, np.where(self._flow.keep[layer.weight], np.inf, 0.0))
+            if not equations.met:  # other rows than before, or none: worth what it was
                 return {}
             if self._whole:
                 variance, own = equations.variance(), self._value[layer.weight]
@@ -220,8 +218,7 @@ class _Network:
         trials = Trials()
 
         def visit(layer: Layer, equations: Equations) -> dict[str, NDArray[Any]]:
-            if equations.met:
-                trials.add(layer, *equations.trial(self._flops), self._value[layer.weight])
+            trials.add(layer, *equations.trial(self._flops), self._value[layer.weight])
             return {}  # the others see what the whole network emits
 
         placed = {layer.weight for pool in pools for layer in pool.layers}

@@ -390,10 +390,6 @@ class NoEquations(Equations):
         """Nothing."""
         return {}, (0.0, 0.0)
 
-    def trial(self, flops: float) -> tuple[dict[str, NDArray[Any]], Doubles]:
-        """Nothing."""
-        return {}, np.zeros(0)
-
 
 def _doubles(w: NDArray[Any], r: NDArray[Any], biases: tuple[NDArray[Any], NDArray[Any]]) -> _Weights:
     return _Weights(w.astype(np.float64), r.astype(np.float64), (biases[0].astype(np.float64), biases[1].astype(np.float64)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import nested_cases as nested
@@ -19,9 +18,7 @@ import relief_onnx
 from relief_onnx.control import settle
 from relief_onnx.data import open_dataset
 from relief_onnx.graph import Graph
-from relief_onnx.masks import keep_all
 from relief_onnx.model import input_specs
-from relief_onnx.obs import improve
 from relief_onnx.overview import overview
 from relief_onnx.prepared import prepare
 from relief_onnx.repair import repair, samples_of
@@ -235,13 +232,10 @@ def bodied_and_plain(operator: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         "Scan": f"j = Scan <num_scan_inputs = 1, body = each (float[N, 8] xi) => (float[N, 10] o) {{ {step} }}> (x)",
         "Loop once": f'j = Loop (one, "") <body = each (int64 i, bool going) => (bool again, float[5, N, 10] o) {{'
         f"again = Identity(going) xi = Identity(x) {step} }}> j_flat = Squeeze(j, zero)",
-        "If": f"j = If (flag) <then_branch = each () => (float[5, N, 10] o) {{ xi = Identity(x) {step} }},"
-        "else_branch = other () => (float[5, N, 10] z) { s = ReduceMean <axes = [2]> (x) z = Expand(s, wide) }>",
     }[operator]
-    flag = ", bool flag" if operator == "If" else ""
     text = (
-        f"net (float[5, N, 8] x{flag}) => (float[5, N, 4] y) <int64 steps = {{5}}, int64 one = {{1}}, int64[1] zero = {{0}},"
-        "int64[3] wide = {1, 1, 10}> { STEPS  y = MatMul(j, last) }"
+        "net (float[5, N, 8] x) => (float[5, N, 4] y) <int64 steps = {5}, int64 one = {1}, int64[1] zero = {0}>"
+        "{ STEPS  y = MatMul(j, last) }"
     )
     if operator == "Loop once":
         text = text.replace("MatMul(j, last)", "MatMul(j_flat, last)")
@@ -261,34 +255,6 @@ def test_repair_is_that_of_the_network_without_a_body(operator: str) -> None:
     for weight in ("wa", "ba", "ws", "last"):
         np.testing.assert_allclose(after[weight], before[weight], rtol=1e-6, atol=1e-7)
     assert not np.allclose(after["ws"], nested.weights()["ws"] * found.masks.keep["ws"].T, atol=1e-3)
-
-
-@pytest.mark.parametrize("count", [10, 300])
-@pytest.mark.parametrize("operator", ["Loop", "Loop once", "Scan"])
-def test_the_choice_is_that_of_the_network_without_a_body(operator: str, count: int) -> None:
-    """With the same R, while no unit dies (in a body nobody asks who reads it). 300 samples: enough for factors and the contest."""
-    dataset = open_dataset([{"x": feed["x"]} for feed in nested.feeds(count)], input_specs(bodied_and_plain(operator)[1]))
-    rng = np.random.default_rng(5)
-    relevance = {name: rng.uniform(0.1, 1, size) for name, size in {"wa": 10, "ws": 10, "last": 4}.items()}
-    found = []
-    for model in bodied_and_plain(operator):
-        ready = settle(prepare(model), dataset, samples=None, seed=0, threads=1)
-        weights = frozenset(relevance)
-        every = keep_all(ready.plan, weights)
-        start = {name: np.arange(keep.size).reshape(keep.shape) % 5 < 4 for name, keep in every.keep.items()}
-        given = ready.graph, ready.graph, ready.plan, replace(every, keep=start), every, [sorted(weights)], relevance, weights, dataset
-        found.append(improve(*given, threads=1))
-    ours, wanted = found
-    assert ours.taken == wanted.taken == "flow-obs"
-    assert sum(ours.exchanged) > 0
-    for weight, keep in wanted.masks.keep.items():
-        np.testing.assert_array_equal(ours.masks.keep[weight], keep)
-    assert ours.masks.keep["ws"].sum() != 80
-    if count == 300:
-        assert ours.weighed is not None
-        assert wanted.weighed is not None
-        assert ours.weighed.winner == wanted.weighed.winner
-        assert ours.contest is not None
 
 
 def test_batches_that_take_another_way_once_pruned_have_no_say() -> None:
