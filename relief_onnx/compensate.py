@@ -104,8 +104,9 @@ def _gone(layer: Layer, keep: Flags, flags: Mapping[str, Flags], removed: Flags 
 
 def _refusal(graph: Graph, layer: Layer) -> str:
     """Why a layer's bias cannot take anything over; empty where it can."""
-    if layer.recurrent is not None and (layer.bias is None or layer.bias.shared):
-        return "its bias is computed" if layer.bias is None else "several nodes read its bias"
+    added = next(iter(graph.nodes[layer.node].input[3:4]), "")
+    if layer.recurrent is not None and added and (layer.bias is None or layer.bias.shared):
+        return "several nodes read its bias" if layer.bias is not None or added in graph.initializers else "its bias is computed"
     if layer.inside is not None and (layer.bias is None or layer.bias.shared):
         return "it runs inside a body of control flow and has no stored bias of its own"
     if layer.bias is not None:

@@ -141,6 +141,7 @@ class _Work:
         found = opened(self.graph, body)
         choices = ((RUNNING_PASSES, INNER_PASSES) if self._looked(name) else (INNER_PASSES,)) if self.look.layers else ()
         lowered = _lowered(found, self.scope, choices)
+        self.scope |= _made(found, lowered)  # weights of several bodies may be moved out side by side
         record, model, path = Body(found.held, lowered), lowered.model, (*self.path, name)
         for output in [key_of(node) for node in model.graph.node if bodies_of(node) and key_of(node)]:
             ready, tensors = sunk(model, output, found.foreign) if self.look.layers else (model, {})
@@ -380,8 +381,16 @@ def _lowered(found: Opened, scope: frozenset[str], choices: Sequence[Sequence[Pa
         lowered = lower(found.model, passes)
         after = {item.name: item for item in lowered.model.graph.initializer}
         foreign = {item.name: item for item in found.model.graph.initializer if item.name in found.foreign}
-        rewritten = (after[name] != item if name in after else sum(size > 1 for size in item.dims) > 1 for name, item in foreign.items())
-        made = (names_in(lowered.model.graph) - names_in(found.model.graph)) & scope
-        if not made and not any(rewritten):
+        computed = {name for item in lowered.model.graph.node for name in item.output}  # of a bias in halves, by its name
+        rewritten = (
+            after[name] != item if name in after else name in computed or sum(size > 1 for size in item.dims) > 1
+            for name, item in foreign.items()
+        )  # fmt: skip
+        if scope.isdisjoint(_made(found, lowered)) and not any(rewritten):
             return lowered
     return Lowered(found.model)
+
+
+def _made(found: Opened, lowered: Lowered) -> set[str]:
+    """The names that a body has anew."""
+    return names_in(lowered.model.graph) - names_in(found.model.graph)

@@ -19,7 +19,7 @@ from onnx import helper
 from relief_onnx.aside import array_of
 from relief_onnx.edits import set_initializer, unused
 from relief_onnx.graph import Graph, attributes
-from relief_onnx.nodes import STANDARD
+from relief_onnx.nodes import STANDARD, home_of
 from relief_onnx.sources import Refusal, Source, trace_constant
 from relief_onnx.views import View
 
@@ -119,14 +119,18 @@ def is_bias(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def own_half(graph: Graph, index: int, part: str) -> tuple[str, bool] | None:
-    """The initializer [directions, gates * hidden] with the bias of W's or R's rows, and whether other nodes read it; None without one."""
+    """The initializer [directions, gates * hidden] with the bias of W's or R's rows, and whether other nodes read it; None without one.
+
+    A mirror has its bias with the body of its home.
+    """
     node = graph.nodes[index]
     name = node.input[3] if len(node.input) > 3 else ""
     joins = graph.nodes[graph.producer[name]] if name in graph.producer else None
     if joins is None or not is_bias(graph, joins):
         return None
-    half = joins.input[0 if part == "W" else 1]
-    return half, len(graph.uses[name]) > 1 or len(graph.uses[half]) > 1 or half not in graph.initializers
+    half, home = joins.input[0 if part == "W" else 1], graph.producer.get(home_of(node))
+    others = [use for use in graph.uses[half] if use.slot >= 0 or use.node != home]
+    return half, len(graph.uses[name]) > 1 or len(others) > 1 or half not in graph.initializers
 
 
 def whole_bias(graph: Graph, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

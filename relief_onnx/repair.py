@@ -21,7 +21,7 @@ from relief_onnx.dataset import Dataset
 from relief_onnx.equations import Equations
 from relief_onnx.graph import Graph
 from relief_onnx.layers import Layer, Plan, find
-from relief_onnx.nodes import chooses
+from relief_onnx.nodes import chooses, runs_of
 from relief_onnx.pairs import pairs_of
 from relief_onnx.recurrent_equations import Loop, NoEquations, Values, inputs_of, start_of
 from relief_onnx.repair_inside import Inside
@@ -123,12 +123,13 @@ def sweep(
     jointly: layers that lost units are then fitted together with the only layer that reads them (see `pairs`).
     """
     aims = {layer.name: aim_of(original, graph, layer) for layer in layers if layer.recurrent is None}
-    last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None and layer.inside is None}
+    last = {aims[layer.name].tensor: layer for layer in layers if layer.recurrent is None}
     together = pairs_of(original, graph, layers, aims, removed) if jointly else {}
     body: Inside | None = None
     pairs, loops = plan.recurrent(), dict[int, Loop | None]()
-    outside = [layer for layer in layers if layer.recurrent is not None and layer.inside is None]
-    read = {name for layer in outside for name in inputs_of(original, original.producer[layer.output])}
+    recurrent = [layer for layer in layers if layer.recurrent is not None]
+    read = {name for layer in recurrent for name in inputs_of(original, original.producer[layer.output])}
+    read |= {runs_of(graph.nodes[layer.node]) for layer in layers if layer.inside is not None}
     free = {layer.weight for layer in layers}
     new: dict[str, NDArray[Any]] = {}
     added = {aim.other for aim in aims.values()} & constant_nodes(graph).keys()
@@ -154,6 +155,7 @@ def sweep(
             if layer.inside is not None and body is not None:
                 met = body.met(layer, new)
                 new |= visit(layer, Equations(graph, layer, aim, *fixed, met, met, seed))
+                before.drop(aim.tensor)
                 continue
             after.advance(layer.node, new)
             before.advance(original.producer[aim.tensor] + 1)

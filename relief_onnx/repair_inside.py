@@ -1,8 +1,9 @@
-"""Layers within bodies as equations: both networks run the node with its bodies once more for each of them; mirrors tell what they meet.
+"""Layers within bodies as equations: the pruned network runs the node with its bodies once more for each; mirrors tell what they meet.
 
-The body runs as a whole, with the weights that are solved for already; the walk itself goes on when all layers of the node are done. Rows
-of both networks belong together only where their bodies ran in the same rounds, which the numbers say that each run hands out. The mirror
-of a recurrent node has the sequences of all runs as one batch, and is run by itself like any other.
+The body runs as a whole, with the weights that are solved for already; the walk itself goes on when all layers of the node are done. The
+original's weights do not change, so it runs the node once and then the mirrors, like any other nodes. Rows of both networks belong
+together only where their bodies ran in the same rounds, which the numbers say that each run hands out. The mirror of a recurrent node has
+the sequences of all runs as one batch, and is run by itself like any other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Met:
     """What a layer meets in the pruned network, where that took the way of the original. Also what the latter emits."""
 
     now: Aside
-    then: Aside
+    then: Replay
     layer: Layer
     runs: str
 
@@ -52,7 +53,7 @@ class _Met:
 class Side:
     """One network at a recurrent node, on the batches in which both took the same way."""
 
-    values: Aside
+    values: Aside | Replay
     chosen: tuple[int, ...]
 
     @property
@@ -66,26 +67,24 @@ class Side:
 
 
 class Inside:
-    """The layers in the bodies of one node (by its number in `graph`). Both walks are brought before the node and stay there."""
+    """The layers in the bodies of one node (by its number in `graph`). The walk over the pruned network stays before the node."""
 
     def __init__(self, original: Graph, graph: Graph, node: int, before: Replay, after: Replay, new: dict[str, NDArray[Any]]) -> None:
         self.node = node
         self._original, self._graph, self._before, self._after = original, graph, before, after
-        home = next(name for name in graph.nodes[node].output if name)
         after.advance(node, new)
-        before.advance(original.producer[home])
 
     def met(self, layer: Layer, new: dict[str, NDArray[Any]]) -> _Met:
         """What a layer meets with the weights `new`, and what it should emit. Raises ModelError."""
         runs = runs_of(self._graph.nodes[layer.node])
-        then = self._before.aside(self._original.producer[layer.output] + 1, [layer.output, runs])
-        return _Met(self._after.aside(layer.node, [layer.input, runs], new), then, layer, runs)
+        self._before.advance(self._original.producer[layer.output] + 1)
+        return _Met(self._after.aside(layer.node, [layer.input, runs], new), self._before, layer, runs)
 
     def sides(self, layer: Layer, new: dict[str, NDArray[Any]]) -> tuple[Side, Side] | None:
         """The original and the pruned network with the weights `new` at a recurrent node; None where no batch goes one way in both."""
         runs, place = runs_of(self._graph.nodes[layer.node]), self._original.producer[layer.output]
-        then = self._before.aside(place, [*inputs_of(self._original, place), runs])
-        now = self._after.aside(layer.node, [*inputs_of(self._graph, layer.node), runs], new)
+        self._before.advance(place)
+        then, now = self._before, self._after.aside(layer.node, [*inputs_of(self._graph, layer.node), runs], new)
         ways = ((then.value(runs, batch), now.value(runs, batch)) for batch in range(now.batches))
         same = [one is not None and one.size > 0 and np.array_equal(one, other) for one, other in ways if other is not None]
         chosen = tuple(np.flatnonzero(same).tolist())

@@ -223,24 +223,34 @@ def test_repaired_in_place(name: str, options: dict[str, Any]) -> None:
     assert shape_of(found.model) == shape_of(model) or options != {"criterion": "relief", "mean_shift": "off"}
 
 
-@pytest.mark.parametrize("operator", ["Loop", "Scan"])
-def test_repair_is_that_of_the_network_without_a_body(operator: str) -> None:
-    """Inputs from the pruned network as repaired so far, targets from the original: the same equations in the same order."""
+def bodied_and_plain(operator: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Two layers in a body and one behind it, and the same network without control flow."""
     step = "p = MatMul(xi, wa) q = Add(p, ba) h = Tanh(q) o = MatMul(h, ws)"
     each = {
         "Loop": f'j = Loop (steps, "") <body = each (int64 i, bool going) => (bool again, float[N, 10] o) {{'
         f"again = Identity(going) xi = Gather <axis = 0> (x, i) {step} }}>",
         "Scan": f"j = Scan <num_scan_inputs = 1, body = each (float[N, 8] xi) => (float[N, 10] o) {{ {step} }}> (x)",
+        "Loop once": f'j = Loop (one, "") <body = each (int64 i, bool going) => (bool again, float[5, N, 10] o) {{'
+        f"again = Identity(going) xi = Identity(x) {step} }}> j_flat = Squeeze(j, zero)",
     }[operator]
-    text = "net (float[5, N, 8] x) => (float[5, N, 4] y) <int64 steps = {5}> { STEPS  y = MatMul(j, last) }"
-    bodied = nested.Case(
-        text.replace("STEPS", each), {"net": ("last",), "each": ("wa", "constant ba", "constant ws")}, nested.unmet
-    ).model()
-    flat = text.replace("STEPS", step.replace("xi", "x").replace("o =", "j ="))
-    plain = nested.Case(flat, {"net": ("last", "wa", "ba", "ws")}, nested.unmet).model()
+    text = (
+        "net (float[5, N, 8] x) => (float[5, N, 4] y) <int64 steps = {5}, int64 one = {1}, int64[1] zero = {0}>"
+        "{ STEPS  y = MatMul(j, last) }"
+    )
+    if operator == "Loop once":
+        text = text.replace("MatMul(j, last)", "MatMul(j_flat, last)")
+    bodied = nested.Case(text.replace("STEPS", each), {"net": ("last",), "each": ("wa", "constant ba", "constant ws")}, nested.unmet)
+    flat = "net (float[5, N, 8] x) => (float[5, N, 4] y) { STEPS  y = MatMul(j, last) }"
+    flat = flat.replace("STEPS", step.replace("xi", "x").replace("o =", "j ="))
+    return bodied.model(), nested.Case(flat, {"net": ("last", "wa", "ba", "ws")}, nested.unmet).model()
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Loop once", "Scan"])
+def test_repair_is_that_of_the_network_without_a_body(operator: str) -> None:
+    """Inputs from the pruned network as repaired so far, targets from the original: the same equations in the same order."""
     data = [{"x": feed["x"]} for feed in nested.feeds(10)]
     options = {"criterion": "relief", "alpha": 0.7, "repair": "least-squares", "storage": "dense", "mean_shift": "off"}
-    found, wanted = (relief_onnx.prune(model, data, **options) for model in (bodied, plain))
+    found, wanted = (relief_onnx.prune(model, data, **options) for model in bodied_and_plain(operator))
     before, after = stored(wanted.model), stored(found.model)
     for weight in ("wa", "ba", "ws", "last"):
         np.testing.assert_allclose(after[weight], before[weight], rtol=1e-6, atol=1e-7)

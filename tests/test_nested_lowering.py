@@ -243,6 +243,65 @@ def test_recurrent_nodes(kind: tuple[str, str, bool], captured: bool) -> None:
                 assert repaired[weight]["error_after"] < repaired[weight]["error_before"]
 
 
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("more", [{"repair": "least-squares"}, {"bias": "prune"}], ids=["repair", "bias"])
+def test_biases_of_recurrent_nodes_are_as_without_control_flow(kind: tuple[str, str, bool], captured: bool, more: dict[str, Any]) -> None:
+    """W, R and both halves of B, solved for or removed."""
+    model, feed = recurrent(*kind)
+    made = wrapped(model, captured)
+    data = [{**feed, "flag": np.array(flag)} for flag in (True, False)]
+    options = {"criterion": "relief", "alpha": 0.7, "mean_shift": "off", "storage": "dense", "threads": 1, **more}
+    found, wanted = (relief_onnx.prune(one, given, **options) for one, given in ((made, data), (model, [feed])))
+    ours, theirs = tensors(found.model.graph), tensors(wanted.model.graph)
+    for name in "WRB":
+        np.testing.assert_allclose(np.frombuffer(ours[name], "f4"), np.frombuffer(theirs[name], "f4"), rtol=1e-3, atol=1e-5)
+    assert theirs["B"] != tensors(model.graph)["B"]
+
+
+@pytest.mark.parametrize("shared", ["B", "WR"])
+def test_what_recurrent_nodes_of_both_branches_share_stays(shared: str) -> None:
+    """A bias, or weights without one: the file holds them once, and says why they are as they were."""
+    rng = np.random.default_rng(0)
+    sizes = {"W": (1, 24, 7), "R": (1, 24, 6), "B": (1, 48)}
+    own = [name for name in ("WRB" if shared == "B" else "WR") if name not in shared]
+
+    def stored(name: str, wanted: str) -> TensorProto:
+        return numpy_helper.from_array(rng.normal(0, 0.5, sizes[name]).astype(np.float32), wanted)
+
+    def branch(side: str) -> onnx.GraphProto:
+        names = [name if name in shared else f"{name}_{side}" for name in ("WRB" if shared == "B" else "WR")]
+        node = helper.make_node("LSTM", ["x", *names], ["", f"h_{side}"], name=f"rec_{side}", hidden_size=6)
+        ends = [helper.make_tensor_value_info(f"h_{side}", TensorProto.FLOAT, [1, None, 6])]
+        return helper.make_graph([node], side, [], ends, [stored(name, f"{name}_{side}") for name in own])
+
+    choice = helper.make_node("If", ["flag"], ["h"], name="choice", then_branch=branch("one"), else_branch=branch("two"))
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, "N", 7]),
+        helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+    ]
+    ends = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, None, 5])]
+    last = numpy_helper.from_array(rng.normal(0, 0.5, (6, 5)).astype(np.float32), "last")
+    held = [last, *(stored(name, name) for name in shared)]
+    graph = helper.make_graph([choice, helper.make_node("MatMul", ["h", "last"], ["y"], name="end")], "net", inputs, ends, held)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    data = [{"x": rng.normal(0.3, 1, (4, 6, 7)).astype(np.float32), "flag": np.array(number % 2 == 0)} for number in range(16)]
+    found = relief_onnx.prune(made, data, keep="50%", granularity="weight", repair="least-squares", storage="dense", threads=1)
+    onnx.checker.check_model(found.model, full_check=True)
+    after, before = tensors(found.model.graph), tensors(made.graph)
+    reasons = {row["node"]: row["reason"] for row in found.report["mean_shift"]["left"]}
+    rows = found.report["repair"]["layers"]
+    if shared == "B":
+        assert after["B"] == before["B"]
+        assert reasons.keys() == {"rec_one/W", "rec_one/R", "rec_two/W", "rec_two/R"}
+        assert set(reasons.values()) == {"several nodes read its bias"}
+        assert not any(row["reason"] for row in rows)
+    else:
+        assert after.keys() - before.keys() == {"last/bias", "W/bias"}  # of the branch that comes first
+        assert {row["reason"] for row in rows if row["weight"] in "WR"} == {"several nodes read its weight"}
+        assert reasons["rec_one/W"] == "it runs inside a body of control flow and has no stored bias of its own"
+
+
 def test_a_recurrent_node_over_many_rounds() -> None:
     """Chunks of a sequence with a state that goes round: as the whole sequence at once."""
     model = recurrent("GRU", "forward")[0]
