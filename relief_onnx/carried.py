@@ -6,14 +6,14 @@ them, weights that bodies store themselves are brought out likewise.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import onnx
 from onnx import helper
 
 from relief_onnx.bodies import keep_only, replace_all
 from relief_onnx.lifting import rename_in
-from relief_onnx.nodes import STANDARD, captured, subgraphs
+from relief_onnx.nodes import STANDARD, captured, every_node, subgraphs
 
 __all__ = ["uncarried", "with_weights_outside"]
 
@@ -23,7 +23,7 @@ _STATES: Mapping[str, tuple[int, int, int]] = {"Loop": (2, 1, 1), "Scan": (0, 0,
 
 def uncarried(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which bodies read states that never change from outside; the model where there are none."""
-    if not any(_unchanging(model, node) for node in _every_node(model.graph)):
+    if not any(_unchanging(model, node) for node in every_node(model.graph)):
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -36,7 +36,7 @@ def with_weights_outside(model: onnx.ModelProto) -> onnx.ModelProto:
 
     No name of a body may hide one of outside (see `shadows`). What several bodies call by one name stays.
     """
-    bodies = [body for node in _every_node(model.graph) for body in subgraphs(node)]
+    bodies = [body for node in every_node(model.graph) for body in subgraphs(node)]
     held = Counter(item.name for graph in (model.graph, *bodies) for item in graph.initializer)
     held.update(name for graph in bodies for node in graph.node for name in node.output)
     inside = {item.name for body in bodies for item in body.initializer if len(item.dims) > 1 and held[item.name] == 1}
@@ -44,19 +44,12 @@ def with_weights_outside(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    for node in _every_node(result.graph):
+    for node in every_node(result.graph):
         for body in subgraphs(node):
             result.graph.initializer.extend(item for item in body.initializer if item.name in inside)
             keep_only(body.initializer, lambda item: item.name not in inside)
             keep_only(body.input, lambda item: item.name not in inside)
     return result
-
-
-def _every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for body in subgraphs(node):
-            yield from _every_node(body)
 
 
 def _unchanging(model: onnx.ModelProto, node: onnx.NodeProto) -> list[int]:

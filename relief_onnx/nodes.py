@@ -16,6 +16,7 @@ __all__ = [
     "chooses",
     "clear_blocks",
     "clear_level",
+    "every_node",
     "handed_on",
     "home_of",
     "is_level",
@@ -49,6 +50,14 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield item.g
         elif item.type == onnx.AttributeProto.GRAPHS:
             yield from item.graphs
+
+
+def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph, each before those in its bodies."""
+    for node in graph.node:
+        yield node
+        for body in subgraphs(node):
+            yield from every_node(body)
 
 
 def captured(body: onnx.GraphProto) -> set[str]:

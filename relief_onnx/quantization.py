@@ -27,7 +27,7 @@ from relief_onnx.graph import Graph
 from relief_onnx.int8 import Stored, kept_axes, store
 from relief_onnx.layers import Layer, Plan, find
 from relief_onnx.lowering import STORED_PASSES, lower
-from relief_onnx.nodes import STANDARD, subgraphs
+from relief_onnx.nodes import STANDARD, every_node
 from relief_onnx.options import Options, resolve
 from relief_onnx.pack import pack, unpack
 from relief_onnx.quantize_report import Evidence, Stage, build_quantize_report
@@ -202,10 +202,7 @@ def _first_stage(source: files.ModelSource) -> Stage:
 
 def _check_floats(model: onnx.ModelProto, name: str) -> None:
     """Refuse a model that holds quantised parts already."""
-    graphs, nodes = [model.graph], []
-    for graph in graphs:  # grows while it is walked
-        nodes += list(graph.node)
-        graphs += [body for node in graph.node for body in subgraphs(node)]
+    nodes = list(every_node(model.graph))
     integers = {item.name for item in model.graph.initializer if item.data_type in (TensorProto.INT8, TensorProto.UINT8)}
     found = [node.op_type for node in nodes if _ALREADY.fullmatch(node.op_type)]
     # Ours are stored as int8 behind a Cast.
