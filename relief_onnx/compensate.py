@@ -107,6 +107,8 @@ def _refusal(graph: Graph, layer: Layer) -> str:
     added = next(iter(graph.nodes[layer.node].input[3:4]), "")
     if layer.recurrent is not None and added and (layer.bias is None or layer.bias.shared):
         return "several nodes read its bias" if layer.bias is not None or added in graph.initializers else "its bias is computed"
+    if layer.recurrent is not None and not added and layer.inside is None:
+        return "its node has no bias"
     if layer.inside is not None and (layer.bias is None or layer.bias.shared):
         return "it runs inside a body of control flow and has no stored bias of its own"
     if layer.bias is not None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import onnx
 
 from relief_onnx.data import CalibrationDataReader, Dataset, Feed, ImageOptions, batch_axis, open_dataset
@@ -29,9 +28,11 @@ def samples_for(model: onnx.ModelProto, data: Data, images: ImageOptions | None 
     axis = batch_axis(dataset.inputs)
     if not axis.batchable or axis.fixed is not None:
         return dataset
-    one = next(iter(dataset.batches(1, limit=1))).feed
+    two, one = (next(iter(dataset.batches(size, limit=size))) for size in (2, 1))
+    if two.size < 2:
+        return dataset
     session = Session(model, 1)
-    if _runs(session, {name: np.concatenate([array, array]) for name, array in one.items()}) or not _runs(session, one):
+    if _runs(session, two.feed) or not _runs(session, one.feed):
         return dataset  # a model that does not run at all says so, with the names of the files, where it is run
     note = "the file says that the model takes any number of samples at once, but it runs with one only, so each runs by itself"
     return replace(

@@ -261,7 +261,8 @@ def _passes_on(graph: Graph, node: onnx.NodeProto) -> bool:
         return node.op_type in _DIRECT
     # The quantiser itself looks at other readers, but not at outputs of the model and bodies; it drops the node, and bodies would read
     # what is not clipped.
-    return not graph.is_output(node.input[0]) and all(use.slot >= 0 for name in (node.input[0], node.output[0]) for use in graph.uses[name])
+    uses = [use for name in (node.input[0], node.output[0]) for use in graph.uses.get(name, ())]
+    return not graph.is_output(node.input[0]) and all(use.slot >= 0 for use in uses)
 
 
 def _nodes(found: _Candidates, per_channel: bool, notes: list[str]) -> frozenset[int]:

@@ -168,7 +168,7 @@ MODELS: dict[str, tuple[Make, str]] = {
     ),
     "channels last": (_channels_last("NhwcConv"), _last("NhwcConv")),
     "channels last, halves": (_channels_last("NhwcConv", TensorProto.FLOAT16), _last("NhwcConv")),
-    "not a tensor": (_sequence_input, "input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),
+    "not a tensor": (_sequence_input, "m.onnx: input words of the model is a sequence_type, not a tensor; only tensor inputs can be fed."),
 }
 
 

@@ -137,13 +137,13 @@ def test_a_packed_result_can_be_large_too_and_is_read_again(tmp_path: Path, limi
     assert [row["storage"] for row in result.report["layers"]] == ["bitmask"] * 4
     assert (tmp_path / "out.onnx.data").exists()
     relief_onnx.prune(
-        out, data, output=again, criterion="magnitude", keep="100%", alpha=None, storage="dense", threads=1, granularity="weight"
+        out, data, output=again, criterion="magnitude", keep="50%", alpha=None, storage="dense", threads=1, granularity="weight"
     )
     held = {item.name: numpy_helper.to_array(item) for item in onnx.load(again).graph.initializer}
     before = {item.name: numpy_helper.to_array(item) for item in mlp().graph.initializer}
     for number in range(4):
         kept = held[f"w{number}"] != 0
-        assert 0.5 < kept.mean() < 0.7
+        assert 0.4 < kept.mean() < 0.55
         np.testing.assert_array_equal(held[f"w{number}"][kept], before[f"w{number}"][kept])
 
 

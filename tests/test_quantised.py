@@ -200,7 +200,7 @@ def test_repaired_values_are_rounded_to_scales_that_hold_them(form: str) -> None
 @pytest.mark.parametrize("form", [*FORMS, "QDQ of com.microsoft"])
 def test_every_granularity(form: str, granularity: str) -> None:
     model = quantised("resnet8", form)
-    result = prune(model, CALIB, granularity=granularity, keep="60%", samples=16, threads=1, storage="dense")
+    result = prune(model, CALIB, granularity=granularity, keep="55%", samples=16, threads=1, storage="dense")
     assert set(operators(result.model)) <= set(operators(model))
     # Sums in another order rarely fall on another step of 8 bits, but do on neighbours among those of 16.
     assert result.report["verification"]["masked_vs_output_max_rel"] < (1e-5 if form in FORMS else 8 / 65535)

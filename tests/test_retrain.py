@@ -590,5 +590,6 @@ def test_without_torch_one_sentence_says_what_to_install() -> None:
 def test_a_model_that_torch_cannot_run_is_refused_by_name() -> None:
     model = _tiny(helper.make_node("Inverse", ["h"], ["y"], name="odd", domain="com.microsoft"), size=4)
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4  # onnxruntime crashes on matrices that are not square
     with pytest.raises(ModelError, match=r"node odd: operator Inverse of domain com.microsoft.*use --repair least-squares"):
         relief_onnx.prune(model, [{"x": np.eye(4, dtype=np.float32)}], keep="50%", repair="distill", validation=0, threads=1)
