@@ -255,7 +255,7 @@ def test_biases_of_recurrent_nodes_are_as_without_control_flow(kind: tuple[str, 
     found, wanted = (relief_onnx.prune(one, given, **options) for one, given in ((made, data), (model, [feed])))
     ours, theirs = tensors(found.model.graph), tensors(wanted.model.graph)
     for name in "WRB":
-        np.testing.assert_allclose(np.frombuffer(ours[name], "f4"), np.frombuffer(theirs[name], "f4"), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(np.frombuffer(ours[name], "f4"), np.frombuffer(theirs[name], "f4"), rtol=1e-5, atol=1e-6)
     assert theirs["B"] != tensors(model.graph)["B"]
 
 
